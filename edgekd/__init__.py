@@ -1,0 +1,28 @@
+"""edgekd: a folder of labelled images to a compact classifier that answers early when an image is easy."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import EdgekdError
+
+if TYPE_CHECKING:
+    from edgekd.runtime.classifier import Classifier as Classifier
+    from edgekd.runtime.classifier import Prediction as Prediction
+
+try:
+    __version__ = version("edgekd")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = ["Classifier", "EdgekdError", "Prediction", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Classifier and Prediction are imported when first asked for."""
+    if name in ("Classifier", "Prediction"):
+        from edgekd.runtime import classifier
+
+        return getattr(classifier, name)
+    raise AttributeError(f"module 'edgekd' has no attribute '{name}'")

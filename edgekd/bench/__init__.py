@@ -1,0 +1,1 @@
+"""Measuring a compiled engine: accuracy, latency, memory and energy; the record, and the views of it."""

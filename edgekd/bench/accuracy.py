@@ -1,0 +1,157 @@
+"""Accuracy, one-vs-rest rates, confusion matrix and calibration error from probabilities: numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import BackendError, DataError
+
+BINS = 15
+"""Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One class against the rest, fractions. None is "not defined".
+
+    sensitivity: found of those that are there; None without images of the class.
+    specificity: left alone of the others; None without others.
+    precision: right among those named so; 0 for a class that is there and was never named, None for an absent one.
+    f1: harmonic mean of precision and sensitivity; None without images of the class.
+    """
+
+    images: int
+    sensitivity: float | None
+    specificity: float | None
+    precision: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one artefact does on labelled images; fractions, not percent.
+
+    macro: means over the classes that the labels contain; a class without images has no say.
+    confusion: rows are the truth, columns the answer. ece: expected calibration error, 15 bins.
+    """
+
+    n: int
+    accuracy: float
+    macro: Rates
+    per_class: dict[str, Rates]
+    confusion: tuple[tuple[int, ...], ...]
+    ece: float
+
+
+def metrics(
+    probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]
+) -> Metrics:
+    """All measures of probabilities (N, C) against labels (N,).
+
+    Raises:
+        DataError: no images, or shapes and labels that do not fit the classes.
+        BackendError: probabilities that are not finite.
+    """
+    if len(labels) == 0 or probabilities.shape != (len(labels), len(classes)):
+        raise DataError(
+            f"probabilities {probabilities.shape} do not fit {len(labels)} labels and {len(classes)} classes",
+            fix="evaluate on a folder with the network's own classes",
+        )
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"labels reach from {labels.min()} to {labels.max()}, the network has {len(classes)} classes")
+    if not np.isfinite(probabilities).all():
+        raise BackendError("the network answers with numbers that are not finite", fix="compile with --recipe fp32")
+    confusion = confusion_matrix(labels, probabilities.argmax(axis=1), len(classes))
+    rates = [_rates(confusion, c) for c in range(len(classes))]
+    return Metrics(
+        n=len(labels),
+        accuracy=float(np.trace(confusion) / len(labels)),
+        macro=_macro(rates),
+        per_class=dict(zip(classes, rates)),
+        confusion=tuple(tuple(int(v) for v in row) for row in confusion),
+        ece=calibration_error(probabilities, labels),
+    )
+
+
+def confusion_matrix(
+    labels: npt.NDArray[np.integer[Any]], answers: npt.NDArray[np.integer[Any]], classes: int
+) -> npt.NDArray[np.int64]:
+    """Counts (C, C): rows are the truth, columns the answer."""
+    return np.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
+
+
+def calibration_error(
+    probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], *, bins: int = BINS
+) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by their counts."""
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    correct = probabilities.argmax(axis=1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _rates(confusion: npt.NDArray[np.int64], c: int) -> Rates:
+    hit, images, named = int(confusion[c, c]), int(confusion[c].sum()), int(confusion[:, c].sum())
+    others = int(confusion.sum()) - images
+    return Rates(
+        images=images,
+        sensitivity=hit / images if images else None,
+        specificity=1 - (named - hit) / others if others else None,
+        precision=(hit / named if named else 0.0) if images else None,
+        f1=2 * hit / (images + named) if images else None,
+    )
+
+
+def _macro(rates: list[Rates]) -> Rates:
+    present = [r for r in rates if r.images]
+
+    def mean(name: str) -> float | None:
+        values = [getattr(r, name) for r in present if getattr(r, name) is not None]
+        return float(np.mean(values)) if values else None
+
+    return Rates(sum(r.images for r in present), *(mean(n) for n in ("sensitivity", "specificity", "precision", "f1")))
+
+
+def percent(fraction: float | None, *, digits: int = 2) -> str:
+    """`97.41`, or `n/a` where the measure is not defined."""
+    return "n/a" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def text_table(results: Mapping[str, Metrics]) -> str:
+    """Percent, as aligned text: one row for each result, then the rates of every class of the last one."""
+    head = ["sensitivity", "specificity", "precision", "F1"]
+    rows = [["", "accuracy", *head, "calibration error"]]
+    for name, result in results.items():
+        rows.append([name, percent(result.accuracy), *_cells(result.macro), percent(result.ece)])
+    name, last = list(results.items())[-1]
+    classes = [[f"class ({name})", "images", *head]]
+    for class_, rates in last.per_class.items():
+        classes.append([class_, str(rates.images), *_cells(rates)])
+    return f"{aligned(rows)}\n\n{aligned(classes)}\n"
+
+
+def _cells(rates: Rates) -> list[str]:
+    return [percent(v) for v in (rates.sensitivity, rates.specificity, rates.precision, rates.f1)]
+
+
+def confusion_text(result: Metrics) -> str:
+    """The confusion matrix as aligned text: rows are the truth, columns (numbered) the answer."""
+    rows = [["truth \\ answer", *(f"[{c}]" for c in range(len(result.confusion)))]]
+    for c, (name, counts) in enumerate(zip(result.per_class, result.confusion)):
+        rows.append([f"[{c}] {name}", *(str(v) if v else "." for v in counts)])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded with spaces: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )

@@ -1,0 +1,30 @@
+"""How much memory this process has and had."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+def _status_mib(key: str) -> float:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def peak_mib() -> float:
+    """Largest resident size so far (MiB).
+
+    On Linux from VmHWM: getrusage's ru_maxrss is inherited through fork and exec, so a child of a large parent
+    would report its parent.
+    """
+    if _STATUS.is_file():
+        return _status_mib("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def resident_mib() -> float:
+    """Resident size now (MiB); where the system does not tell, the largest so far."""
+    return _status_mib("VmRSS") if _STATUS.is_file() else peak_mib()

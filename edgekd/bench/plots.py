@@ -1,0 +1,163 @@
+"""Pictures of a record, as SVG text that stands in a page without anything beside it. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import atomic_write
+from edgekd.bench.accuracy import Metrics
+from edgekd.bench.record import Record, Variant
+from edgekd.errors import ConfigError
+
+BLUE, GREY, ORANGE = "#2563a8", "#8a94a3", "#d9742b"
+EXITS = ("#2a9d8f", "#8ab17d", "#e9c46a", "#e76f51", "#9b5de5", "#577590")
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#c3c9d1",
+    "axes.labelcolor": "#39424e",
+    "xtick.color": "#39424e",
+    "ytick.color": "#39424e",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff3",
+    "svg.hashsalt": "edgekd",
+    "svg.fonttype": "path",
+}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("pictures need matplotlib", fix="pip install 'edgekd[report]'") from None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def trade_off(record: Record) -> str:
+    """Accuracy on the test images against mean latency at batch 1, and the curve that `edgekd tune` left."""
+    figure, axes = _figure(8.4, 4.6)
+    if record.curve:
+        xs, ys = ([p[key] for p in record.curve] for key in ("latency_ms", "accuracy"))
+        label = "thresholds tried by tune (validation images, expected latency)"
+        axes.plot(xs, [100 * y for y in ys], "-", color="#b9cde3", marker=".", label=label, zorder=1)
+        axes.legend(loc="lower right", fontsize=9, frameon=False)
+    for i, v in enumerate(sorted(record.variants, key=lambda v: v.at(1).mean)):
+        colour = ORANGE if v.name == "cascade" else GREY if v.against else BLUE
+        mean, (low, high) = v.at(1).mean, v.at(1).mean_interval
+        axes.plot([low, high], [100 * v.metrics.accuracy] * 2, color=colour, lw=2, alpha=0.5)
+        axes.plot(mean, 100 * v.metrics.accuracy, "o", color=colour, ms=9 if v.name == "cascade" else 6)
+        place = (0, (8, -16, 20, -28)[i % 4])  # neighbours would write over each other
+        axes.annotate(
+            v.name, (mean, 100 * v.metrics.accuracy), place, textcoords="offset points", ha="center", fontsize=9
+        )
+    axes.set_xscale("log")
+    axes.margins(0.12)
+    ticks = _ticks(*axes.get_xlim())
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("mean latency of one image, ms (logarithmic)")
+    axes.set_ylabel("accuracy, %")
+    return _svg(figure)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    return [t for d in decades for t in (10.0**d, 2 * 10.0**d, 5 * 10.0**d) if low <= t <= high]
+
+
+def distribution(variant: Variant) -> str:
+    """Histogram of all latencies at batch 1, coloured by the exit that answered."""
+    figure, axes = _figure(8.4, 3.6)
+    timing, summary = variant.timings[0], variant.at(1)
+    samples, exits = np.concatenate(timing.samples_ms), np.concatenate(timing.exits)
+    used = np.unique(exits).tolist()
+    end = float(np.quantile(samples, 0.995))
+    beyond = int((samples > end).sum())
+    bins = np.linspace(float(samples.min()), end, 61)
+    axes.hist(
+        [samples[exits == k] for k in used],
+        bins=bins,
+        stacked=True,
+        color=[EXITS[k % len(EXITS)] for k in used],
+        label=[f"exit {k}" for k in used],
+    )
+    for value, name in ((summary.p50, "p50"), (summary.mean, "mean"), (summary.p90, "p90")):
+        axes.axvline(value, color="#39424e", lw=1, ls={"p50": "-", "mean": ":", "p90": "--"}[name], label=name)
+    axes.set_xlabel(f"latency of one image, ms ({beyond} of {len(samples)} queries lie beyond the right edge)")
+    axes.set_ylabel("queries")
+    axes.legend(fontsize=9, frameon=False)
+    return _svg(figure)
+
+
+def shares(variant: Variant, labels: Sequence[int], classes: Sequence[str]) -> str:
+    """Where the test images left, all together and by true class."""
+    figure, axes = _figure(8.4, 0.9 + 0.42 * (len(classes) + 1))
+    exits, truth = np.array(variant.exits), np.array(labels)
+    used = range(int(exits.max()) + 1)
+    rows = [("all", np.ones(len(truth), bool)), *((name, truth == c) for c, name in enumerate(classes))]
+    rows = [(name, chosen) for name, chosen in rows if chosen.any()]
+    left = np.zeros(len(rows))
+    for k in used:
+        part = np.array([100 * float((exits[chosen] == k).mean()) for _, chosen in rows])
+        bars = axes.barh(range(len(rows)), part, left=left, color=EXITS[k % len(EXITS)], label=f"exit {k}", height=0.7)
+        axes.bar_label(bars, [f"{p:.0f}" if p >= 4 else "" for p in part], label_type="center", color="white")
+        left += part
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.grid(visible=False)
+    axes.set_xlabel("share of the test images, %")
+    figure.legend(loc="outside upper center", ncols=len(used), fontsize=9, frameon=False)
+    return _svg(figure)
+
+
+def _confusion(result: Metrics) -> Any:
+    count = len(result.confusion)
+    side = 2.4 + 0.55 * min(count, 24)
+    figure, axes = _figure(side + 1.2, side)
+    values = np.array(result.confusion)
+    rates = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
+    axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
+    names = list(result.per_class)
+    axes.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), names)
+    axes.set_xlabel("answer")
+    axes.set_ylabel("truth")
+    axes.grid(visible=False)
+    if count <= 24:
+        for row, column in np.argwhere(values):
+            colour = "white" if rates[row, column] > 0.5 else "#39424e"
+            axes.text(column, row, str(values[row, column]), ha="center", va="center", color=colour, fontsize=9)
+    return figure
+
+
+def confusion_svg(result: Metrics) -> str:
+    """The confusion matrix, shaded by the share of each true class."""
+    return _svg(_confusion(result))
+
+
+def confusion_png(result: Metrics, path: Path) -> None:
+    """The confusion matrix as a PNG file."""
+    out = io.BytesIO()
+    _confusion(result).savefig(out, format="png", dpi=150)
+    atomic_write(path, out.getvalue())

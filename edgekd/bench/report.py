@@ -1,0 +1,120 @@
+"""A record as one HTML page with everything in it: no link leaves the file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from string import Template
+
+from PIL import ImageOps
+
+from edgekd.artifact import atomic_write
+from edgekd.bench import plots
+from edgekd.bench.accuracy import percent
+from edgekd.bench.plots import confusion_png
+from edgekd.bench.record import Record, Variant
+from edgekd.bench.tables import LEGEND, host_text, start_text, table, title
+from edgekd.bench.targets import target_text
+from edgekd.runtime.preprocess import open_image
+
+__all__ = ["confusion_png", "html", "write_report"]
+
+TEMPLATE = Path(__file__).with_name("report.html")
+THUMBNAILS = 7
+"""Images shown for each exit."""
+SIDE = 128
+
+
+def write_report(record: Record, path: Path, *, data: Path) -> None:
+    """Write the page.
+
+    data: the folder of the record's images, for the thumbnails.
+
+    Raises:
+        ConfigError: matplotlib is missing. DataError: an image to show is missing.
+    """
+    atomic_write(path, html(record, data=data).encode())
+
+
+def html(record: Record, *, data: Path) -> str:
+    """The page as text; the same record and images give the same text."""
+    shown = record.find("cascade") or record.find("full") or record.variants[0]
+    sections = [
+        _section("Results", _table(record), note=f"{LEGEND} {start_text(record)}"),
+        _section("Targets", _targets(record)) if record.targets else "",
+        _section("Mind", _list([escape(w) for w in record.warnings]), kind="warnings") if record.warnings else "",
+        _section("Accuracy against latency", plots.trade_off(record)),
+        *(_cascade(record, shown, data) if shown.name == "cascade" else []),
+        _section(f"Confusion matrix of {shown.name}", plots.confusion_svg(shown.metrics)),
+        _section("How it was measured", f'<p class="note">{escape(host_text(record))}</p>', note=_method(record)),
+    ]
+    lead = f"{shown.name}: {percent(shown.metrics.accuracy)} % accuracy, {shown.at(1).mean:.2f} ms an image on average"
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title(record)), lead=escape(lead), body="\n".join(s for s in sections if s)
+    )
+
+
+def _section(heading: str, content: str, *, note: str = "", kind: str = "") -> str:
+    small = f'\n<p class="note">{escape(note)}</p>' if note else ""
+    return f'<section class="{kind}">\n<h2>{escape(heading)}</h2>\n{content}{small}\n</section>'
+
+
+def _list(lines: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
+
+
+def _table(record: Record) -> str:
+    header, rows = table(record)
+    head = "".join(f"<th>{escape(c)}</th>" for c in header)
+    body = "\n".join(_row(row) for row in rows)
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+
+
+def _row(cells: list[str]) -> str:
+    mark = ' class="chosen"' if cells[0] == "cascade" else ""
+    return f"<tr{mark}>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
+
+
+def _targets(record: Record) -> str:
+    classes = {True: "met", False: "missed", None: ""}
+    return _list([f'<span class="{classes[t.met]}">{escape(target_text(t))}</span>' for t in record.targets])
+
+
+def _method(record: Record) -> str:
+    precision = ", ".join(f"{k} {100 * v:.0f} %" for k, v in record.engine.get("precision", {}).items())
+    read_back = f" Precision that really ran: {precision}." if precision else ""
+    return f"{record.scenario}{read_back}" + (f" Command: {record.command}" if record.command else "")
+
+
+def _cascade(record: Record, cascade: Variant, data: Path) -> list[str]:
+    return [
+        _section("Latency of the cascade", plots.distribution(cascade)),
+        _section("Where images leave", plots.shares(cascade, record.labels, record.classes)),
+        _section("Images that left early and late", _thumbnails(record, cascade, data)),
+    ]
+
+
+def _thumbnails(record: Record, cascade: Variant, data: Path) -> str:
+    """Some images of each exit, spread over the test part, so over its classes."""
+    parts = []
+    for exit_ in sorted(set(cascade.exits)):
+        left = [i for i, e in enumerate(cascade.exits) if e == exit_]
+        chosen = left[:: -(-len(left) // THUMBNAILS)]
+        figures = "\n".join(_figure(record, cascade, i, data) for i in chosen)
+        parts.append(f'<p>Exit {exit_}: {len(left)} images</p>\n<div class="thumbs">\n{figures}\n</div>')
+    return "\n".join(parts)
+
+
+def _figure(record: Record, cascade: Variant, index: int, data: Path) -> str:
+    truth, answer = record.classes[record.labels[index]], record.classes[cascade.answers[index]]
+    right = truth == answer
+    said = escape(truth) if right else f"{escape(truth)}, answered {escape(answer)}"
+    image = ImageOps.fit(open_image(data / record.images[index]), (SIDE, SIDE))
+    out = io.BytesIO()
+    image.save(out, format="JPEG", quality=80)
+    source = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+    mark = "" if right else ' class="wrong"'
+    picture = f'<img src="{source}" alt="{escape(record.images[index])}">'
+    return f"<figure{mark}>{picture}<figcaption>{said}</figcaption></figure>"

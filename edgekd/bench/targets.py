@@ -1,0 +1,83 @@
+"""Figures derived from a record: what was to be reached, and what to be wary of."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from edgekd.bench.latency import UNSTABLE
+from edgekd.bench.record import Record, Target, Variant
+
+FASTER = 6.0
+"""Cascade against the plain network in ONNX Runtime FP32, times."""
+ACCURACY_DROP = 0.5
+"""Cascade below the ensemble of all exits, points."""
+STAGED = 1.10
+"""Cascade that nobody leaves against the monolithic engine, times."""
+OVERHEAD_MS = 0.2
+"""Python around the compiled graphs at batch 1, an image."""
+
+
+def targets(record: Record) -> tuple[Target, ...]:
+    """The ratios of mean latency at batch 1, the cascade's accuracy and the overhead, each against its limit."""
+    cascade, full, never = map(record.find, ("cascade", "full", "no-leaving"))
+    found = []
+    if cascade:
+        found += [_faster(cascade, other) for other in record.variants if other.against]
+        found.append(_at_most("Python around the engine, an image", cascade.overhead_ms, "ms", OVERHEAD_MS))
+    if cascade and full:
+        drop = 100 * (full.metrics.accuracy - cascade.metrics.accuracy)
+        found.append(_at_most("cascade's accuracy below that of all exits together", drop, "points", ACCURACY_DROP))
+    if never and full:
+        value, rounds = ratio(never, full)
+        found.append(_at_most("cascade that nobody leaves / monolithic engine", value, "×", STAGED, rounds))
+    return tuple(found)
+
+
+def ratio(slow: Variant, fast: Variant) -> tuple[float, tuple[float, ...]]:
+    """Mean latency at batch 1 of one over the other: of all queries, and in each round."""
+    pairs = zip(slow.timings[0].samples_ms, fast.timings[0].samples_ms)
+    return slow.at(1).mean / fast.at(1).mean, tuple(fmean(a) / fmean(b) for a, b in pairs)
+
+
+def _faster(cascade: Variant, other: Variant) -> Target:
+    """Judged only against the same network without exits, run as a user would run it today."""
+    value, rounds = ratio(other, cascade)
+    name = f"cascade faster than {other.name} ({other.network}, {other.engine})"
+    judged = cascade.network == f"multi-exit-{other.network}" and other.engine == "onnxruntime fp32"
+    return Target(name, value, "×", rounds, *((FASTER, value >= FASTER, "≥") if judged else ()))
+
+
+def _at_most(name: str, value: float, unit: str, limit: float, rounds: tuple[float, ...] = ()) -> Target:
+    return Target(name, value, unit, rounds, limit, value <= limit)
+
+
+def target_text(t: Target) -> str:
+    """Figure, range over the rounds, limit, met or not."""
+    spread = f" (rounds {min(t.rounds):.2f} to {max(t.rounds):.2f})" if len(t.rounds) > 1 else ""
+    verdict = "" if t.met is None else f"; asked {t.sign} {t.limit:g}: {'met' if t.met else 'NOT met'}"
+    return f"{t.name}: {t.value:.2f} {t.unit}{spread}{verdict}"
+
+
+def warnings(record: Record) -> tuple[str, ...]:
+    """What a reader of the numbers has to know."""
+    found = []
+    shaky = [
+        f"{v.name} ({100 * v.at(b).cv:.0f} %, batch {b})"
+        for v in record.variants
+        for b in record.batches
+        if v.at(b).cv > UNSTABLE and (b == 1 or len(set(v.exits)) == 1)  # batches of a cascade differ in work
+    ]
+    if shaky:
+        found.append(f"unstable, coefficient of variation over {100 * UNSTABLE:g} %: {', '.join(shaky)}")
+    if record.load_before[0] > record.host.cores / 2:
+        found.append(f"the machine was busy before the start: load average {record.load_before[0]:g}")
+    if record.split["leaking"]:
+        found.append(
+            f"{record.split['leaking']} of {record.split['groups']} pictures have pieces on both sides of the split, "
+            "so accuracy is flattered"
+        )
+    if not record.policy.is_tuned:
+        found.append("no exit thresholds, so no cascade was measured; edgekd tune sets them")
+    if record.idle_watts is None:
+        found.append("energy: not measured (no RAPL counter that this user may read)")
+    return tuple(found)

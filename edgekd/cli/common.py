@@ -1,0 +1,104 @@
+"""What the commands share: options, progress, the images they are given."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from edgekd.artifact import Part, Split
+
+DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a run folder remembers its own.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
+OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
+SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
+ProtocolOption = Annotated[str, typer.Option(help="Shipped protocol or a .toml file.")]
+WeightsOption = Annotated[str | None, typer.Option(help="First weights: hub, none, a file or a run folder.")]
+EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the input in pixels.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of split, first weights and augmentation.")]
+SplitOption = Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")]
+FoldOption = Annotated[int | None, typer.Option(help="Which fold of kfold is the test part.")]
+GroupOption = Annotated[
+    str | None, typer.Option(help="none, cluster (SIPaKMeD), slide (Kather 2016), or a regular expression.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+BadOption = Annotated[bool, typer.Option("--leave-out-bad", help="Train without the images that cannot be used.")]
+DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no result."""
+    sys.stderr.write(text + "\n")
+
+
+@contextlib.contextmanager
+def bar(what: str) -> Iterator[Callable[..., None]]:
+    """A progress bar with rate and time left; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = Progress(
+        *columns, TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal
+    )
+    task = shown.add_task(what, total=None, note="", visible=False)
+
+    def update(done: int, total: int, loss: float | None = None) -> None:
+        if not shown.disable and not shown.live.is_started:
+            shown.start()
+        speed = shown.tasks[0].speed
+        note = (f"{speed:.1f}/s" if speed else "") + (f" loss {loss:.3f}" if loss is not None else "")
+        shown.update(task, completed=done, total=total, note=note, visible=True)
+        if done == total:  # two bars cannot be shown at once
+            shown.stop()
+
+    try:
+        yield update
+    finally:
+        shown.stop()
+
+
+def next_command(command: str) -> None:
+    """Every command ends by saying what comes next."""
+    typer.echo(f"next: {command}")
+
+
+def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:
+    """The split given, or all images under `data` as its test part."""
+    from edgekd.artifact import Item, read_split
+    from edgekd.artifact import Split as SplitType
+
+    if split is not None:
+        found = read_split(split)
+        if found.classes != classes:
+            raise DataError(
+                f"{split} has the classes {', '.join(found.classes)}; the network knows {', '.join(classes)}",
+                fix="give the split of the run that the network comes from",
+            )
+        return found
+    from edgekd.data.folders import check, scan  # light modules: no torch
+
+    checked = check(scan(data, classes=classes))
+    items = tuple(Item(f.path, f.label) for f in checked.folder.items)
+    return SplitType(classes, {"test": items}, "whole folder", 0, "none", 0, 0, checked.fingerprint)
+
+
+def part_named(name: str) -> Part:
+    """`train`, `val` or `test`."""
+    if name in ("train", "val", "test"):
+        return name  # type: ignore[return-value]
+    raise ConfigError(f"--part {name}: no such part", fix="known: train, val, test")

@@ -1,0 +1,39 @@
+"""`edgekd demo`: the whole path on synthetic cells, in minutes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgekd.errors import ArtifactError
+
+STEPS = """
+data synthetic --out {out}/cells
+train --data {out}/cells --model resnet18 --protocol demo --out {out}/teacher
+distill --data {out}/cells --teacher {out}/teacher --protocol demo --weights {out}/teacher --out {out}/student
+evaluate {out}/student
+export {out}/teacher --out {out}/teacher.onnx
+export {out}/student --out {out}/student.onnx
+compile {out}/student.onnx --recipe int8 --data {out}/cells --split {out}/student/split.json --out {out}/student.engine
+tune {out}/student.engine --data {out}/cells --split {out}/student/split.json --max-accuracy-drop 1
+bench {out}/student.engine --data {out}/cells --split {out}/student/split.json \
+--against plain-resnet18={out}/teacher.onnx --out {out}/record.json
+"""
+
+
+def demo(out: Annotated[Path, typer.Option(help="A new folder for everything that is made.")] = Path("demo")) -> None:
+    """The whole path on synthetic cells: each command is printed before it runs."""
+    if out.exists() and any(out.iterdir()):
+        raise ArtifactError(f"{out} is not empty", fix="remove it, or choose another --out")
+    for step in STEPS.strip().splitlines():
+        words = [word.format(out=out) for word in shlex.split(step)]
+        typer.secho(f"\n$ edgekd {shlex.join(words)}", bold=True)
+        code = subprocess.run([sys.executable, "-m", "edgekd", *words], check=False).returncode
+        if code:
+            raise typer.Exit(code)
+    typer.echo(f"\nopen {out}/record.html")

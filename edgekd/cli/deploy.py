@@ -1,0 +1,321 @@
+"""Commands that run without torch: compile, tune, predict, bench, compare, devices and doctor."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekd.cli.common import (
+    DataOption,
+    OutOption,
+    SetOption,
+    SplitFile,
+    ThreadsOption,
+    bar,
+    next_command,
+    read_or_scan,
+    say,
+)
+from edgekd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from edgekd import Classifier, Prediction
+    from edgekd.engines import Attempt
+    from edgekd.runtime.tune import Tuned
+
+OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, for calibration and the accuracy gate.")]
+
+
+def compile_(
+    source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
+    recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, or a .toml file.")] = "fp32",
+    backend: Annotated[str, typer.Option(help="auto, onnxruntime or openvino.")] = "auto",
+    device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
+    data: OptionalData = None,
+    split: SplitFile = None,
+    out: Annotated[Path | None, typer.Option(help="Engine folder; STUDENT.engine if not given.")] = None,
+    threads: ThreadsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """student.onnx to student.engine/: built, checked on the validation split and timed on this machine."""
+    from edgekd import specs
+    from edgekd.artifact import read_onnx, read_split
+    from edgekd.engines import Recipe, compile_engine
+    from edgekd.engines.device import require_local
+    from edgekd.runtime.images import load_part
+
+    require_local(device)
+    out = out or source.with_suffix(".engine")
+    asked = specs.load(Recipe, "compile", recipe, overrides=specs.parse_overrides(set_ or []))
+    if (data is None) != (split is None):
+        raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
+    calibration = validation = None
+    with bar("read images") as progress:
+        if data is not None and split is not None:
+            card, found = read_onnx(source)[1], read_split(split)
+            common = {"data": data, "preprocess": card.preprocess, "progress": progress}
+            validation = load_part(found, "val", **common)
+            if asked.precision == "int8":
+                calibration = load_part(found, "train", limit=asked.calibration_images, **common)[0]
+    with bar("compile") as progress:
+        manifest, attempts = compile_engine(
+            source,
+            out,
+            recipe=asked,
+            backend=backend,
+            calibration=calibration,
+            validation=validation,
+            threads=threads,
+            progress=progress,
+        )
+    typer.echo(_attempts(attempts))
+    ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
+    typer.echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.precision}, ran {ran}")
+    for note in manifest.notes:
+        typer.echo(f"note: {note}")
+    images = f" --data {data} --split {split}" if data else " --data … --split …"
+    next_command(f"edgekd tune {out}{images} --max-accuracy-drop 0.3")
+
+
+def _attempts(attempts: Iterable[Attempt]) -> str:
+    from edgekd.bench.accuracy import aligned
+
+    rows = [("backend", "ms at batch 1", "accuracy drop (points)", "remarks")]
+    for a in attempts:
+        ms = "–" if a.batch1_ms is None else f"{a.batch1_ms:.2f}"
+        drop = "unchecked" if a.drop is None else f"{a.drop:.2f}"
+        rows.append((a.backend, ms, drop if a.ok else "refused", a.note.splitlines()[0] if a.note else ""))
+    return aligned(rows)
+
+
+def tune(
+    engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE")],
+    data: DataOption,
+    split: Annotated[Path, typer.Option(help="split.json, or the run folder that holds it.")],
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Points below the ensemble; the fastest within.")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Mean ms an image; the most accurate within.")] = None,
+    confidence: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
+    average: Annotated[str, typer.Option(help="own: the exit's probabilities; mean: over the exits so far.")] = "mean",
+    threads: ThreadsOption = None,
+) -> None:
+    """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
+    from edgekd.artifact import MANIFEST
+    from edgekd.engines import open_engine
+    from edgekd.runtime.images import load_part
+    from edgekd.runtime.tune import save_tuned
+    from edgekd.runtime.tune import tune as search
+
+    if not (engine / MANIFEST).is_file():
+        raise ConfigError(f"{engine} is no engine", fix="thresholds belong to an engine: edgekd compile first")
+    opened = open_engine(engine, threads=threads)
+    chosen = read_or_scan(data, split, opened.card.classes)
+    with bar("read images") as progress:
+        images, labels = load_part(chosen, "val", data=data, preprocess=opened.card.preprocess, progress=progress)
+    with bar("tune") as progress:
+        tuned = search(
+            opened,
+            images,
+            labels,
+            max_accuracy_drop=max_accuracy_drop,
+            latency_ms=latency_ms,
+            confidence=confidence,  # type: ignore[arg-type]  # checked by the policy
+            average=average,  # type: ignore[arg-type]
+            progress=progress,
+        )
+    goal = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
+    asked = {k: v for k, v in goal.items() if v is not None}
+    save_tuned(engine, tuned, {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint})
+    typer.echo(_curve(tuned))
+    next_command(f"edgekd bench {engine} --suite quick --data {data} --split {split} --out record.json")
+
+
+def _curve(tuned: Tuned) -> str:
+    """The trade-off curve and the setting that was taken."""
+    from edgekd.bench.accuracy import aligned
+
+    rows = [("expected ms", "accuracy %", "leave at exit (%)", "thresholds")]
+    for point in tuned.curve:
+        rows.append(_point(point["latency_ms"], point["accuracy"], point["shares"], point["thresholds"]))
+    rows.append(("", "", "", ""))
+    rows.append(_point(tuned.latency_ms, tuned.accuracy, tuned.shares, tuned.policy.thresholds))
+    lost = 100 * (tuned.ensemble_accuracy - tuned.accuracy)
+    return (
+        aligned(rows)
+        + f"\ntaken: the last line; {lost:+.2f} points lost to the ensemble's {tuned.ensemble_accuracy:.2%} "
+        + f"(standard error {100 * tuned.accuracy_error:.2f}) on the validation images"
+    )
+
+
+def _point(
+    ms: float, accuracy: float, shares: Iterable[float], thresholds: Iterable[float]
+) -> tuple[str, str, str, str]:
+    leave = " / ".join(f"{100 * s:.0f}" for s in shares)
+    return f"{ms:.3f}", f"{100 * accuracy:.2f}", leave, " ".join("never" if t > 1 else f"{t:.4f}" for t in thresholds)
+
+
+def predict(
+    engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")],
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
+    strategy: Annotated[str | None, typer.Option(help="cascade, full or final.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Labels for images and folders of images; files that cannot be used are named and the exit code is 1."""
+    from edgekd import Classifier
+
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv", fix="give one of them")
+    classifier = Classifier(engine, strategy=strategy, threads=threads)  # type: ignore[arg-type]  # checked there
+    answers: dict[Path, Prediction] = {}
+    bad: list[str] = []
+    files = _files(images)
+    with bar("predict") as progress:
+        for start in range(0, len(files), classifier.batch_size):
+            _predict(classifier, files[start : start + classifier.batch_size], answers, bad)
+            progress(len(answers) + len(bad), len(files))
+    _print(answers, as_json=as_json, as_csv=as_csv)
+    if bad:
+        raise DataError("\n".join(bad), fix="the other images were answered")
+
+
+def _files(sources: list[Path]) -> list[Path]:
+    from edgekd.runtime.preprocess import EXTENSIONS
+
+    found: list[Path] = []
+    for source in sources:
+        if not source.is_dir():
+            found.append(source)
+            continue
+        inside = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+        if not inside:
+            raise DataError(f"no images in {source}", fix="give a folder with images, or image files")
+        found += inside
+    return found
+
+
+def _predict(classifier: Classifier, files: list[Path], answers: dict[Path, Prediction], bad: list[str]) -> None:
+    """A batch at once; one by one if a file in it cannot be used."""
+    try:
+        answers.update(zip(files, classifier.predict(list(files))))
+    except DataError as error:
+        if len(files) == 1:
+            bad.append(error.what)
+            return
+        for file in files:
+            _predict(classifier, [file], answers, bad)
+
+
+def _print(answers: dict[Path, Prediction], *, as_json: bool, as_csv: bool) -> None:
+    from edgekd.bench.accuracy import aligned
+
+    rows = [{"file": str(f), **dataclasses.asdict(p), "exit": f"exit_{p.exit}"} for f, p in answers.items()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("file", "label", "confidence", "exit"))
+        writer.writerows((r["file"], r["label"], f"{r['confidence']:.4f}", r["exit"]) for r in rows)
+    elif rows:
+        table = [(r["file"], r["label"], f"{r['confidence']:.3f}", r["exit"]) for r in rows]
+        typer.echo(aligned([("file", "label", "confidence", "left at"), *table]))
+
+
+def bench(
+    engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")],
+    data: DataOption,
+    out: OutOption,
+    split: SplitFile = None,
+    suite: Annotated[str, typer.Option(help="quick, full, or a .toml file.")] = "quick",
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="Another network: ONNX (ONNX Runtime FP32) or engine.")
+    ] = None,
+    set_: SetOption = None,
+    report: Annotated[bool, typer.Option(help="Write the HTML page (needs matplotlib).")] = True,
+) -> None:
+    """Latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
+    from edgekd import specs
+    from edgekd.artifact import atomic_write
+    from edgekd.bench.record import refuse_existing, write_record
+    from edgekd.bench.suite import Suite
+    from edgekd.bench.suite import bench as measure
+    from edgekd.bench.tables import markdown, to_csv
+    from edgekd.engines import open_engine
+
+    refuse_existing(out)
+    asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
+    others = dict(_named(pair) for pair in against or [])
+    chosen = read_or_scan(data, split, open_engine(engine).card.classes)
+    with bar("bench") as progress:
+        record = measure(
+            engine, suite=asked, data=data, split=chosen, against=others, command=_command(), progress=progress
+        )
+    write_record(out, record)
+    text = markdown(record)
+    atomic_write(out.with_suffix(".md"), text.encode())
+    atomic_write(out.with_suffix(".csv"), to_csv(record).encode())
+    typer.echo(text)
+    if report:
+        from edgekd.bench.report import write_report
+
+        write_report(record, out.with_suffix(".html"), data=data)
+        typer.echo(f"report: {out.with_suffix('.html')}")
+    next_command(f"edgekd compare {out} other.json")
+
+
+def _named(pair: str) -> tuple[str, Path]:
+    name, sign, path = pair.partition("=")
+    if not (name and sign and path):
+        raise ConfigError(f"--against {pair} is not NAME=PATH", fix="for example --against plain=plain.onnx")
+    return name, Path(path)
+
+
+def _command() -> str:
+    """The command line, its paths cut to their names: a record is made to be passed on."""
+    words = [
+        f"{k}={Path(v).name}" if (k, v) != (w, "") else Path(w).name
+        for w in sys.argv[1:]
+        for k, _, v in [w.partition("=")]
+    ]
+    return shlex.join(["edgekd", *words])
+
+
+def compare(
+    records: Annotated[list[Path], typer.Argument(metavar="RECORD.JSON")],
+    force: Annotated[bool, typer.Option("--force", help="Compare in spite of differences.")] = False,
+) -> None:
+    """One table from records, or a refusal that names what differs."""
+    from edgekd.bench.compare import compare as table
+    from edgekd.bench.record import read_record
+
+    typer.echo(table({str(path): read_record(path) for path in records}, force=force))
+
+
+def devices() -> None:
+    """The devices that edgekd knows."""
+    from edgekd.bench.accuracy import aligned
+    from edgekd.engines.device import table
+
+    typer.echo(aligned(table()))
+
+
+def doctor() -> None:
+    """What is installed, and whether each backend builds and runs a small graph."""
+    from edgekd.engines.doctor import report
+
+    lines, healthy = report()
+    for line in lines:
+        typer.echo(line)
+    if not healthy:
+        say("error: a backend that is installed does not work")
+        raise typer.Exit(1)

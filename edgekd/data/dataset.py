@@ -1,0 +1,113 @@
+"""Batches of a split's images, the same ones whatever the number of workers, the order or the restarts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from edgekd.artifact import Item
+from edgekd.data.transforms import Augment, augmented
+from edgekd.errors import ConfigError
+from edgekd.runtime.preprocess import Preprocess, open_image
+
+Sample: TypeAlias = tuple[torch.Tensor, int, int]
+Key: TypeAlias = tuple[int, int]
+
+
+class ImageSet(Dataset[Sample]):
+    """The images of one part. `set[epoch, index]` is (float32 (3, H, W), label, index).
+
+    Augmentation is a function of (seed, epoch, index) alone; without it the epoch does not matter.
+
+    Raises:
+        DataError: a file that cannot be read; it is named.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        data: Path,
+        preprocess: Preprocess,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.items = tuple(items)
+        self.data = data
+        self.preprocess = preprocess
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key
+        item = self.items[index]
+        image = open_image(self.data / item.path)
+        if self.augment is None:
+            pixels = self.preprocess(image)
+        else:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            pixels = augmented(image, self.augment, self.preprocess, rng)
+        return torch.from_numpy(pixels), item.label, index
+
+
+class EpochSampler(Sampler[Key]):
+    """(epoch, index) pairs for one of `world` processes, as many for each.
+
+    The order is a function of (seed, epoch). Where `count` does not divide by `world`, the first samples of the order
+    come again at its end, to be dropped by their index in an evaluation.
+    """
+
+    def __init__(self, count: int, *, seed: int = 0, rank: int = 0, world: int = 1, shuffle: bool = True) -> None:
+        self.count = count
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.world)
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.arange(self.count)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        mine = np.resize(order, len(self) * self.world)[self.rank :: self.world]
+        return iter([(self.epoch, int(index)) for index in mine])
+
+
+def loader(
+    images: ImageSet, *, batch_size: int, sampler: EpochSampler, workers: int = 0, drop_last: bool = False
+) -> DataLoader[Sample]:
+    """Batches (float32 (N, 3, H, W), labels (N,), indices (N,)), read by `workers` processes that stay alive.
+
+    Raises:
+        ConfigError: dropping the last, smaller batch would leave none.
+    """
+    if drop_last and len(sampler) < batch_size:
+        raise ConfigError(
+            f"{len(sampler)} training images a process do not fill a batch of {batch_size}",
+            fix=f"use --set batch_size={max(1, len(sampler) // 2)} or fewer",
+        )
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )

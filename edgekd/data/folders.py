@@ -1,0 +1,253 @@
+"""Find the labelled images in a folder, and look at every one before anything is trained on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from edgekd.artifact import Part
+from edgekd.errors import DataError, nearest
+from edgekd.runtime.preprocess import EXTENSIONS, open_image
+
+log = logging.getLogger(__name__)
+
+PARTS: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+BYSTANDERS = frozenset({"", ".csv", ".dat", ".db", ".ini", ".json", ".md", ".txt", ".xml"})
+"""Files of these kinds lie beside images everywhere: passed over and counted, as hidden ones are."""
+SHOWN = 20
+"""Lines of a list that an error prints before it says how many more there are."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """One image file: posix path relative to the data folder, class index, and the part its folder puts it in."""
+
+    path: str
+    label: int
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What `scan` found. bad: files that cannot be used, and why. ignored: how many files were passed over."""
+
+    root: Path
+    classes: tuple[str, ...]
+    items: tuple[Found, ...]
+    bad: Mapping[str, str]
+    ignored: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder whose images can all be used. fingerprint: SHA-256 over their paths and decoded pixels."""
+
+    folder: Folder
+    left_out: dict[str, str]
+    fingerprint: str
+
+
+def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
+    """Find the images in class folders, with or without train/, val/ and test/ above those.
+
+    A class folder is searched to its bottom. In SIPaKMeD's original layout im_X/im_X/CROPPED is class X, and the
+    cluster images beside CROPPED are left out.
+    classes: those of a network that will be evaluated here; without it, the folders' names in sorted order.
+
+    Raises:
+        DataError: no folder, nothing in it, a single class, class folders without images, or unknown classes.
+    """
+    if not data.is_dir():
+        raise DataError(f"no folder at {data}", fix="give --data the folder that holds one folder per class")
+    tops = _tops(data)
+    folders = [(part, name, path) for part, top in tops for name, path in _class_folders(top)]
+    names = _class_names(data, folders, classes)
+    sorted_out = _Sorting(data)
+    empty = [path for part, name, path in folders if not sorted_out.add(path, names.index(name), part)]
+    if empty:
+        raise DataError(f"no images in {some(map(str, empty))}", fix="fill or remove these class folders")
+    for top in dict.fromkeys((data, *(top for _, top in tops))):
+        sorted_out.loose(top)
+    return Folder(data, names, tuple(sorted_out.items), sorted_out.bad, sorted_out.ignored)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+
+
+def _tops(data: Path) -> list[tuple[Part | None, Path]]:
+    """The folders that hold class folders: train/, val/ and test/, else `data` itself."""
+    folders = [p for p in _visible(data) if p.is_dir()]
+    brought = [p for p in folders if p.name.lower() in PARTS and any(c.is_dir() for c in _visible(p))]
+    if not brought:
+        return [(None, data)]
+    if strangers := [p.name for p in folders if p not in brought]:
+        raise DataError(
+            f"{data} has {some(strangers)} beside {some(p.name for p in brought)}",
+            fix="leave only train/, val/ and test/ there, or only class folders",
+        )
+    return [(PARTS[p.name.lower()], p) for p in brought]
+
+
+def _class_folders(top: Path) -> Iterator[tuple[str, Path]]:
+    for folder in filter(Path.is_dir, _visible(top)):
+        cropped = [p for p in (folder / folder.name / "CROPPED", folder / "CROPPED") if p.is_dir()]
+        if folder.name.startswith("im_") and cropped:
+            yield folder.name.removeprefix("im_"), cropped[0]
+        else:
+            yield folder.name, folder
+
+
+def _class_names(
+    data: Path, folders: Sequence[tuple[Part | None, str, Path]], known: Sequence[str] | None
+) -> tuple[str, ...]:
+    if not folders:
+        raise DataError(f"{data} has no class folders", fix="put the images of each class in a folder of its own")
+    found = {name for _, name, _ in folders}
+    trained = {name for part, name, _ in folders if part in (None, "train")}
+    names = tuple(known) if known is not None else tuple(sorted(trained or found))
+    if unknown := sorted(found - set(names)):
+        where = [str(path) for _, name, path in folders if name == unknown[0]]
+        raise DataError(f"unknown class {some(map(repr, unknown))} in {where[0]}", fix=nearest(unknown[0], names))
+    if len(names) < 2:
+        raise DataError(f"{data} has one class only: {names[0]}", fix="give --data the folder above the class folders")
+    return names
+
+
+class _Sorting:
+    """Files sorted into images, bad ones and bystanders."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.items: list[Found] = []
+        self.bad: dict[str, str] = {}
+        self.ignored = 0
+
+    def add(self, folder: Path, label: int, part: Part | None) -> int:
+        """Take everything under a class folder; the number of images is returned."""
+        before = len(self.items)
+        for root, folders, files in os.walk(folder):
+            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+            for file in sorted(files):
+                self._file(Path(root, file), label, part)
+        return len(self.items) - before
+
+    def _file(self, path: Path, label: int, part: Part | None) -> None:
+        kind = path.suffix.lower()
+        if kind in EXTENSIONS and not path.name.startswith("."):
+            self.items.append(Found(_name(path, self.data), label, part))
+        elif kind in BYSTANDERS or path.name.startswith("."):
+            self.ignored += 1
+        else:
+            self.bad[_name(path, self.data)] = f"not an image (*{kind})"
+
+    def loose(self, top: Path) -> None:
+        """Complain of images that lie beside the class folders."""
+        for path in filter(Path.is_file, _visible(top)):
+            if path.suffix.lower() in EXTENSIONS:
+                self.bad[_name(path, self.data)] = "in no class folder"
+            else:
+                self.ignored += 1
+
+
+def _name(path: Path, data: Path) -> str:
+    name = path.relative_to(data).as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name of {name!r} in {data} is not UTF-8", fix="rename it") from None
+    return name
+
+
+def some(names: Iterable[str]) -> str:
+    """`a, b, c and 17 more`, at most SHOWN of them."""
+    listed = list(names)
+    more = len(listed) - SHOWN
+    return ", ".join(listed[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | None = None) -> Checked:
+    """Decode every image once; name everything that is unreadable, empty, animated, too small or large, or a copy.
+
+    Copies are found by their pixels as 8-bit RGB. Of copies with one label the first stays, a test image before a
+    training image, so that what is left out never changes what is measured on; copies under two labels all go.
+
+    Raises:
+        DataError: files that cannot be used (unless leave_out_bad), or a class that has none left without them.
+    """
+    hashes, bad = _decode(folder, progress)
+    bad = {**folder.bad, **bad, **_copies(folder, hashes)}
+    if bad and not leave_out_bad:
+        lines = [f"  {path}: {reason}" for path, reason in sorted(bad.items())]
+        more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise DataError(
+            "\n".join([f"{len(bad)} of the files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
+            fix="mend or remove them, or leave them out with --leave-out-bad",
+        )
+    items = tuple(item for item in folder.items if item.path not in bad)
+    if gone := {i.label for i in folder.items} - {i.label for i in items}:
+        classes = some(folder.classes[label] for label in sorted(gone))
+        raise DataError(f"no usable image is left of {classes}", fix="mend the files, or remove the class folder")
+    if bad:
+        log.warning("%d of the files in %s are left out", len(bad), folder.root)
+    return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, hashes))
+
+
+def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Pixel hashes of the images that can be decoded, and reasons for those that cannot."""
+    hashes, bad = {}, {}
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(partial(_pixel_hash, folder.root), folder.items)
+        for done, (item, (digest, reason)) in enumerate(zip(folder.items, results), 1):
+            if reason:
+                bad[item.path] = reason
+            else:
+                hashes[item.path] = digest
+            if progress:
+                progress(done, len(folder.items))
+    return hashes, bad
+
+
+def _pixel_hash(root: Path, item: Found) -> tuple[str, str]:
+    path = root / item.path
+    if path.is_file() and not path.stat().st_size:
+        return "", "empty"
+    try:
+        image = open_image(path)
+    except DataError as error:
+        return "", error.what.removeprefix(f"{path}: ")
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), ""
+
+
+def _copies(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
+    same: dict[str, list[Found]] = defaultdict(list)
+    order: list[Part | None] = ["test", "val", "train", None]
+    for item in sorted(folder.items, key=lambda i: order.index(i.part)):
+        if item.path in hashes:
+            same[hashes[item.path]].append(item)
+    bad = {}
+    for items in same.values():
+        for item in items:
+            other = next((o for o in items if o.label != item.label), items[0])
+            if other is not item:
+                bad[item.path] = _same_as(other, item, folder.classes)
+    return bad
+
+
+def _same_as(other: Found, item: Found, classes: Sequence[str]) -> str:
+    label = f", labelled {classes[other.label]}" if other.label != item.label else ""
+    return f"same picture as {other.path}{label}"
+
+
+def _fingerprint(items: Iterable[Found], hashes: Mapping[str, str]) -> str:
+    lines = sorted(f"{item.path} {hashes[item.path]}\n" for item in items)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,31 @@
+"""Knowledge distillation from a teacher to every exit (Hinton et al., arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgekd.distill import Loss, Settings, method
+from edgekd.models.multi_exit import Outputs
+
+
+def soft_kl(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)), mean over the batch, in FP32.
+
+    student, teacher: logits (B, C). The factor tau^2 keeps gradients of one size when tau changes.
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+@method("kd", teacher=True)
+def kd(settings: Settings) -> Loss:
+    """Sum over exits of `soft_kl` against the teacher, times kd_weight."""
+
+    def loss(out: Outputs, teacher: Tensor | None, target: Tensor) -> Tensor:
+        assert teacher is not None
+        each = [soft_kl(s, teacher.detach(), temperature=settings.temperature) for s in out.logits]
+        return settings.kd_weight * sum(each[1:], start=each[0])
+
+    return loss

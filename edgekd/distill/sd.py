@@ -1,0 +1,32 @@
+"""Self-distillation: the deepest exit teaches the shallow ones (Gao et al. 2022; BYOT, arXiv 1905.08094)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgekd.distill import Loss, Settings, method
+from edgekd.distill.kd import soft_kl
+from edgekd.models.multi_exit import Outputs
+
+
+def self_distillation(out: Outputs, *, temperature: float, feature_weight: float) -> Tensor:
+    """Sum over shallow exits m < n of soft_kl(S_m, sg S_n) + feature_weight * MSE(F_m, sg F_n), in FP32.
+
+    sg stops the gradient; the MSE is the mean over all elements of the pooled features (B, D).
+    """
+    deepest, feature = out.logits[-1].detach(), out.features[-1].detach().float()
+    total = deepest.new_zeros((), dtype=feature.dtype)
+    for logits, shallow in zip(out.logits[:-1], out.features[:-1]):
+        total = total + soft_kl(logits, deepest, temperature=temperature)
+        total = total + feature_weight * F.mse_loss(shallow.float(), feature)
+    return total
+
+
+@method("sd")
+def sd(settings: Settings) -> Loss:
+    """`self_distillation` with the settings' temperature and feature_weight, times sd_weight."""
+    return lambda out, teacher, target: (
+        settings.sd_weight
+        * self_distillation(out, temperature=settings.temperature, feature_weight=settings.feature_weight)
+    )

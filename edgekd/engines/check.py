@@ -1,0 +1,143 @@
+"""What a freshly built engine has to show: logits near student.onnx's, accuracy, the precision asked for, times."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.engines.backends import find_backend
+from edgekd.engines.engine import Engine
+from edgekd.engines.recipe import Recipe
+from edgekd.errors import BackendError, GateError
+from edgekd.runtime.preprocess import Array
+
+Labels: TypeAlias = npt.NDArray[np.int64]
+FP32_TOLERANCE = 1e-3
+"""Largest difference of logits that an fp32 engine may have from ONNX Runtime FP32."""
+WARM_UP = 3
+"""Rounds that are thrown away; the first compiles what is compiled on first use."""
+TIMING_S = 0.4
+"""How long one batch size is timed, all stages and the monolithic graph together."""
+
+
+def check(
+    engine: Engine, validation: tuple[Array, Labels] | None, float_logits: Array | None, *, recipe: Recipe
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parity and accuracy of an engine: the worse of its stages, its monolithic and its final graph.
+
+    validation: images (N, 3, H, W) and labels (N,). float_logits: (E, N, C), student.onnx's. Both or none.
+
+    Raises:
+        GateError: logits that are not finite, an fp32 engine that differs, or an exit that loses too much.
+    """
+    if validation is None or float_logits is None:
+        return {}, {}
+    images, labels = validation
+    staged, monolithic = engine.staged_logits(images), engine.logits(images)
+    final = np.concatenate([engine.final(images[i : i + 32])[-1] for i in range(0, len(images), 32)])
+    ways = [staged, monolithic, np.concatenate([staged[:-1], final[None]])]
+    parity = {
+        "max_abs_logit_difference": np.max([_difference(way, float_logits) for way in ways], axis=0).tolist(),
+        "staged_to_monolithic": float(np.abs(staged - monolithic).max()),
+    }
+    _check_parity(engine, parity["max_abs_logit_difference"], exact=recipe.precision == "fp32")
+    accuracy = {
+        "validation_images": len(labels),
+        "float": _accuracies(float_logits, labels),
+        "engine": np.min([_accuracies(way, labels) for way in ways], axis=0).tolist(),
+    }
+    _check_accuracy(engine, accuracy, limit=recipe.max_accuracy_drop)
+    return parity, accuracy
+
+
+def _difference(logits: Array, reference: Array) -> Array:
+    return np.asarray(np.abs(logits - reference).max(axis=(1, 2)))
+
+
+def _check_parity(engine: Engine, differences: list[float], *, exact: bool) -> None:
+    limit = FP32_TOLERANCE if exact else np.inf
+    for name, difference in zip(engine.card.outputs, differences):
+        if not (np.isfinite(difference) and difference <= limit):
+            what = f"{engine.name}: {name} differs from student.onnx by {difference:.2e} (limit {limit:.0e})"
+            raise GateError(what, fix="try another backend, and please report this network")
+
+
+def _accuracies(logits: Array, labels: Labels) -> list[float]:
+    return [float((exit_logits.argmax(axis=1) == labels).mean()) for exit_logits in logits]
+
+
+def drops(accuracy: dict[str, Any]) -> list[float]:
+    """Percentage points that each exit lost."""
+    return [100 * (a - b) for a, b in zip(accuracy["float"], accuracy["engine"])]
+
+
+def _check_accuracy(engine: Engine, accuracy: dict[str, Any], *, limit: float) -> None:
+    lost = drops(accuracy)
+    if max(lost) <= limit:
+        return
+    rows = [
+        f"  {name:<8} {100 * a:7.2f} {100 * b:7.2f} {drop:+7.2f} {limit:7.2f}{'  <' if drop > limit else ''}"
+        for name, a, b, drop in zip(engine.card.outputs, accuracy["float"], accuracy["engine"], lost)
+    ]
+    raise GateError(
+        f"{engine.name} loses too much accuracy on {accuracy['validation_images']} validation images (%, points):\n"
+        + "\n".join([f"  {'exit':<8} {'float':>7} {'engine':>7} {'drop':>7} {'limit':>7}", *rows]),
+        fix="calibrate on more images (--set calibration_images=512), or allow more (--set max_accuracy_drop=1.0)",
+    )
+
+
+def read_back(folder: Path, *, backend: str, recipe: Recipe) -> dict[str, float]:
+    """What runs, by the backend's own account: precision to share of layers.
+
+    Raises:
+        BackendError: not what the recipe asked for.
+    """
+    module = find_backend(backend)
+    precision = module.precisions(folder / f"monolithic{module.SUFFIX}", recipe=recipe)
+    names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
+    share = sum(precision.get(name, 0.0) for name in names)
+    # int8 leaves linear layers and perhaps the heads in float; the others leave nothing out.
+    if share < (0.2 if recipe.precision == "int8" else 0.9):
+        ran = ", ".join(f"{part:.0%} {name}" for name, part in precision.items())
+        what = f"{backend} was asked for {recipe.precision} and runs {ran}"
+        raise BackendError(what, fix="use another --recipe or --backend")
+    return precision
+
+
+def stage_times(
+    engine: Engine, images: Array | None, *, sizes: tuple[int, ...]
+) -> tuple[dict[str, tuple[float, ...]], float]:
+    """Median milliseconds of each stage by batch size (as text), and of the monolithic graph for one image."""
+    if images is None:
+        side = engine.card.preprocess.image_size
+        images = np.zeros((1, 3, side, side), np.float32)
+    times = {size: _round_times(engine, images[np.arange(size) % len(images)]) for size in sizes}
+    return {str(size): tuple(ms[:-1]) for size, ms in times.items()}, times[1][-1]
+
+
+def _round_times(engine: Engine, batch: Array) -> list[float]:
+    """Median milliseconds of every stage and of the monolithic graph, taken in turns."""
+    for _ in range(WARM_UP):
+        _one_round(engine, batch)
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + TIMING_S
+    while len(rounds) < 3 or time.perf_counter() < end:
+        rounds.append(_one_round(engine, batch))
+    return [1e3 * statistics.median(column) for column in zip(*rounds)]
+
+
+def _one_round(engine: Engine, batch: Array) -> list[float]:
+    x: list[Any] = [batch]
+    clock = [time.perf_counter()]
+    for k in range(len(engine.card.exits)):
+        x = engine.stage(k)(x[-1])
+        clock.append(time.perf_counter())
+    engine.monolithic(batch)
+    clock.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(clock)]

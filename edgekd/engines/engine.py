@@ -1,0 +1,144 @@
+"""Opening what was compiled, with the checks that it may run here."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.artifact import Card, Manifest, read_manifest, read_onnx
+from edgekd.engines import onnxruntime
+from edgekd.engines.backends import Runner, find_backend
+from edgekd.engines.graphs import graph, with_shapes
+from edgekd.engines.host import default_threads, host
+from edgekd.engines.recipe import Recipe
+from edgekd.errors import ArtifactError
+from edgekd.runtime.preprocess import Array
+from edgekd.specs import from_dict
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """The graphs of one compiled network, each loaded when first asked for. Threads may share it and its runners.
+
+    card: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
+    name: backend and precision, for tables.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        load: Callable[[str], Runner],
+        *,
+        backend: str,
+        precision: str,
+        threads: int,
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.card = card
+        self.manifest = manifest
+        self.backend = backend
+        self.name = f"{backend} {precision}"
+        self.threads = threads
+        self._load = load
+        self._runners: dict[str, Runner] = {}
+        self._lock = threading.Lock()
+
+    def stage(self, k: int) -> Runner:
+        """Images (k = 0) or boundary k-1 to [logits (N, C)] and, but for the last stage, boundary k."""
+        return self._runner(f"stage_{k}")
+
+    @property
+    def monolithic(self) -> Runner:
+        """Images (N, 3, H, W) to the logits (N, C) of every exit."""
+        return self._runner("monolithic")
+
+    @property
+    def final(self) -> Runner:
+        """Images (N, 3, H, W) to [the last exit's logits (N, C)]: the network without its shallow exits."""
+        return self._runner("final")
+
+    def logits(self, images: Array, *, batch_size: int = 32) -> Array:
+        """Images (N, 3, H, W) to the logits of all exits, (E, N, C)."""
+        batches = [self.monolithic(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+        return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
+
+    def staged_logits(self, images: Array, *, batch_size: int = 32) -> Array:
+        """The same through the stages one after the other, as a cascade in which nobody leaves."""
+        batches = []
+        for start in range(0, len(images), batch_size):
+            x: list[np.ndarray] = [images[start : start + batch_size]]
+            batches.append([(x := self.stage(k)(x[-1]))[0] for k in range(len(self.card.exits))])
+        return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
+
+    def _runner(self, name: str) -> Runner:
+        name = name if len(self.card.exits) > 1 else "monolithic"
+        with self._lock:
+            if name not in self._runners:
+                self._runners[name] = self._load(name)
+            return self._runners[name]
+
+
+def open_engine(path: Path, *, threads: int | None = None) -> Engine:
+    """Open student.engine/, or student.onnx in ONNX Runtime FP32.
+
+    threads: cores to use; all that the process may use if None.
+
+    Raises:
+        ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine.
+        BackendError: the backend is not installed.
+    """
+    threads = threads or default_threads()
+    if path.is_dir():
+        manifest = read_manifest(path)
+        check_host(manifest, path)
+        return built_engine(path, manifest, threads=threads)
+    find_backend("onnxruntime")
+    model, card = read_onnx(path)
+    model = with_shapes(model)
+
+    def load(name: str) -> Runner:
+        data = graph(model, card, name=name).SerializeToString()
+        return onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads)
+
+    return Engine(card, load, backend="onnxruntime", precision="fp32", threads=threads)
+
+
+def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
+    """The engine whose files lie in `folder`, unchecked."""
+    backend = find_backend(manifest.backend)
+    recipe = from_dict(Recipe, manifest.recipe, where=f"{folder}: recipe", error=ArtifactError)
+
+    def load(name: str) -> Runner:
+        return backend.load(folder / f"{name}{backend.SUFFIX}", recipe=recipe, threads=threads)
+
+    return Engine(
+        manifest.card, load, backend=manifest.backend, precision=recipe.precision, threads=threads, manifest=manifest
+    )
+
+
+def check_host(manifest: Manifest, path: Path) -> None:
+    """Whether an engine built there may run here; another CPU of the same kind is only said in the log.
+
+    Raises:
+        ArtifactError: another backend version, system or architecture, or a CPU whose 8-bit sums would saturate.
+    """
+    rebuild = (
+        f"build it again on this machine: edgekd compile student.onnx --recipe {manifest.recipe.get('precision')} "
+        f"--backend {manifest.backend} --out {path}"
+    )
+    version, here, there = find_backend(manifest.backend).version(), host(), manifest.host
+    if version != manifest.backend_version:
+        what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {version}"
+        raise ArtifactError(what, fix=rebuild)
+    for key in ("system", "machine"):
+        if there.get(key) != here[key]:
+            raise ArtifactError(f"{path} was built on {key} {there.get(key)}; here is {here[key]}", fix=rebuild)
+    if manifest.recipe.get("precision") == "int8" and there.get("exact_int8") and not here["exact_int8"]:
+        raise ArtifactError(f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none", fix=rebuild)
+    if there.get("cpu") != here["cpu"]:
+        log.warning("%s was built on %s; here is %s: its times do not hold", path, there.get("cpu"), here["cpu"])

@@ -1,0 +1,84 @@
+"""ONNX Runtime on the CPU: fp32 and int8. Loading optimises, so the files stay portable ONNX."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edgekd.engines.backends import refused, shares
+from edgekd.engines.recipe import Recipe
+from edgekd.errors import BackendError
+
+SUFFIX = ".onnx"
+EXTRA = "cpu"
+TARGET = "cpu"
+_FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+_INT8 = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+
+
+def version() -> str | None:
+    """The installed version; None if it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    return str(onnxruntime.__version__)
+
+
+def build(graph: onnx.ModelProto, path: Path, *, recipe: Recipe) -> None:
+    """Write the graph.
+
+    Raises:
+        BackendError: fp16, for which there are no CPU kernels.
+    """
+    if recipe.precision == "fp16":
+        raise BackendError("onnxruntime has no fp16 kernels on CPUs", fix="use --backend openvino, or --recipe int8")
+    onnx.save(graph, str(path))
+
+
+class _Runner:
+    def __init__(self, session: Any) -> None:
+        self._run = session.run
+        self._input = session.get_inputs()[0].name
+
+    def __call__(self, x: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        outputs: list[npt.NDArray[np.generic]] = self._run(None, {self._input: x})
+        return outputs
+
+
+def load(path: Path | bytes, *, recipe: Recipe, threads: int) -> _Runner:  # the graph says it all
+    """A session from a file, or from a serialised graph."""
+    return _Runner(_session(path, threads=threads))
+
+
+def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
+    """Shares of fp32 and int8 among the layers of the optimised graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        _session(path, threads=1, optimised=optimised)
+        types = [node.op_type for node in onnx.load(str(optimised)).graph.node]
+    return shares(["int8" if t in _INT8 else "fp32" for t in types if t in _INT8 | _FLOAT])
+
+
+def _session(model: Path | bytes, *, threads: int, optimised: Path | None = None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Each stage has its own threads: those of the last stage must not spin while the next one works.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        name = "the network" if isinstance(model, bytes) else model
+        raise refused(f"onnxruntime cannot load {name}", error) from error

@@ -1,0 +1,141 @@
+"""OpenVINO on the CPU: fp32, int8, and 16 bits as fp16 or bf16, whichever the CPU computes in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edgekd.engines.backends import refused, shares
+from edgekd.engines.recipe import Recipe
+from edgekd.errors import BackendError
+
+SUFFIX = ".xml"
+EXTRA = "cpu"
+TARGET = "cpu"
+_LAYERS = ("Convolution", "FullyConnected", "MatMul")
+_NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
+
+
+def version() -> str | None:
+    """The installed version; None if it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        return None
+    return str(openvino.__version__)
+
+
+def build(graph: onnx.ModelProto, path: Path, *, recipe: Recipe) -> None:
+    """Write OpenVINO's own form: `path` (.xml) and the weights beside it (.bin).
+
+    Raises:
+        BackendError: fp16, and the CPU computes in neither fp16 nor bf16; or a layer that OpenVINO does not know.
+    """
+    import openvino
+
+    _hint(recipe)
+    try:
+        model = openvino.Core().read_model(graph.SerializeToString())
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise refused(f"openvino cannot write {path}", error) from error
+
+
+class _Own(threading.local):
+    """Each thread's own infer requests, and the indices of their outputs."""
+
+    def __init__(self) -> None:
+        self.requests: dict[int | None, tuple[Any, range]] = {}
+
+
+class _Runner:
+    """A compiled graph for any batch size and, made when first needed, one for each of `static`.
+
+    Every thread has its own infer requests; outputs are copied out of them.
+    """
+
+    def __init__(self, compile_for: Callable[[int | None], Any], static: tuple[int, ...]) -> None:
+        import openvino
+
+        self._tensor = openvino.Tensor
+        self._compile_for = compile_for
+        self._static = frozenset(static)
+        self._compiled: dict[int | None, Any] = {}
+        self._lock = threading.Lock()
+        self._own = _Own()
+
+    def __call__(self, x: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        size = len(x) if len(x) in self._static else None
+        request, outputs = self._request(size)
+        # OpenVINO reads `x` where it lies, which it does with writeable, contiguous arrays only.
+        request.set_input_tensor(self._tensor(x if x.flags.carray else x.copy(), shared_memory=True))
+        request.start_async()
+        request.wait()
+        return [request.get_output_tensor(i).data.copy() for i in outputs]
+
+    def _request(self, size: int | None) -> tuple[Any, range]:
+        requests = self._own.requests
+        if size not in requests:
+            with self._lock:
+                if size not in self._compiled:
+                    self._compiled[size] = self._compile_for(size)
+            compiled = self._compiled[size]
+            requests[size] = compiled.create_infer_request(), range(len(compiled.outputs))
+        return requests[size]
+
+
+def load(path: Path, *, recipe: Recipe, threads: int) -> _Runner:
+    """Compile for this machine; static batch sizes when they are first met."""
+
+    def compile_for(size: int | None) -> Any:
+        return _compile(path, recipe=recipe, threads=threads, size=size)
+
+    return _Runner(compile_for, recipe.static_batch_sizes)
+
+
+def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
+    """Shares of fp32, fp16, bf16 and int8 among the layers that really run."""
+    found = []
+    for layer in _compile(path, recipe=recipe, threads=1, size=1).get_runtime_model().get_ordered_ops():
+        info = layer.get_rt_info()
+        kind, precision = (str(getattr(info[k], "value", info[k])) for k in ("layerType", "runtimePrecision"))
+        if kind.startswith(_LAYERS):
+            found.append(_NAMES.get(precision, precision))
+    return shares(found)
+
+
+def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> Any:
+    import openvino
+
+    core = openvino.Core()
+    try:
+        model = core.read_model(path)
+        if size is not None:
+            model.reshape([size, *list(model.input(0).partial_shape)[1:]])
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": _hint(recipe),
+        }
+        return core.compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise refused(f"openvino cannot load {path}", error) from error
+
+
+def _hint(recipe: Recipe) -> str:
+    """OpenVINO's word for the precision of what is not quantised."""
+    import openvino
+
+    if recipe.precision != "fp16":
+        return "f32"
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "FP16" in able or "BF16" in able:
+        return "f16" if "FP16" in able else "bf16"
+    raise BackendError("this CPU computes in neither fp16 nor bf16", fix="use --recipe int8 or fp32")

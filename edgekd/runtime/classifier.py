@@ -1,0 +1,208 @@
+"""`Classifier`: images in, labels out, stopping early when sure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.engines import Engine, open_engine
+from edgekd.errors import ConfigError, DataError, nearest
+from edgekd.runtime.images import Source, load, load_batch
+from edgekd.runtime.policy import Array, Decision, Policy, confidence, ensemble, softmax, step
+
+log = logging.getLogger(__name__)
+
+Strategy: TypeAlias = Literal["cascade", "full", "final"]
+Row = TypeVar("Row", bound=np.generic)
+One = TypeVar("One", bound=Source)
+BATCH = 32
+"""Largest batch of an engine whose stages were not timed."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's answer: class name and index, confidence in 0..1, exit (0 is the first), probability per class."""
+
+    label: str
+    index: int
+    confidence: float
+    exit: int
+    probabilities: tuple[float, ...]
+
+
+class Classifier:
+    """Classifies images with student.engine/, student.onnx, or an opened engine.
+
+    strategy:
+        cascade: stage by stage, each image leaves at the first exit that is sure enough.
+        full: every exit, the mean of their probabilities at temperature 1.
+        final: the last exit alone, at its temperature.
+        Without one: cascade if the engine was tuned, else full.
+    policy: instead of the engine's own. threads: for the engine, when a path is given.
+
+    Larger batches are cut at the largest batch size whose stages were timed at compilation (32 without times).
+    In a cascade, images that leave are removed from the batch when the times say that the smaller batch is
+    faster, and always without times. OpenVINO compiles anew for each batch size it has not seen, so there
+    batches are padded up to a timed size.
+
+    Thread-safe: nothing changes after construction, so threads may share one classifier.
+
+    Raises:
+        ConfigError: unknown strategy, a cascade without thresholds, a policy for another number of exits.
+        ArtifactError, BackendError: as `edgekd.engines.open_engine`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | Path | str,
+        *,
+        strategy: Strategy | None = None,
+        policy: Policy | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if isinstance(engine, (str, Path)):
+            engine = open_engine(Path(engine), threads=threads)
+        elif threads is not None:
+            raise ConfigError("threads given with an engine that is open already", fix="give them to open_engine")
+        self.engine = engine
+        self.card = engine.card
+        self.policy = policy or engine.card.policy
+        self.strategy = self._strategy(strategy)
+        exits = range(len(self.card.exits))
+        if self.strategy == "cascade":
+            self._graphs = [engine.stage(k) for k in exits]
+        else:
+            self._graphs = [engine.monolithic if self.strategy == "full" else engine.final]
+        times = engine.manifest.stage_ms if engine.manifest else {}
+        self._stage_ms = [{int(size): stages[k] for size, stages in times.items()} for k in exits]
+        self._buckets = sorted(self._stage_ms[0]) if engine.backend == "openvino" else []
+        self.batch_size = max(self._stage_ms[0], default=BATCH)
+
+    def _strategy(self, strategy: Strategy | None) -> Strategy:
+        if len(self.policy.temperatures) != len(self.card.exits):
+            raise ConfigError(
+                f"the policy has {len(self.policy.temperatures)} exits, {self.engine.name} has {len(self.card.exits)}",
+                fix="tune this engine with edgekd tune",
+            )
+        if strategy is None:
+            strategy = "cascade" if self.policy.is_tuned else "full"
+            if strategy == "full":
+                log.info("no exit thresholds yet, so every exit is asked; edgekd tune sets them")
+        if strategy not in get_args(Strategy):
+            raise ConfigError(f"no strategy '{strategy}'", fix=nearest(strategy, get_args(Strategy)))
+        if strategy == "cascade" and not self.policy.is_tuned:
+            raise ConfigError(f"a cascade needs exit thresholds, {self.engine.name} has none", fix="run edgekd tune")
+        return strategy
+
+    @overload
+    def predict(self, source: Source) -> Prediction: ...
+    @overload
+    def predict(self, source: list[One] | tuple[One, ...]) -> list[Prediction]: ...
+    def predict(self, source: Source | list[One] | tuple[One, ...]) -> Prediction | list[Prediction]:
+        """Classify a path, Pillow image or uint8 RGB array (H, W, 3), or a list of them in batches.
+
+        Raises:
+            DataError: an image that cannot be used; a file is named.
+        """
+        preprocess = self.card.preprocess
+        if not isinstance(source, (list, tuple)):
+            return self._predictions(self.run(load(source, preprocess)[None]))[0]
+        found: list[Prediction] = []
+        for start in range(0, len(source), self.batch_size):
+            batch = source[start : start + self.batch_size]
+            found += self._predictions(self.run(load_batch(batch, preprocess)))
+        return found
+
+    def _predictions(self, decision: Decision) -> list[Prediction]:
+        indices = decision.probabilities.argmax(axis=1).tolist()
+        rows = zip(indices, decision.confidence.tolist(), decision.exits.tolist(), decision.probabilities.tolist())
+        return [Prediction(self.card.classes[i], i, sure, exit, tuple(p)) for i, sure, exit, p in rows]
+
+    def run(self, images: Array) -> Decision:
+        """Classify preprocessed images, float32 (N, 3, H, W).
+
+        Raises:
+            DataError: another type or shape.
+        """
+        size = self.card.preprocess.image_size
+        if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise DataError(
+                f"{images.dtype} of shape {images.shape} is no batch for {self.engine.name}",
+                fix=f"give float32 (N, 3, {size}, {size}), or use predict for pictures",
+            )
+        decide = self._cascade if self.strategy == "cascade" else self._at_once
+        if 0 < len(images) <= self.batch_size:
+            return decide(images)
+        decision = Decision.empty(len(images), len(self.card.classes))
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            found = decide(images[part])
+            decision.probabilities[part] = found.probabilities
+            decision.exits[part], decision.confidence[part] = found.exits, found.confidence
+        return decision
+
+    def _at_once(self, images: Array) -> Decision:
+        count, size = len(images), _padded(len(images), self._buckets)
+        logits: list[npt.NDArray[Any]] = self._graphs[0](images if size == count else _resized(images, size))
+        if self.strategy == "full":
+            answer = ensemble(np.stack(logits))[:count]
+        else:
+            answer = softmax(logits[0], self.policy.temperatures[-1])[:count]
+        last = np.full(count, len(self.card.exits) - 1, np.int64)
+        return Decision(answer, last, confidence(answer, self.policy.confidence))
+
+    def _cascade(self, images: Array) -> Decision:
+        count, classes = len(images), len(self.card.classes)
+        decision = Decision.empty(count, classes)
+        total, rows = np.zeros((count, classes), np.float32), np.arange(count)  # rows: which image a row of x is
+        waiting, left = np.ones(count, bool), count
+        x: npt.NDArray[Any] = images
+        for exit, stage in enumerate(self._graphs):
+            size = self._next_size(exit, left, len(x))
+            if size != len(x):  # the rows beyond `left` repeat others and are waited for by nobody
+                keep = _resized(np.flatnonzero(waiting), size)
+                x, total, rows, waiting = x[keep], total[keep], rows[keep], np.arange(size) < left
+            outputs: list[npt.NDArray[Any]] = stage(x)
+            seen = step(self.policy, exit, outputs[0], total)
+            leaving = waiting & seen.leaves
+            decision.put(rows[leaving], leaving, exit, seen)
+            waiting, total = waiting & ~leaving, seen.total
+            left = int(np.count_nonzero(waiting))
+            if not left:
+                break
+            x = outputs[1]
+        return decision
+
+    def _next_size(self, exit: int, left: int, current: int) -> int:
+        size = _padded(left, self._buckets)
+        return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
+
+
+def next_batch(remaining: int, current: int, stage_ms: Mapping[int, float]) -> int:
+    """The batch for the next stage: `remaining` rows (those that did not leave) or all `current` ones.
+
+    stage_ms: batch size to the stage's measured milliseconds; between sizes it is interpolated.
+    The smaller batch is taken when it is faster, and always when nothing was measured.
+    """
+    if remaining >= current:
+        return current
+    if not stage_ms:
+        return remaining
+    sizes = sorted(stage_ms)
+    few, all_ = np.interp([remaining, current], sizes, [stage_ms[s] for s in sizes])
+    return remaining if few < all_ else current
+
+
+def _padded(count: int, buckets: Sequence[int]) -> int:
+    return next((size for size in buckets if size >= count), count)
+
+
+def _resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
+    """The first `size` rows, repeated from the start where there are fewer."""
+    return rows[np.arange(size) % len(rows)]

@@ -1,0 +1,95 @@
+"""Files and pictures to a batch, decoded in a thread pool (Pillow frees the interpreter while it decodes)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from edgekd.artifact import Item, Part, Split
+from edgekd.errors import DataError
+from edgekd.runtime.preprocess import Array, Preprocess, open_image, to_rgb
+
+Source: TypeAlias = Path | str | Image.Image | npt.NDArray[np.uint8]
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+def load(source: Source, preprocess: Preprocess) -> Array:
+    """A path, Pillow image, or uint8 array in RGB order (H, W, 3) or grey (H, W), to float32 (3, H, W).
+
+    Raises:
+        DataError: the file cannot be used (it is named), or the array is no picture.
+    """
+    if isinstance(source, (str, Path)):
+        return preprocess(open_image(source))
+    if isinstance(source, Image.Image):
+        return preprocess(to_rgb(ImageOps.exif_transpose(source)))
+    return preprocess(_picture(source).convert("RGB"))
+
+
+def _picture(pixels: Any) -> Image.Image:
+    shape: tuple[int, ...] = getattr(pixels, "shape", ())
+    dtype = getattr(pixels, "dtype", type(pixels).__name__)
+    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+        raise DataError(
+            f"{dtype} of shape {tuple(shape)} is no picture",
+            fix="give a path, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
+        )
+    return Image.fromarray(pixels)
+
+
+def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Progress | None = None) -> Array:
+    """N sources (see `load`) to float32 (N, 3, H, W), in their order.
+
+    Raises:
+        DataError: the first that cannot be used; a file is named.
+    """
+    size = preprocess.image_size
+    batch = np.empty((len(paths), 3, size, size), np.float32)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, pixels in enumerate(pool.map(partial(load, preprocess=preprocess), paths), start=1):
+            batch[done - 1] = pixels
+            if progress:
+                progress(done, len(paths))
+    return batch
+
+
+def load_part(
+    split: Split,
+    part: Part,
+    *,
+    data: Path,
+    preprocess: Preprocess,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """One part of a split: images (N, 3, H, W) and labels (N,).
+
+    limit: at most so many, spread evenly over the part (which is sorted by class), the same ones each time.
+
+    Raises:
+        ArtifactError: the split has no such part. DataError: files are missing from `data` or cannot be used.
+    """
+    items = _spread(split.part(part), limit)
+    missing = [item.path for item in items if not (data / item.path).is_file()]
+    if missing:
+        raise DataError(
+            f"{data} lacks {len(missing)} of the split's {len(items)} {part} images: {', '.join(missing[:3])}"
+            + (", …" if len(missing) > 3 else ""),
+            fix="give the folder that the split was made from with --data",
+        )
+    images = load_batch([data / item.path for item in items], preprocess, progress=progress)
+    return images, np.array([item.label for item in items], np.int64)
+
+
+def _spread(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
+    if limit is None or limit >= len(items):
+        return items
+    return tuple(items[i * len(items) // limit] for i in range(limit))

@@ -1,0 +1,153 @@
+"""Frozen dataclasses from TOML and JSON: unknown keys, wrong types and bad values are errors, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from edgekd import shipped
+from edgekd.errors import ConfigError, EdgekdError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+def load(cls: type[T], kind: str, name: str, *, overrides: Mapping[str, Any] | None = None) -> T:
+    """Read the protocol, recipe, suite or device called `name` (or the TOML file at that path).
+
+    overrides: keys that replace the file's, as from `--set` (see `parse_overrides`) and other flags.
+
+    Raises:
+        ConfigError: no such name, no TOML, or keys and values that do not fit `cls`.
+    """
+    path = shipped.find(kind, name)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
+    for key, value in (overrides or {}).items():
+        _set(table, key, value)
+    return from_dict(cls, table, where=str(path))
+
+
+def _set(table: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value under a dotted key, `augment.hflip`."""
+    head, dot, rest = key.partition(".")
+    if not dot:
+        table[key] = value
+    elif isinstance(table.setdefault(head, {}), dict):
+        _set(table[head], rest, value)
+    else:
+        raise ConfigError(f"'{key}': '{head}' is no table", fix=f"set {head} itself")
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["lr=0.1", "exits=[1,4]", "schedule=cosine"]` as a dict; values are TOML, bare words are strings."""
+    overrides = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set {pair} is not key=value", fix="for example --set lr=0.05")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = value.strip()
+    return overrides
+
+
+def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type[EdgekdError] = ConfigError) -> T:
+    """Build the frozen dataclass `cls` from a table; `where` names its source in errors.
+
+    Fields may be bool, int, float, str, Literal, tuples, dicts, optional, and nested dataclasses.
+
+    Raises:
+        ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
+    """
+    problems: list[str] = []
+    value = _dataclass(cls, table, "", problems)
+    if problems:
+        raise error(f"{where}:\n" + "\n".join(f"  {p}" for p in problems), fix="mend these keys")
+    return typing.cast(T, value)
+
+
+def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
+    if not isinstance(table, Mapping):
+        return problems.append(f"{at or 'the file'}: expected a table, found {table!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    before = len(problems)
+    for key in table.keys() - fields.keys():
+        problems.append(f"{at}{key}: unknown key; {nearest(key, fields)}")
+    values = {k: _value(hints[k], table[k], f"{at}{k}", problems) for k in fields if k in table}
+    for key, field in fields.items():
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if key not in table and no_default:
+            problems.append(f"{at}{key}: missing")
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        return problems.append(f"{at}{error}")
+
+
+def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(next(a for a in args if a is not type(None)), value, at, problems)
+    if origin is Literal:
+        if value in args:
+            return value
+        return problems.append(f"{at}: {value!r} is none of {', '.join(map(str, args))}")
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, f"{at}.", problems)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(inner) != len(value):
+            return problems.append(f"{at}: expected {len(inner)} values, found {len(value)}")
+        return tuple(_value(h, v, f"{at}[{i}]", problems) for i, (h, v) in enumerate(zip(inner, value)))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _value(args[1], v, f"{at}.{k}", problems) for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    return problems.append(f"{at}: expected {_name(hint)}, found {value!r}")
+
+
+def _name(hint: Any) -> str:
+    return "a list" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint))
+
+
+def write_toml(path: Path, spec: Any) -> None:
+    """Write a dataclass (its nested ones as tables) as TOML that `load` reads back."""
+    from edgekd.artifact import atomic_write  # artifact reads its dataclasses through this module
+
+    plain = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    lines = [f"{k} = {_toml(v)}" for k, v in plain.items() if not isinstance(v, dict)]
+    for name, table in plain.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)]
+    atomic_write(path, ("\n".join(lines) + "\n").encode())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + escaped.replace("\n", "\\n") + '"'
+    return repr(value)

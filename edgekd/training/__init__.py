@@ -1,0 +1,1 @@
+"""Protocols, the training loop, run folders and evaluation of networks in torch."""

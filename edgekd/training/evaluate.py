@@ -1,0 +1,21 @@
+"""Answers of a trained network in torch, for `edgekd evaluate RUN` and for fitting what follows it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgekd.runtime.preprocess import Array
+
+
+@torch.no_grad()
+def logits(network: nn.Module, images: Array, *, batch_size: int = 64) -> Array:
+    """Logits (E, N, C) of every exit on preprocessed images (N, 3, H, W), FP32."""
+    network.eval()
+    device = next(network.parameters()).device
+    batches = []
+    for start in range(0, len(images), batch_size):
+        out = network(torch.from_numpy(images[start : start + batch_size]).to(device))
+        batches.append(torch.stack(out.logits).float().cpu().numpy())
+    return np.concatenate(batches, axis=1)

@@ -1,0 +1,69 @@
+"""Everything that a training run is asked for, as one frozen table that is written into the run folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edgekd.data.transforms import Augment
+from edgekd.distill import Settings
+from edgekd.runtime.preprocess import Preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Settings):
+    """Settings of data, network, losses and optimiser; files under `training/protocols/`.
+
+    lr: the peak. schedule `step` multiplies by gamma at each milestone (epochs); `onecycle` rises over
+    warmup_epochs and falls to zero along a cosine. ema: decay of the averaged weights, 0 for none.
+    weights: `hub`, `none`, or a file. clip_norm: largest gradient norm, 0 for no clipping.
+    """
+
+    source: str = ""
+    data: str = ""
+    network: str = ""
+    exits: tuple[int, ...] = (1, 2, 3, 4)
+    weights: str = "hub"
+    preprocess: Preprocess = field(default_factory=lambda: Preprocess(224))
+    augment: Augment = field(default_factory=Augment)
+    split: str = "ratio:3,1,1"
+    fold: int = 0
+    group: str = "none"
+    seed: int = 0
+    epochs: int = 180
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "onecycle", "constant"] = "step"
+    milestones: tuple[int, ...] = (100, 150)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("epochs", "batch_size", "lr"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}: {getattr(self, key)} is not above 0")
+        for key in ("weight_decay", "clip_norm", "warmup_epochs", "workers", "seed", "fold"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}: {getattr(self, key)} is negative")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: {self.ema} is not in 0..1")
+
+    def lr_at(self, epoch: float) -> float:
+        """Learning rate at a fractional epoch, counted from 0."""
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + 1e-3) / self.warmup_epochs
+        if self.schedule == "step":
+            return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
+        if self.schedule == "onecycle":
+            done = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+        return self.lr

@@ -1,0 +1,160 @@
+"""The run folder: protocol.toml, split.json, metrics.csv, model.safetensors, resume.pt and TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from edgekd import __version__
+from edgekd.artifact import SCHEMA, Card, Split, atomic_write, read_split, to_json
+from edgekd.errors import ArtifactError
+from edgekd.export import exits_of
+from edgekd.models import build
+from edgekd.models.weights import read_state
+from edgekd.runtime.policy import Policy
+from edgekd.runtime.preprocess import Preprocess
+from edgekd.specs import from_dict
+
+MODEL, RESUME, METRICS, PROTOCOL, SPLIT = "model.safetensors", "resume.pt", "metrics.csv", "protocol.toml", "split.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What model.safetensors says of itself, so that it can be rebuilt without any other file."""
+
+    network: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    exits: tuple[int, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def build(self) -> nn.Module:
+        """The network without weights."""
+        return build(self.network, classes=len(self.classes), image_size=self.preprocess.image_size, exits=self.exits)
+
+    def card(self, count: int, maps: int) -> Card:
+        """The card of this network's student.onnx, with `count` exits and `maps` boundaries."""
+        exits, policy = exits_of(count, maps), Policy((1.0,) * count)
+        return Card(self.network, self.classes, self.preprocess, exits, policy, self.provenance)
+
+
+def save_model(folder: Path, network: nn.Module, header: Header) -> None:
+    """Write model.safetensors: weights only, with the header."""
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    atomic_write(folder / MODEL, save(state, metadata={"edgekd": to_json(header).decode(), "format": "pt"}))
+
+
+def read_header(folder: Path) -> Header:
+    """The header of a run folder's model.safetensors.
+
+    Raises:
+        ArtifactError: no run folder, training not finished its first epoch, or a damaged file.
+    """
+    path = folder / MODEL
+    if not path.is_file():
+        known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
+        raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("edgekd")
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is damaged ({error})", fix="train again, or continue with --resume") from None
+    if text is None:
+        raise ArtifactError(f"{path} was not written by edgekd", fix="give it to edgekd train --weights instead")
+    return from_dict(Header, json.loads(text), where=str(path), error=ArtifactError)
+
+
+def load_model(folder: Path) -> tuple[nn.Module, Header]:
+    """The trained network of a run folder, on the CPU, in eval mode."""
+    header = read_header(folder)
+    network = header.build()
+    network.load_state_dict(read_state(folder / MODEL))
+    return network.eval(), header
+
+
+def provenance(protocol: Any, split: Split, *, teacher: Path | None) -> dict[str, Any]:
+    """Where a model comes from: hashes, versions, and the weights it started with."""
+    digest = hashlib.sha256(json.dumps(json.loads(to_json(protocol)), sort_keys=True).encode()).hexdigest()
+    return {
+        "protocol": protocol.source,
+        "protocol_sha256": digest,
+        "weights": Path(protocol.weights).name,
+        "teacher": read_header(teacher).network if teacher else None,
+        "method": protocol.method,
+        "epochs": protocol.epochs,
+        "seed": protocol.seed,
+        "split": split.method,
+        "group": split.group,
+        "data_fingerprint": split.fingerprint,
+        "edgekd": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write resume.pt: tensors and plain values only."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    atomic_write(folder / RESUME, buffer.getbuffer())
+
+
+def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
+    """resume.pt, or None before the first epoch's end.
+
+    Raises:
+        ArtifactError: damaged, or written under another protocol.
+    """
+    path = folder / RESUME
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises many kinds on damaged files
+        raise ArtifactError(
+            f"{path} is damaged ({type(error).__name__})", fix="remove the folder and train anew"
+        ) from None
+    if state.get("digest") != digest:
+        raise ArtifactError(
+            f"{folder} was trained under other settings than now asked for",
+            fix=f"resume with the settings in {folder / PROTOCOL}, or choose another --out",
+        )
+    return state
+
+
+def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write metrics.csv, one row an epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
+    atomic_write(folder / METRICS, text.getvalue().encode())
+
+
+def start(folder: Path, *, resume: bool) -> None:
+    """Refuse to write over a run that is there.
+
+    Raises:
+        ArtifactError: the folder holds a run and `resume` is off, or holds other files.
+    """
+    if not folder.exists() or resume or not any(folder.iterdir()):
+        return
+    if (folder / PROTOCOL).is_file():
+        raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
+    raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")
+
+
+def known_split(folder: Path) -> Split | None:
+    """The split of a run that is being resumed."""
+    return read_split(folder) if (folder / SPLIT).is_file() else None

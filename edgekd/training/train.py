@@ -1,0 +1,145 @@
+"""`edgekd train` and `edgekd distill`: images (and a teacher) to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+from torch.utils.data import DataLoader
+
+from edgekd.artifact import Part, Split, atomic_write, read_split, to_json
+from edgekd.data.dataset import EpochSampler, ImageSet, Sample, loader
+from edgekd.data.folders import check, scan
+from edgekd.data.splits import make_split
+from edgekd.distill import needs_teacher
+from edgekd.errors import ConfigError
+from edgekd.models import build, hub_name
+from edgekd.models.weights import load_state, read_state
+from edgekd.specs import write_toml
+from edgekd.training import run
+from edgekd.training.loop import Progress, Task, fit
+from edgekd.training.protocol import Protocol
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    data: Path,
+    out: Path,
+    *,
+    protocol: Protocol,
+    teacher: Path | None = None,
+    resume: bool = False,
+    leave_out_bad: bool = False,
+    devices: int = 1,
+    on_check: Callable[[int, int], None] | None = None,
+    on_split: Callable[[Split], None] | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, float]]:
+    """Train `protocol.network` on the images under `data` and write the run folder `out`.
+
+    teacher: a run folder, for methods that learn from one. devices: processes or GPUs; under torchrun each
+    process calls this alike and the first one writes.
+
+    Raises:
+        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts.
+    """
+    if needs_teacher(protocol.method) and teacher is None:
+        raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
+    fabric = Fabric(devices=devices, accelerator="auto", precision=protocol.precision)
+    fabric.launch()
+    if fabric.is_global_zero:
+        run.start(out, resume=resume)
+        split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
+        if on_split:
+            on_split(split)
+    fabric.barrier()
+    split = read_split(out)
+    task = _task(data, split, protocol=protocol, teacher=teacher, fabric=fabric)
+    return fit(fabric, task, out=out, resume=resume, progress=progress)
+
+
+def _split(
+    data: Path, out: Path, *, protocol: Protocol, leave_out_bad: bool, on_check: Callable[[int, int], None] | None
+) -> Split:
+    """The split of the run that is resumed, or a new one; protocol.toml and split.json are written."""
+    if (out / run.SPLIT).is_file():
+        return read_split(out)
+    checked = check(scan(data), leave_out_bad=leave_out_bad, progress=on_check)
+    split = make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
+    write_toml(out / run.PROTOCOL, protocol)
+    atomic_write(out / run.SPLIT, to_json(split))
+    return split
+
+
+def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None, fabric: Fabric) -> Task:
+    return Task(
+        network=network(protocol, classes=len(split.classes)),
+        train=_loader(data, split, "train", protocol=protocol, fabric=fabric),
+        val=_loader(data, split, "val", protocol=protocol, fabric=fabric),
+        protocol=protocol,
+        header=run.Header(
+            protocol.network,
+            split.classes,
+            protocol.preprocess,
+            protocol.exits,
+            run.provenance(protocol, split, teacher=teacher),
+        ),
+        names=[item.path for item in split.part("train")],
+        teacher=_teacher(teacher, split, protocol) if teacher and needs_teacher(protocol.method) else None,
+    )
+
+
+def _loader(data: Path, split: Split, part: Part, *, protocol: Protocol, fabric: Fabric) -> DataLoader[Sample]:
+    items, train = split.part(part), part == "train"
+    augment = protocol.augment if train else None
+    images = ImageSet(items, data=data, preprocess=protocol.preprocess, augment=augment, seed=protocol.seed)
+    rank, world = fabric.global_rank, fabric.world_size
+    sampler = EpochSampler(len(items), seed=protocol.seed, rank=rank, world=world, shuffle=train)
+    size, workers = protocol.batch_size, protocol.workers
+    return loader(images, batch_size=size, sampler=sampler, workers=workers, drop_last=train)
+
+
+def network(protocol: Protocol, *, classes: int) -> nn.Module:
+    """The protocol's network with its first weights: from a file or run folder, the hub, or seeded chance."""
+    torch.manual_seed(protocol.seed)
+    size, weights = protocol.preprocess.image_size, protocol.weights
+    if weights == "hub":
+        hub = build(hub_name(protocol.network), classes=classes, image_size=224, pretrained=True)
+        state = hub.backbone.state_dict()  # type: ignore[union-attr]
+    net = build(protocol.network, classes=classes, image_size=size, exits=protocol.exits)
+    if weights == "none":
+        return net
+    if weights != "hub":
+        path = Path(weights)
+        state = read_state(path / run.MODEL if path.is_dir() else path)
+    log.info("weights %s: %s", weights, load_state(net, state, source=weights).summary())
+    return net
+
+
+def _teacher(folder: Path, split: Split, protocol: Protocol) -> nn.Module:
+    """The frozen teacher.
+
+    Raises:
+        ConfigError: other classes or another standardisation than the student's.
+    """
+    net, header = run.load_model(folder)
+    if header.classes != split.classes:
+        raise ConfigError(
+            f"teacher {folder} knows the classes {', '.join(header.classes)}; the data has {', '.join(split.classes)}",
+            fix="train a teacher on these classes",
+        )
+    sizes = header.preprocess.image_size, protocol.preprocess.image_size
+    if dataclasses.replace(header.preprocess, image_size=sizes[1]) != protocol.preprocess:
+        raise ConfigError(
+            f"teacher {folder} was trained with {header.preprocess}, the student asks for {protocol.preprocess}",
+            fix="give both the same preprocess.mean, preprocess.std and preprocess.resize",
+        )
+    if sizes[0] != sizes[1]:
+        log.warning("the teacher was trained at %d pixels and now sees images of %d", *sizes)
+    return net

@@ -1,0 +1,205 @@
+"""compile_engine: choosing, gating, refusing, leaving nothing half-written."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd import specs
+from edgekd.artifact import read_manifest, sha256
+from edgekd.engines import Recipe, compile_engine, open_engine
+from edgekd.engines.check import drops
+from edgekd.errors import BackendError, ConfigError, GateError
+
+IMAGES = np.random.default_rng(3).normal(size=(12, 3, 32, 32)).astype(np.float32)
+SHORT = {"batch_sizes": [1, 2], "static_batch_sizes": [1]}
+
+
+def recipe(name: str, **overrides: object) -> Recipe:
+    return specs.load(Recipe, "compile", name, overrides={**SHORT, **overrides})
+
+
+@pytest.fixture(scope="module")
+def validation(student_onnx: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels that the last exit gets right."""
+    return IMAGES, open_engine(student_onnx).logits(IMAGES)[-1].argmax(axis=1)
+
+
+def openvino_has_16_bits() -> bool:
+    import openvino
+
+    return bool({"FP16", "BF16"} & set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_shipped_recipes(name: str) -> None:
+    assert specs.load(Recipe, "compile", name).precision == name
+
+
+def test_recipe_misspelt_and_wrong() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'max_accuracy_drop'"):
+        recipe("int8", max_acuracy_drop=1.0)
+    with pytest.raises(ConfigError, match="Did you mean 'int8'"):
+        recipe("int9")
+    with pytest.raises(ConfigError, match="1 among them"):
+        recipe("int8", batch_sizes=[2])
+    with pytest.raises(ConfigError, match="calibration_images"):
+        recipe("int8", calibration_images=0)
+
+
+def test_auto_builds_both_and_keeps_one(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    steps: list[tuple[int, int]] = []
+    manifest, attempts = compile_engine(
+        student_onnx,
+        tmp_path / "e.engine",
+        recipe=recipe("fp32"),
+        calibration=None,
+        validation=validation,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert [a.backend for a in attempts] == ["onnxruntime", "openvino"]
+    assert all(a.ok and a.drop == 0 and a.precision == {"fp32": 1.0} for a in attempts)
+    assert manifest.backend == min(attempts, key=lambda a: a.batch1_ms or 0).backend
+    assert steps[-1] == (8, 8)
+    assert read_manifest(tmp_path / "e.engine").source_sha256 == sha256(student_onnx)
+    assert {p.name for p in (tmp_path / "e.engine").iterdir()} == {*manifest.files, "manifest.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["e.engine"]
+    assert max(manifest.parity["max_abs_logit_difference"]) <= 1e-3
+    assert {size: len(times) for size, times in manifest.stage_ms.items()} == {"1": 4, "2": 4}
+    assert (
+        np.abs(open_engine(tmp_path / "e.engine").logits(IMAGES) - open_engine(student_onnx).logits(IMAGES)).max()
+        < 1e-3
+    )
+
+
+def test_fp16_says_what_ran(student_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="onnxruntime has no fp16"):
+        compile_engine(
+            student_onnx,
+            tmp_path / "e",
+            recipe=recipe("fp16"),
+            backend="onnxruntime",
+            calibration=None,
+            validation=None,
+        )
+    if not openvino_has_16_bits():
+        with pytest.raises(BackendError, match="neither fp16 nor bf16"):
+            compile_engine(student_onnx, tmp_path / "e", recipe=recipe("fp16"), calibration=None, validation=None)
+        return
+    manifest, attempts = compile_engine(
+        student_onnx, tmp_path / "e", recipe=recipe("fp16"), calibration=None, validation=None
+    )
+    assert [a.ok for a in attempts] == [False, True]
+    assert sum(manifest.precision.get(p, 0) for p in ("fp16", "bf16")) >= 0.9
+    assert "unchecked" in " ".join(manifest.notes)
+    assert manifest.accuracy == {}
+
+
+def test_precision_that_does_not_run_is_an_error(
+    student_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.engines.openvino._hint", lambda recipe: "f32")
+    with pytest.raises(BackendError, match="openvino was asked for fp16 and runs 100% fp32"):
+        compile_engine(
+            student_onnx, tmp_path / "e", recipe=recipe("fp16"), backend="openvino", calibration=None, validation=None
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gate_shows_a_table_and_writes_nothing(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    with pytest.raises(GateError) as caught:
+        compile_engine(
+            student_onnx,
+            tmp_path / "e",
+            recipe=recipe("int8", max_accuracy_drop=-100.0),
+            calibration=IMAGES,
+            validation=validation,
+        )
+    for word in ("onnxruntime int8", "openvino int8", "12 validation images", "exit_0", "exit_3", "-100.00"):
+        assert word in caught.value.what
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_stay_float_when_quantised_ones_are_refused(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekd.engines import build
+
+    asked, check = [], build.check
+
+    def refuse_first(*args: object, **options: object) -> object:
+        asked.append(args)
+        if len(asked) == 1:
+            raise GateError("too far")
+        return check(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "check", refuse_first)
+    manifest, _ = compile_engine(
+        student_onnx,
+        tmp_path / "e",
+        recipe=recipe("int8", max_accuracy_drop=100.0),
+        backend="onnxruntime",
+        calibration=IMAGES,
+        validation=validation,
+    )
+    assert manifest.precision["int8"] == pytest.approx(20 / 58)
+    assert manifest.notes == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
+    assert manifest.calibration["images"] == 12
+
+
+def test_drops_in_points() -> None:
+    assert drops({"float": [0.9, 0.8], "engine": [0.89, 0.81]}) == pytest.approx([1.0, -1.0])
+
+
+@pytest.mark.parametrize("calibration", [None, IMAGES[:0]])
+def test_int8_without_images(student_onnx: Path, tmp_path: Path, calibration: np.ndarray | None) -> None:
+    with pytest.raises(ConfigError, match="calibration images of the training split"):
+        compile_engine(student_onnx, tmp_path / "e", recipe=recipe("int8"), calibration=calibration, validation=None)
+
+
+def test_other_folders_are_not_replaced(student_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is no engine"):
+        compile_engine(student_onnx, tmp_path, recipe=recipe("fp32"), calibration=None, validation=None)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_full_disk_leaves_the_old_engine(student_onnx: Path, tmp_path: Path, backend: str) -> None:
+    out, options = tmp_path / "e", {"recipe": recipe("fp32", batch_sizes=[1]), "calibration": None, "validation": None}
+    compile_engine(student_onnx, out, backend=backend, **options)
+    before = (out / "manifest.json").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises((OSError, BackendError)):
+            compile_engine(student_onnx, out, backend=backend, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "manifest.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+    assert open_engine(out).logits(IMAGES[:1]).shape == (4, 1, 5)
+
+
+def test_interrupted_leaves_nothing(student_onnx: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_engine(
+            student_onnx,
+            tmp_path / "e",
+            recipe=recipe("fp32"),
+            backend="onnxruntime",
+            calibration=None,
+            validation=None,
+            progress=interrupt,
+        )
+    assert list(tmp_path.iterdir()) == []

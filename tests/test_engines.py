@@ -1,0 +1,199 @@
+"""Engines opened and run: every backend for real, on a small student."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgekd.artifact import MANIFEST, Exit, put_card, read_manifest, read_onnx, write_manifest
+from edgekd.engines import Recipe, compile_engine, open_engine
+from edgekd.engines.backends import BACKENDS, find_backend, shares
+from edgekd.engines.host import exact_int8
+from edgekd.errors import ArtifactError, BackendError
+
+RNG = np.random.default_rng(2)
+IMAGES = RNG.normal(size=(12, 3, 32, 32)).astype(np.float32)
+QUICK = Recipe("int8", max_accuracy_drop=100.0, batch_sizes=(1,), static_batch_sizes=(1,))
+
+
+@pytest.fixture(scope="module", params=sorted(BACKENDS))
+def engine_path(request: pytest.FixtureRequest, student_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines") / f"{request.param}.engine"
+    labels = open_engine(student_onnx).logits(IMAGES)[-1].argmax(axis=1)
+    compile_engine(
+        student_onnx, out, recipe=QUICK, backend=request.param, calibration=IMAGES, validation=(IMAGES, labels)
+    )
+    return out
+
+
+@pytest.fixture
+def copy(engine_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engine_path, tmp_path / "copy.engine"))
+
+
+def test_shares() -> None:
+    assert shares(["int8", "fp32", "int8", "int8"]) == {"int8": 0.75, "fp32": 0.25}
+
+
+def test_student_onnx_opens_in_fp32(student_onnx: Path) -> None:
+    engine = open_engine(student_onnx, threads=1)
+    assert (engine.backend, engine.name, engine.threads) == ("onnxruntime", "onnxruntime fp32", 1)
+    assert engine.manifest is None
+    logits = engine.logits(IMAGES, batch_size=5)
+    assert logits.shape == (4, 12, 5)
+    assert np.array_equal(logits, engine.staged_logits(IMAGES, batch_size=5))
+    assert np.allclose(engine.final(IMAGES)[0], logits[3], atol=1e-5)
+
+
+def test_one_exit_without_boundary_is_one_graph(student_onnx: Path, tmp_path: Path) -> None:
+    model, card = read_onnx(student_onnx)
+    del model.graph.output[:3]
+    put_card(model, dataclasses.replace(card, exits=(Exit("exit_3", ""),)))
+    onnx.save(model, str(tmp_path / "plain.onnx"))
+    engine = open_engine(tmp_path / "plain.onnx")
+    assert engine.stage(0) is engine.monolithic is engine.final
+    out = tmp_path / "plain.engine"
+    manifest, _ = compile_engine(
+        tmp_path / "plain.onnx", out, recipe=QUICK, backend="onnxruntime", calibration=IMAGES, validation=None
+    )
+    assert {f.graph for f in manifest.files.values()} == {"monolithic"}
+    assert open_engine(out).logits(IMAGES).shape == (1, 12, 5)
+
+
+def test_engine_near_float(engine_path: Path, student_onnx: Path) -> None:
+    engine, source = open_engine(engine_path), open_engine(student_onnx)
+    want = source.logits(IMAGES)
+    assert engine.name == f"{engine_path.stem} int8"
+    assert np.abs(engine.logits(IMAGES) - want).max() <= 0.1 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_stages_in_turn_equal_the_whole(engine_path: Path, batch_size: int) -> None:
+    engine = open_engine(engine_path)
+    staged = engine.staged_logits(IMAGES, batch_size=batch_size)
+    assert np.array_equal(staged, engine.logits(IMAGES, batch_size=batch_size))
+
+
+def test_rows_do_not_depend_on_their_batch(engine_path: Path) -> None:
+    engine = open_engine(engine_path)
+    assert np.allclose(engine.logits(IMAGES, batch_size=1), engine.logits(IMAGES, batch_size=12), atol=1e-4)
+
+
+def test_outputs_belong_to_the_caller(engine_path: Path) -> None:
+    engine = open_engine(engine_path)
+    first = engine.monolithic(IMAGES[:1])
+    kept = [output.copy() for output in first]
+    engine.monolithic(IMAGES[1:2])
+    assert all(np.array_equal(a, b) for a, b in zip(first, kept))
+
+
+def test_read_only_and_strided_inputs(engine_path: Path) -> None:
+    engine = open_engine(engine_path)
+    want = engine.monolithic(IMAGES[:4:2].copy())
+    frozen = IMAGES[:4:2].copy()
+    frozen.flags.writeable = False
+    for x in (frozen, IMAGES[:4:2]):
+        assert all(np.array_equal(a, b) for a, b in zip(engine.monolithic(x), want))
+
+
+def test_threads_may_share_an_engine(engine_path: Path) -> None:
+    want = open_engine(engine_path, threads=1).logits(IMAGES, batch_size=1)
+    engine = open_engine(engine_path, threads=1)  # nothing is loaded yet: threads race for that, too
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: engine.staged_logits(IMAGES[i % 12 : i % 12 + 1]), range(96)))
+    assert all(np.array_equal(result[:, 0], want[:, i % 12]) for i, result in enumerate(results))
+
+
+def test_precision_is_read_back(engine_path: Path) -> None:
+    precision = read_manifest(engine_path).precision
+    assert precision["int8"] == pytest.approx(42 / 58)  # 42 convolutions of 58 layers; 16 small linear ones are float
+    assert sum(precision.values()) == pytest.approx(1)
+
+
+def test_files_damaged(copy: Path) -> None:
+    victim = max(copy.glob("stage_1.*"), key=lambda p: p.stat().st_size)
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match=rf"{victim.name} is not the file that was built"):
+        open_engine(copy)
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=victim.name):
+        open_engine(copy)
+    victim.unlink()
+    with pytest.raises(ArtifactError, match=f"{victim.name} is missing"):
+        open_engine(copy)
+
+
+def test_manifest_damaged(copy: Path) -> None:
+    path = copy / MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace('"max_accuracy_drop": 100.0', '"max_accuracy_drop": 0.1'))
+    with pytest.raises(ArtifactError, match="was edited"):
+        open_engine(copy)
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(ArtifactError, match="no engine manifest"):
+        open_engine(copy)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="is no engine"):
+        open_engine(copy)
+
+
+def test_built_elsewhere(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = read_manifest(copy)
+    version = manifest.backend_version
+    write_manifest(copy, dataclasses.replace(manifest, backend_version="1.2.3"))
+    with pytest.raises(ArtifactError, match=rf"1\.2\.3; here is {version}[\s\S]*edgekd compile"):
+        open_engine(copy)
+    write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "machine": "riscv64"}))
+    with pytest.raises(ArtifactError, match="machine riscv64; here is"):
+        open_engine(copy)
+    write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "cpu": "Other CPU"}))
+    assert open_engine(copy).logits(IMAGES[:1]).shape == (4, 1, 5)
+    assert "Other CPU" in caplog.text
+
+
+def test_quantised_for_vnni(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(copy)
+    write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "exact_int8": True}))
+    monkeypatch.setattr("edgekd.engines.host._cpuinfo", lambda key: "fpu avx2" if key == "flags" else "Old CPU")
+    monkeypatch.setattr("platform.machine", lambda: manifest.host["machine"])
+    if exact_int8():
+        pytest.skip("only x86 can be without VNNI")
+    with pytest.raises(ArtifactError, match="CPU with VNNI"):
+        open_engine(copy)
+
+
+def test_onnx_damaged_or_foreign(student_onnx: Path, tmp_path: Path) -> None:
+    data = student_onnx.read_bytes()
+    half = tmp_path / "half.onnx"
+    half.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtifactError, match="not a whole ONNX file"):
+        open_engine(half)
+    model, card = read_onnx(student_onnx)
+    put_card(model, dataclasses.replace(card, exits=(Exit("exit_0", "nowhere"), *card.exits[1:])))
+    onnx.save(model, str(half))
+    with pytest.raises(ArtifactError, match="nowhere"):
+        open_engine(half).stage(0)
+    del model.metadata_props[:]
+    onnx.save(model, str(half))
+    with pytest.raises(ArtifactError, match="not made by edgekd"):
+        open_engine(half)
+    with pytest.raises(ArtifactError, match="no ONNX file"):
+        open_engine(tmp_path / "missing.onnx")
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(BackendError, match="Did you mean 'openvino'"):
+        find_backend("openvin")
+
+
+def test_backend_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekd.engines.openvino.version", lambda: None)
+    with pytest.raises(BackendError, match=r"pip install 'edgekd\[cpu\]'"):
+        find_backend("openvino")

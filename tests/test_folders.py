@@ -1,0 +1,224 @@
+"""Folders of images: layouts that are understood, and every kind of bad file, on real images where that matters."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgekd.data.folders import SHOWN, Folder, check, scan
+from edgekd.errors import DataError
+
+
+def picture(path: Path, value: int = 0, *, mode: str = "RGB", size: tuple[int, int] = (12, 10)) -> Path:
+    """A picture whose pixels differ with `value`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def two_classes(data: Path) -> Path:
+    for n in range(6):
+        picture(data / "ab"[n % 2] / f"{n}.png", n)
+    return data
+
+
+def labelled(folder: Folder) -> list[tuple[str, str, str | None]]:
+    return [(item.path, folder.classes[item.label], item.part) for item in folder.items]
+
+
+def test_class_folders_hidden_files_and_bystanders(tmp_path: Path) -> None:
+    data = two_classes(tmp_path)
+    picture(data / "b" / "slide7" / "deep.JPG", 9)
+    for name in ("a/Thumbs.db", "a/0.dat", "a/.0.png", "LICENSE", "notes.txt"):
+        (data / name).write_text("x")
+    picture(data / ".cache" / "c.png")
+    picture(data / "__MACOSX" / "a" / "0.png")
+    folder = scan(data)
+    assert folder.classes == ("a", "b")
+    assert ("b/slide7/deep.JPG", "b", None) in labelled(folder)
+    assert len(folder.items) == 7
+    assert (folder.bad, folder.ignored) == ({}, 5)
+
+
+def test_parts_above_class_folders(tmp_path: Path) -> None:
+    for n, part in enumerate(("train", "Valid", "test")):
+        for m, name in enumerate("ab"):
+            picture(tmp_path / part / name / "0.png", 2 * n + m)
+    assert labelled(scan(tmp_path)) == [
+        ("Valid/a/0.png", "a", "val"),
+        ("Valid/b/0.png", "b", "val"),
+        ("test/a/0.png", "a", "test"),
+        ("test/b/0.png", "b", "test"),
+        ("train/a/0.png", "a", "train"),
+        ("train/b/0.png", "b", "train"),
+    ]
+    picture(tmp_path / "extra" / "0.png")
+    with pytest.raises(DataError, match="extra beside"):
+        scan(tmp_path)
+
+
+def test_sipakmed_as_it_is_given_out(tmp_path: Path, shared: Path) -> None:
+    for name in ("Dyskeratotic", "Parabasal"):
+        cropped = tmp_path / f"im_{name}" / f"im_{name}" / "CROPPED"
+        cropped.mkdir(parents=True)
+        for file in sorted((shared / "data" / "sipakmed" / name).iterdir())[:3]:
+            Image.open(file).save(cropped / f"{file.stem}.bmp")
+            (cropped / f"{file.stem}_cyt.dat").write_text("1,2")
+        Image.open(file).save(cropped.parent / "001.bmp")
+    folder = scan(tmp_path)
+    assert folder.classes == ("Dyskeratotic", "Parabasal")
+    assert folder.items[0].path == "im_Dyskeratotic/im_Dyskeratotic/CROPPED/001_01.bmp"
+    assert len(check(folder).folder.items) == 6
+
+
+def test_real_sets_are_found_whole(shared: Path) -> None:
+    cells, tiles = scan(shared / "data" / "sipakmed"), scan(shared / "data" / "kather2016")
+    counts = np.bincount([item.label for item in cells.items])
+    assert dict(zip(cells.classes, counts)) == {
+        "Dyskeratotic": 813,
+        "Koilocytotic": 825,
+        "Metaplastic": 793,
+        "Parabasal": 787,
+        "Superficial-Intermediate": 831,
+    }
+    assert np.bincount([item.label for item in tiles.items]).tolist() == [625] * 8
+    checked = check(scan(shared / "data" / "kather2016_tif"))
+    assert len(checked.folder.items) == 24
+    assert not checked.left_out
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([], "no folder at"),
+        (["README.md"], "has no class folders"),
+        (["a/0.png"], "one class only: a"),
+        (["a/0.png", "b/notes.txt"], r"no images in .*/b\n"),
+        (["train/a/0.png", "train/b/0.png", "test/bb/0.png"], r"(?s)unknown class 'bb' in .*Did you mean 'b'"),
+    ],
+)
+def test_folders_that_cannot_be(tmp_path: Path, made: list[str], message: str) -> None:
+    for name in made:
+        picture(tmp_path / "data" / name) if name.endswith("png") else None
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    with pytest.raises(DataError, match=message):
+        scan(tmp_path / "data")
+
+
+def test_classes_of_a_network(tmp_path: Path) -> None:
+    data = two_classes(tmp_path)
+    folder = scan(data, classes=("b", "c", "a"))
+    assert {(folder.classes[i.label], i.path[0]) for i in folder.items} == {("a", "a"), ("b", "b")}
+    with pytest.raises(DataError, match="unknown class 'a'"):
+        scan(data, classes=("b", "c"))
+
+
+def bomb(path: Path, side: int) -> None:
+    """A whole PNG of side x side black one-bit pixels: small as a file, huge when decoded."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" * (1 + side // 8)
+    packer = zlib.compressobj(1)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+def test_every_kind_of_bad_file_is_named_at_once(tmp_path: Path, shared: Path) -> None:
+    data = two_classes(tmp_path)
+    real = (shared / "data" / "sipakmed" / "Parabasal" / "001_01.jpg").read_bytes()
+    (data / "a" / "cut.jpg").write_bytes(real[: len(real) // 2])
+    (data / "a" / "empty.png").touch()
+    (data / "a" / "text.jpg").write_text("no picture")
+    (data / "a" / "slides.pdf").write_text("%PDF")
+    picture(data / "a" / "dot.png", size=(1, 1))
+    bomb(data / "a" / "bomb.png", 20_000)
+    bomb(data / "a" / "halfbomb.png", 12_000)
+    frames = [Image.new("L", (9, 9), n) for n in (1, 99)]
+    frames[0].save(data / "a" / "film.gif", save_all=True, append_images=frames[1:])
+    (data / "a" / "lost.png").symlink_to("nowhere.png")
+    picture(data / "loose.png", 77)
+    expected = {
+        "a/cut.jpg": "cannot be decoded",
+        "a/empty.png": "empty",
+        "a/text.jpg": "not an image",
+        "a/slides.pdf": "not an image",
+        "a/dot.png": "1x1",
+        "a/bomb.png": "megapixels",
+        "a/halfbomb.png": "megapixels",
+        "a/film.gif": "several frames",
+        "a/lost.png": "no such file",
+        "loose.png": "in no class folder",
+    }
+    with pytest.raises(DataError, match=r"10 of the files .* cannot be used") as caught:
+        check(scan(data))
+    assert "--leave-out-bad" in caught.value.fix
+    left_out = check(scan(data), leave_out_bad=True).left_out
+    assert left_out.keys() == expected.keys()
+    for path, reason in expected.items():
+        assert reason in left_out[path]
+        assert f"{path}: {left_out[path]}" in caught.value.what
+
+
+def test_unusual_but_whole_pictures_are_kept(tmp_path: Path) -> None:
+    data = two_classes(tmp_path)
+    for n, mode in enumerate(("L", "RGBA", "1", "P", "LA"), 20):
+        picture(data / "a" / f"{mode}.png", n, mode=mode)
+    picture(data / "a" / "CMYK.jpg", 30, mode="CMYK")
+    deep = np.random.default_rng(0).integers(0, 65536, (10, 12), dtype=np.uint16)
+    Image.fromarray(deep).save(data / "a" / "deep.png")
+    assert len(check(scan(data)).folder.items) == 13
+
+
+def test_copies(tmp_path: Path) -> None:
+    data = two_classes(tmp_path)
+    first = Image.open(data / "a" / "0.png")
+    first.save(data / "a" / "again.bmp")  # other bytes, same pixels
+    Image.open(data / "a" / "2.png").save(data / "b" / "other.png")
+    assert check(scan(data), leave_out_bad=True).left_out == {
+        "a/again.bmp": "same picture as a/0.png",
+        "a/2.png": "same picture as b/other.png, labelled b",
+        "b/other.png": "same picture as a/2.png, labelled a",
+    }
+
+
+def test_a_copy_across_parts_stays_in_test(tmp_path: Path) -> None:
+    for n, part in enumerate(("train", "test")):
+        for m, name in enumerate("ab"):
+            picture(tmp_path / part / name / "0.png", 2 * n + m)
+    picture(tmp_path / "test" / "a" / "copy.png", 0)
+    picture(tmp_path / "train" / "a" / "1.png", 50)
+    left_out = check(scan(tmp_path), leave_out_bad=True).left_out
+    assert left_out == {"train/a/0.png": "same picture as test/a/copy.png"}
+
+
+def test_long_lists_are_cut_and_empty_classes_refused(tmp_path: Path) -> None:
+    data = two_classes(tmp_path)
+    for n in range(SHOWN + 5):
+        (data / "c").mkdir(exist_ok=True)
+        (data / "c" / f"{n:02d}.png").touch()
+    with pytest.raises(DataError, match="and 5 more"):
+        check(scan(data))
+    with pytest.raises(DataError, match="no usable image is left of c"):
+        check(scan(data), leave_out_bad=True)
+
+
+def test_fingerprint_follows_pixels_and_paths(tmp_path: Path) -> None:
+    data = two_classes(tmp_path)
+    steps: list[tuple[int, int]] = []
+    before = check(scan(data), progress=lambda done, total: steps.append((done, total))).fingerprint
+    assert steps == [(n, 6) for n in range(1, 7)]
+    assert check(scan(data)).fingerprint == before
+    (data / "a" / "0.png").rename(data / "a" / "9.png")
+    renamed = check(scan(data)).fingerprint
+    picture(data / "a" / "9.png", 99)
+    assert len({before, renamed, check(scan(data)).fingerprint}) == 3

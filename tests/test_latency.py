@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.bench import energy
+from edgekd.bench.host import host
+from edgekd.bench.latency import rotate, summarise, variation
+from edgekd.bench.memory import peak_mib, resident_mib
+
+
+def test_summary_by_hand() -> None:
+    s = summarise([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]])
+    assert (s.n, s.mean, s.p50, s.p90, s.p99) == (11, 6.0, 6.0, 10.0, None)
+    assert s.cv == pytest.approx(np.sqrt(10) / 6)
+
+
+def test_p99_from_a_thousand_samples() -> None:
+    assert summarise([range(1, 1000)]).p99 is None
+    assert summarise([range(1, 1001)]).p99 == pytest.approx(990.01)
+
+
+def test_interval_holds_the_mean_and_is_reproducible() -> None:
+    samples = np.random.default_rng(1).gamma(4, size=500).tolist()
+    s = summarise([samples])
+    assert s.mean_interval[0] < s.mean < s.mean_interval[1]
+    assert s.p50_interval[0] <= s.p50 <= s.p50_interval[1]
+    # 1.96 standard errors, as theory has it
+    assert s.mean_interval[1] - s.mean_interval[0] == pytest.approx(2 * 1.96 * 2 / np.sqrt(500), rel=0.2)
+    assert summarise([samples]) == s
+
+
+def test_equal_samples_have_no_spread() -> None:
+    s = summarise([[2.0] * 10])
+    assert (s.mean_interval, s.p50_interval, s.cv) == ((2.0, 2.0), (2.0, 2.0), 0.0)
+
+
+def test_processes_that_differ_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(10, 0.1, 200).tolist(), rng.normal(12, 0.1, 200).tolist()
+    apart, mixed = summarise([a, b]), summarise([a[::2] + b[::2], a[1::2] + b[1::2]])
+    assert apart.mean_interval[1] - apart.mean_interval[0] > 5 * (mixed.mean_interval[1] - mixed.mean_interval[0])
+
+
+def test_variation_is_around_each_exit() -> None:
+    values, exits = np.array([1.0, 1.0, 9.0, 9.0]), np.array([0, 0, 3, 3])
+    assert variation(values, exits) == 0
+    assert variation(values, np.zeros(4, int)) == pytest.approx(0.8)
+    assert summarise([[1.0, 9.0], [1.0, 9.0]], exits=[[0, 3], [0, 3]]).cv == 0
+
+
+def test_rotation_asks_in_turn_until_time_and_count_are_reached() -> None:
+    seen: list[float] = []
+
+    def query(x: np.ndarray) -> int:
+        seen.append(float(x[0]))
+        return len(seen)
+
+    queries = [np.array([i], np.float32) for i in range(3)]
+    samples, returned = rotate(query, queries, seconds=0, count=7)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    assert returned == list(range(1, 8))
+    assert len(samples) == 7
+    assert min(samples) > 0
+    many, _ = rotate(query, queries, seconds=0.05, count=1)
+    assert sum(many) <= 0.06 * 1000
+    assert len(many) > 7
+
+
+def test_memory_grows_with_what_is_held() -> None:
+    before = resident_mib()
+    held = np.ones(64 * 2**17)  # 64 MiB, touched
+    assert resident_mib() - before > 60
+    assert peak_mib() >= resident_mib() - 1
+    assert held[0] == 1
+
+
+def test_energy_counters(tmp_path: Path) -> None:
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    (package / "max_energy_range_uj").write_text("1000000\n")
+    (package / "energy_uj").write_text("400000\n")
+    assert energy.domains(tmp_path) == [package]
+    before = energy.counters([package])
+    (package / "energy_uj").write_text("900000\n")
+    assert energy.joules(before, energy.counters([package])) == 0.5
+    (package / "energy_uj").write_text("100000\n")  # wrapped around
+    assert energy.joules(before, energy.counters([package])) == pytest.approx(0.7)
+    assert energy.idle_watts([package], seconds=0.01) == 0.0  # a counter that stands still
+
+
+def test_no_readable_counter_is_not_zero(tmp_path: Path) -> None:
+    (tmp_path / "intel-rapl:0").mkdir()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("nonsense")
+    assert energy.domains(tmp_path) == []
+    assert energy.idle_watts([]) is None
+
+
+def test_host_names_processor_and_versions() -> None:
+    here = host()
+    assert here.cpu
+    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert here.memory_mib > 100
+    assert here.versions["numpy"] == np.__version__
+    assert here.governor

@@ -1,0 +1,126 @@
+"""The decision code, with values worked by hand and one property: online = offline."""
+
+from __future__ import annotations
+
+import itertools
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from edgekd.runtime.policy import (
+    NEVER,
+    Array,
+    Average,
+    Decision,
+    Measure,
+    Policy,
+    confidence,
+    ensemble,
+    simulate,
+    softmax,
+    step,
+)
+
+
+def logs(*probabilities: list[list[float]]) -> Array:
+    """Logits (E, N, C) whose softmax is these probabilities."""
+    return np.log(np.array(probabilities, np.float32))
+
+
+def test_softmax_by_hand() -> None:
+    assert softmax(np.float32([0, np.log(3)])) == pytest.approx([0.25, 0.75])
+    assert softmax(np.float32([0, np.log(9)]), 2.0) == pytest.approx([0.25, 0.75])
+    assert softmax(np.float32([[1e30, 0], [-1e30, 0]])).tolist() == [[1, 0], [0, 1]]
+    assert softmax(np.zeros((2, 4), np.float32), 3.0).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        ("max_probability", [0.5, 0.25, 1.0]),
+        ("margin", [0.25, 0.0, 1.0]),
+        ("entropy", [1 - 1.75 / 2, 0.0, 1.0]),  # H = 1.75 bits of log2(4) = 2
+    ],
+)
+def test_confidence_by_hand(measure: Measure, expected: list[float]) -> None:
+    probabilities = np.float32([[0.5, 0.25, 0.125, 0.125], [0.25] * 4, [0, 0, 1, 0]])
+    assert confidence(probabilities, measure) == pytest.approx(expected, abs=1e-6)
+
+
+def test_three_images_leave_at_three_exits() -> None:
+    logits = logs(
+        [[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]],
+        [[0.5, 0.5], [0.2, 0.8], [0.7, 0.3]],
+        [[0.5, 0.5], [0.5, 0.5], [0.1, 0.9]],
+    )
+    own = simulate(logits, Policy((1.0,) * 3, (0.85, 0.75), average="own"))
+    assert own.exits.tolist() == [0, 1, 2]
+    assert own.probabilities == pytest.approx(np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9]]), abs=1e-6)
+    assert own.confidence == pytest.approx([0.9, 0.8, 0.9])
+    mean = simulate(logits, Policy((1.0,) * 3, (0.85, 0.59), average="mean"))
+    assert mean.exits.tolist() == [0, 1, 1]  # means at exit 1: 0.4/0.6 and 0.65/0.35
+    assert mean.probabilities == pytest.approx(np.array([[0.9, 0.1], [0.4, 0.6], [0.65, 0.35]]), abs=1e-6)
+
+
+def test_a_temperature_keeps_an_overconfident_exit_from_answering() -> None:
+    logits = logs([[0.9, 0.1]], [[0.2, 0.8]])  # at temperature 2 the first is 3/4, 1/4
+    assert simulate(logits, Policy((1.0, 1.0), (0.8,))).exits.tolist() == [0]
+    assert simulate(logits, Policy((2.0, 1.0), (0.8,))).exits.tolist() == [1]
+    assert simulate(logits, Policy((2.0, 1.0), (0.74,))).probabilities == pytest.approx(np.array([[0.75, 0.25]]))
+
+
+def test_threshold_bounds(rng: np.random.Generator) -> None:
+    logits = np.float32(rng.normal(size=(3, 50, 4)) * 30)  # some confidences are exactly 1
+    assert set(simulate(logits, Policy((1.0,) * 3, (0.0, 0.0))).exits) == {0}
+    never = simulate(logits, Policy((1.0,) * 3, (NEVER, NEVER), average="mean"))
+    assert set(never.exits) == {2}
+    assert never.probabilities == pytest.approx(ensemble(logits), abs=1e-6)
+
+
+def test_ensemble_is_the_mean_of_probabilities() -> None:
+    assert ensemble(logs([[0.9, 0.1]], [[0.5, 0.5]])) == pytest.approx(np.array([[0.7, 0.3]]))
+
+
+def one_by_one(logits: Array, policy: Policy) -> Decision:
+    """What the classifier does with a batch of one, for each image."""
+    exits, count, classes = logits.shape
+    decision = Decision.empty(count, classes)
+    for i in range(count):
+        total = np.zeros((1, classes), np.float32)
+        for exit in range(exits):
+            seen = step(policy, exit, logits[exit, i : i + 1], total)
+            total = seen.total
+            if seen.leaves[0]:
+                decision.put(np.array([i]), seen.leaves, exit, seen)
+                break
+    return decision
+
+
+@pytest.mark.parametrize(("measure", "average"), list(itertools.product(get_args(Measure), get_args(Average))))
+def test_online_equals_offline(measure: Measure, average: Average, rng: np.random.Generator) -> None:
+    for exits, classes in [(1, 2), (2, 3), (4, 5), (5, 2)]:
+        logits = np.float32(rng.normal(size=(exits, 40, classes)) * 3)
+        temperatures = tuple(rng.uniform(0.3, 4, exits).tolist())
+        policy = Policy(temperatures, tuple(rng.uniform(0.2, 0.9, exits - 1).tolist()), measure, average)
+        offline, online = simulate(logits, policy), one_by_one(logits, policy)
+        assert offline.exits.tolist() == online.exits.tolist()
+        assert offline.probabilities == pytest.approx(online.probabilities, abs=1e-6)
+        assert offline.confidence == pytest.approx(online.confidence, abs=1e-6)
+
+
+def test_is_tuned() -> None:
+    assert not Policy((1.0, 1.0)).is_tuned
+    assert Policy((1.0, 1.0), (0.5,)).is_tuned
+    assert Policy((1.0,)).is_tuned
+
+
+@pytest.mark.parametrize(("temperatures", "thresholds"), [((), ()), ((0.0,), ()), ((1.0, 1.0), (0.5, 0.5))])
+def test_a_policy_that_cannot_be(temperatures: tuple[float, ...], thresholds: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"temperatures|thresholds"):
+        Policy(temperatures, thresholds)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,93 @@
+"""Quantised graphs: same inputs, outputs and boundaries, close to the float network, right for a CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgekd.artifact import read_onnx
+from edgekd.engines import onnxruntime
+from edgekd.engines.graphs import backbone, graphs
+from edgekd.engines.recipe import Recipe
+from edgekd.errors import ConfigError
+from edgekd.quantize import quantize
+
+IMAGES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    return onnxruntime.load(model.SerializeToString(), recipe=Recipe("fp32"), threads=1)(x)
+
+
+@pytest.fixture(scope="module")
+def quantised(student_onnx: Path) -> dict[bool, onnx.ModelProto]:
+    model, card = read_onnx(student_onnx)
+    return {heads: quantize(model, card, IMAGES, target="cpu", heads=heads) for heads in (True, False)}
+
+
+def quantised_convolutions(model: onnx.ModelProto) -> int:
+    from_q = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    return sum(n.op_type == "Conv" and n.input[1] in from_q for n in model.graph.node)
+
+
+def test_heads_are_quantised_or_float(student_onnx: Path, quantised: dict[bool, onnx.ModelProto]) -> None:
+    model, card = read_onnx(student_onnx)
+    in_backbone = Counter(n.op_type for n in backbone(model, card))["Conv"]
+    assert in_backbone == 20  # ResNet18: a stem, 16 in blocks, 3 on shortcuts
+    assert quantised_convolutions(quantised[False]) == in_backbone
+    # 22 more: an attention in each of 4 heads, and 3 + 2 + 1 + 0 bottlenecks of 3
+    assert quantised_convolutions(quantised[True]) == in_backbone + 4 + 18
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_close_to_float(student_onnx: Path, quantised: dict[bool, onnx.ModelProto], heads: bool) -> None:
+    model, _ = read_onnx(student_onnx)
+    for have, want in zip(run(quantised[heads], IMAGES), run(model, IMAGES)):
+        assert np.abs(have - want).max() <= 0.1 * np.abs(want).max()
+
+
+def test_activations_uint8_weights_int8_per_channel(quantised: dict[bool, onnx.ModelProto]) -> None:
+    graph = quantised[True].graph
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    assert {values[n.input[2]].dtype for n in graph.node if n.op_type == "QuantizeLinear"} == {np.dtype(np.uint8)}
+    weights = [
+        n
+        for n in graph.node
+        if n.op_type == "DequantizeLinear" and values.get(n.input[0], IMAGES[0, 0]).ndim == 4 and n.input[0] in values
+    ]
+    assert len(weights) == 42
+    for node in weights:
+        assert values[node.input[0]].dtype == np.int8
+        assert len(values[node.input[1]]) == len(values[node.input[0]])
+
+
+def test_stages_pass_uint8_and_equal_the_whole_bit_for_bit(
+    student_onnx: Path, quantised: dict[bool, onnx.ModelProto]
+) -> None:
+    _, card = read_onnx(student_onnx)
+    parts = graphs(quantised[True], card)
+    whole, x = run(parts["monolithic"], IMAGES), [IMAGES]
+    for k in range(4):
+        x = run(parts[f"stage_{k}"], x[-1])
+        assert np.array_equal(x[0], whole[k])
+        assert k == 3 or x[1].dtype == np.uint8
+    assert np.array_equal(run(parts["final"], IMAGES)[0], whole[3])
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_other_calibration_methods(student_onnx: Path, method: str) -> None:
+    model, card = read_onnx(student_onnx)
+    other = quantize(model, card, IMAGES[:2], target="cpu", heads=True, method=method)
+    assert np.abs(run(other, IMAGES)[3] - run(model, IMAGES)[3]).max() <= 0.5 * np.abs(run(model, IMAGES)[3]).max()
+
+
+def test_refuses_no_images_and_unknown_targets(student_onnx: Path) -> None:
+    model, card = read_onnx(student_onnx)
+    with pytest.raises(ConfigError, match="no calibration images"):
+        quantize(model, card, IMAGES[:0], target="cpu", heads=True)
+    with pytest.raises(ConfigError, match="Did you mean 'cpu'"):
+        quantize(model, card, IMAGES, target="cpus", heads=True)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.bench.accuracy import metrics
+from edgekd.bench.host import Host
+from edgekd.bench.record import Record, Timing, Variant, read_record, refuse_existing, write_record
+from edgekd.bench.tables import markdown, table, to_csv
+from edgekd.bench.targets import target_text, targets, warnings
+from edgekd.errors import ArtifactError
+from edgekd.runtime.policy import Policy
+
+CLASSES = ("round <b>", "long | thin", "[ 1, 2 ]")
+LABELS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
+HOST = Host("CPU 9000", 2, 8000, "unreadable", "unreadable", "Linux 6", "x86_64", "3.11.7", {"numpy": "2.0"})
+
+
+def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, against: bool = False) -> Variant:
+    """Latencies around `ms` for each exit deeper, in two rounds; the first `wrong` images are answered wrongly."""
+    rng = np.random.default_rng(len(name))
+    answers = np.where(np.arange(8) < wrong, (LABELS + 1) % 3, LABELS)
+    order = [np.resize(exits, 40).tolist(), np.resize(exits[::-1], 40).tolist()]
+    samples = [tuple((ms * (1 + e) + rng.normal(0, 0.01, 40) * ms).round(4).tolist()) for e in np.array(order)]
+    return Variant(
+        name=name,
+        network="resnet18" if against else "multi-exit-resnet18",
+        engine="onnxruntime fp32" if against else "openvino int8",
+        against=against,
+        timings=(
+            Timing(1, tuple(samples), tuple(tuple(o) for o in order)),
+            Timing(32, tuple(tuple(round(20 * s, 4) for s in r[:5]) for r in samples)),
+        ),
+        metrics=metrics(np.eye(3)[answers] * 0.7 + 0.1, LABELS, CLASSES),
+        answers=tuple(answers.tolist()),
+        exits=tuple(exits),
+        load_ms=(30.0, 32.0),
+        first_ms=(5.0, 5.5),
+        before_mib=(60.0, 61.0),
+        peak_mib=(90.0, 95.5),
+        overhead_ms=0.08,
+        size_mib=12.25,
+    )
+
+
+def sample() -> Record:
+    """A small record with every kind of variant and odd class names."""
+    record = Record(
+        created="2026-11-21T04:00:00+00:00",
+        command="edgekd bench student.engine",
+        scenario="Single stream.",
+        suite={"rounds": 2},
+        threads=2,
+        engine={"path": "student.engine", "name": "openvino int8", "precision": {"i8": 0.9, "f32": 0.1}},
+        policy=Policy((1.0, 1.0, 1.0), (0.9, 0.8)),
+        curve=({"accuracy": 0.7, "latency_ms": 0.9}, {"accuracy": 0.9, "latency_ms": 2.0}),
+        split={"fingerprint": "f" * 64, "method": "ratio:3,1,1", "seed": 0, "group": "none", "groups": 9, "leaking": 2},
+        classes=CLASSES,
+        images=tuple(f"{'abc'[c]}/00{i}.png" for i, c in enumerate(LABELS)),
+        labels=tuple(LABELS.tolist()),
+        host=HOST,
+        load_before=(0.1, 0.2, 0.3),
+        load_after=(1.0, 0.5, 0.3),
+        idle_watts=None,
+        preprocess_ms=(1.0, 1.1, 1.2),
+        variants=(
+            variant("exit_0", 1.0, [0] * 8, wrong=3),
+            variant("cascade", 1.0, [0, 0, 0, 0, 1, 1, 2, 2], wrong=1),
+            variant("no-leaving", 1.05, [2] * 8, wrong=1),
+            variant("full", 1.0, [2] * 8, wrong=1),
+            variant("plain", 12.0, [0] * 8, wrong=2, against=True),
+        ),
+    )
+    return dataclasses.replace(record, targets=targets(record), warnings=warnings(record))
+
+
+def test_written_and_read_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_record(path, sample())
+    assert read_record(path) == sample()
+    text = path.read_text()
+    assert '"[ 1, 2 ]"' in text  # lists of numbers are put on one line, texts that look like one are left
+    assert max(map(len, text.splitlines())) > 200
+    assert len(text.splitlines()) < 600
+
+
+def test_a_record_is_never_changed(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_record(path, sample())
+    before = path.read_bytes()
+    for attempt in (lambda: write_record(path, sample()), lambda: refuse_existing(path)):
+        with pytest.raises(ArtifactError, match="exists"):
+            attempt()
+    assert path.read_bytes() == before
+
+
+def test_damaged_foreign_and_newer_records_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    with pytest.raises(ArtifactError, match="no benchmark record"):
+        read_record(path)
+    write_record(path, sample())
+    text = path.read_text()
+    for bad in (text[: len(text) // 2], "{}", text.replace('"schema": 1', '"schema": 99')):
+        path.write_text(bad)
+        with pytest.raises(ArtifactError, match="record"):
+            read_record(path)
+
+
+def test_views_of_a_variant() -> None:
+    cascade = sample().find("cascade")
+    assert cascade is not None
+    assert cascade.shares == (0.5, 0.25, 0.25)
+    assert cascade.memory_mib == 34.5
+    assert cascade.at(1).mean == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 3, rel=0.01)
+
+
+def test_targets_by_hand() -> None:
+    by_name = {t.name: t for t in sample().targets}
+    faster = by_name["cascade faster than plain (resnet18, onnxruntime fp32)"]
+    assert faster.value == pytest.approx(12 / 1.75, rel=0.01)
+    assert faster.met is True
+    assert len(faster.rounds) == 2
+    assert "asked ≥ 6: met" in target_text(faster)
+    staged = by_name["cascade that nobody leaves / monolithic engine"]
+    assert staged.value == pytest.approx(1.05, rel=0.01)
+    assert staged.met is True
+    assert by_name["cascade's accuracy below that of all exits together"].value == 0
+
+
+def test_targets_that_are_missed_say_so() -> None:
+    record = sample()
+    variants = [dataclasses.replace(v, overhead_ms=0.3) if v.name == "cascade" else v for v in record.variants]
+    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)))}
+    assert "NOT met" in target_text(slow["Python around the engine, an image"])
+
+
+def test_other_networks_and_engines_are_not_judged() -> None:
+    record = sample()
+    variants = tuple(dataclasses.replace(v, network="resnet50") if v.against else v for v in record.variants)
+    first = targets(dataclasses.replace(record, variants=variants))[0]
+    assert first.value > 6
+    assert first.met is None
+    assert "asked" not in target_text(first)
+
+
+def test_warnings() -> None:
+    record = sample()
+    text = "\n".join(warnings(record))
+    assert "2 of 9" in text
+    assert "energy: not measured" in text
+    assert "unstable" not in text
+    busy = dataclasses.replace(record, load_before=(3.0, 1.0, 1.0), policy=Policy((1.0, 1.0, 1.0)))
+    assert "busy" in "\n".join(warnings(busy))
+    assert "no cascade" in "\n".join(warnings(busy))
+
+
+def test_markdown_is_a_table_of_all_variants() -> None:
+    text = markdown(sample())
+    assert text == markdown(sample())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 5 + 1
+    assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
+    assert "50 / 25 / 25" in next(row for row in rows if row.startswith("| cascade"))
+    assert "p99" not in rows[0]
+    assert "met" in text
+
+
+def test_p99_column_where_a_thousand_samples_are() -> None:
+    record = sample()
+    many = dataclasses.replace(record.variants[0], timings=(Timing(1, (tuple([1.0] * 1000),)), Timing(32, ((1.0,),))))
+    header, rows = table(dataclasses.replace(record, variants=(many, *record.variants[1:])))
+    at = header.index("p99")
+    assert rows[0][at] == "1.00"
+    assert rows[1][at] == "–"
+    assert header.count("p99") == 1
+
+
+def test_csv_has_a_row_for_each_variant_and_batch() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(sample()))))
+    assert len(rows) == 10
+    assert rows[2]["variant"] == "cascade"
+    assert float(rows[2]["accuracy"]) == 7 / 8
+    assert rows[2]["shares"] == "0.5000/0.2500/0.2500"
+    assert rows[2]["energy_mj"] == ""
+    assert float(rows[2]["images_per_s"]) == pytest.approx(1000 / float(rows[2]["mean_ms"]))
+    assert None not in rows[0]

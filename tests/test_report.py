@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_record import sample
+
+from edgekd.bench.report import confusion_png, html, write_report
+from edgekd.errors import DataError
+
+VOID = {"meta", "img", "br", "path", "use", "rect"}
+
+
+class Balanced(HTMLParser):
+    """Counts tags, checks that they close in order, and collects links and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for i, name in enumerate(sample().images):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40 + i, 30), (20 * i, 90, 120)).save(folder / name)
+    return folder
+
+
+def test_page_is_whole_and_stands_alone(data: Path, tmp_path: Path) -> None:
+    write_report(sample(), tmp_path / "report.html", data=data)
+    page = Balanced()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.open == []
+    assert page.seen.count("svg") == 4
+    assert page.seen.count("img") == 8
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert "round <b>, answered long | thin" in page.text  # the first image is answered wrongly
+    assert "NOT met" not in page.text
+    assert "2 of 9 pictures" in page.text
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_same_record_same_page(data: Path) -> None:
+    assert html(sample(), data=data) == html(sample(), data=data)
+
+
+def test_page_without_cascade(data: Path) -> None:
+    record = sample()
+    variants = tuple(v for v in record.variants if v.name in ("exit_0", "full"))
+    page = html(dataclasses.replace(record, variants=variants, curve=(), targets=(), warnings=()), data=data)
+    assert page.count("<svg") == 2
+    assert "Confusion matrix of full" in page
+    assert "Where images leave" not in page
+
+
+def test_images_elsewhere_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"000\.png: no such file"):
+        html(sample(), data=tmp_path)
+
+
+def test_confusion_picture(tmp_path: Path) -> None:
+    confusion_png(sample().variants[1].metrics, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+
+
+def test_missing_matplotlib_is_said(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('not here')")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parent)!r}]\n"
+        "from test_record import sample\nfrom edgekd.bench.plots import trade_off\n"
+        "from edgekd.errors import ConfigError\n"
+        "try: trade_off(sample())\nexcept ConfigError as error: print(error.fix)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "edgekd[report]" in done.stdout
