@@ -65,7 +65,7 @@ def to_onnx(network: nn.Module, *, image_size: int) -> onnx.ModelProto:
             opset_version=OPSET,
             dynamo=False,
         )
-    model, _ = onnxsim.simplify(onnx.load_from_string(buffer.getvalue()))
+    model: onnx.ModelProto = onnxsim.simplify(onnx.load_from_string(buffer.getvalue()))[0]
     del model.graph.output[len(out.logits) :]
     onnx.checker.check_model(model, full_check=True)
     return model

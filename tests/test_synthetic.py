@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,12 @@ def test_cells_pass_the_checks_and_have_groups(tmp_path: Path) -> None:
 
 
 def test_classes_overlap_but_differ() -> None:
-    means = np.array([[*vars(cell).values()] for cell in CLASSES.values()]) / [*vars(SPREAD).values()]
-    distance = np.linalg.norm(means[:, None] - means, axis=-1)[np.triu_indices(5, 1)]
-    assert distance.min() > 2  # standard deviations apart: told apart 84 % of the time or better
-    assert distance.min() < 4  # and yet mistaken now and then
+    """Who knew a cell's true measures would still mistake about one in a hundred; a network only sees pixels."""
+    mean = np.array([astuple(cell) for cell in CLASSES.values()]) / astuple(SPREAD)
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, len(CLASSES), 20_000)
+    distance = np.linalg.norm((mean[label] + rng.normal(size=(20_000, 6)))[:, None] - mean, axis=-1)
+    assert 0.98 < (distance.argmin(axis=1) == label).mean() < 0.995
 
 
 def test_refusals(tmp_path: Path) -> None:

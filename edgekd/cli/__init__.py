@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgekd.cli import data, demo, deploy, learn
+from edgekd.cli import deploy, learn
 from edgekd.cli.common import say
+from edgekd.cli.data import app as data_app
+from edgekd.cli.demo import demo
 from edgekd.errors import EdgekdError
 
 
@@ -66,7 +68,7 @@ def _options(
     logging.getLogger("edgekd").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-app.add_typer(data.app, name="data")
+app.add_typer(data_app, name="data")
 for command in (
     learn.train,
     learn.distill,
@@ -79,7 +81,7 @@ for command in (
     deploy.compare,
     deploy.devices,
     deploy.doctor,
-    demo.demo,
+    demo,
 ):
     app.command(name=command.__name__.rstrip("_"))(command)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -60,11 +61,11 @@ def compile_(
     calibration = validation = None
     with bar("read images") as progress:
         if data is not None and split is not None:
-            card, found = read_onnx(source)[1], read_split(split)
-            common = {"data": data, "preprocess": card.preprocess, "progress": progress}
-            validation = load_part(found, "val", **common)
+            found = read_split(split)
+            load = functools.partial(load_part, found, data=data, preprocess=read_onnx(source)[1].preprocess)
+            validation = load("val", progress=progress)
             if asked.precision == "int8":
-                calibration = load_part(found, "train", limit=asked.calibration_images, **common)[0]
+                calibration, _ = load("train", limit=asked.calibration_images, progress=progress)
     with bar("compile") as progress:
         manifest, attempts = compile_engine(
             source,
@@ -143,7 +144,7 @@ def _curve(tuned: Tuned) -> str:
     """The trade-off curve and the setting that was taken."""
     from edgekd.bench.accuracy import aligned
 
-    rows = [("expected ms", "accuracy %", "leave at exit (%)", "thresholds")]
+    rows: list[tuple[str, ...]] = [("expected ms", "accuracy %", "leave at exit (%)", "thresholds")]
     for point in tuned.curve:
         rows.append(_point(point["latency_ms"], point["accuracy"], point["shares"], point["thresholds"]))
     rows.append(("", "", "", ""))
@@ -282,11 +283,8 @@ def _named(pair: str) -> tuple[str, Path]:
 
 def _command() -> str:
     """The command line, its paths cut to their names: a record is made to be passed on."""
-    words = [
-        f"{k}={Path(v).name}" if (k, v) != (w, "") else Path(w).name
-        for w in sys.argv[1:]
-        for k, _, v in [w.partition("=")]
-    ]
+    pairs = (word.partition("=") for word in sys.argv[1:])
+    words = [f"{name}={Path(path).name}" if sign else Path(name).name for name, sign, path in pairs]
     return shlex.join(["edgekd", *words])
 
 

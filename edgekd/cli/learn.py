@@ -56,7 +56,7 @@ def train(
     devices: DevicesOption = 1,
 ) -> None:
     """Train a teacher or a plain network: images to a run folder."""
-    flags = {
+    flags: dict[str, Any] = {
         "data": str(data.resolve()),
         "network": model,
         "method": "ce",
@@ -93,7 +93,7 @@ def distill(
     """Train a multi-exit student, with or without a teacher: images to a run folder."""
     if split is None and teacher is not None and not resume:
         split = str(teacher / "split.json")  # the teacher must not have seen the student's test images
-    flags = {
+    flags: dict[str, Any] = {
         "data": str(data.resolve()),
         "network": student,
         "method": method,
@@ -158,6 +158,8 @@ def evaluate(
     threads: ThreadsOption = None,
 ) -> None:
     """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
+    import numpy as np
+
     from edgekd.bench import accuracy
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
@@ -172,7 +174,7 @@ def evaluate(
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
     rows = {f"exit_{k}": accuracy.metrics(p, labels, card.classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:
-        rows["ensemble"] = accuracy.metrics(sum(probabilities) / len(probabilities), labels, card.classes)
+        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), labels, card.classes)
     last = list(rows.values())[-1]
     if as_json:
         from edgekd.artifact import to_json
@@ -225,9 +227,8 @@ def export(
     card = header.card(len(answer.logits), len(answer.maps))
     worst = export(network, card, out=out, images=batch, names=[i.path for i in split.part("val")])
     typer.echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
-    next_command(
-        f"edgekd compile {out} --recipe int8 --data {data} --split {run / 'split.json'} --out {out.with_suffix('.engine')}"
-    )
+    engine, files = out.with_suffix(".engine"), f"--data {data} --split {run / 'split.json'}"
+    next_command(f"edgekd compile {out} --recipe int8 {files} --out {engine}")
 
 
 def _data(run: Path, data: Path | None) -> Path:

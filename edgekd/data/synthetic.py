@@ -38,7 +38,7 @@ CLASSES = {
 }
 """The mean cell of each class."""
 SPREAD = Cell(0.03, 0.16, 0.045, 0.08, 0.09, 0.12)
-"""Standard deviations around it: wide enough that a small network is right about nine times in ten."""
+"""Standard deviations around it. A small CNN trained from nothing for a minute is right about 87 times in 100."""
 CELLS_PER_SLIDE = (4, 10)
 
 

@@ -73,8 +73,9 @@ class _Runner:
     def __call__(self, x: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         size = len(x) if len(x) in self._static else None
         request, outputs = self._request(size)
-        # OpenVINO reads `x` where it lies, which it does with writeable, contiguous arrays only.
-        request.set_input_tensor(self._tensor(x if x.flags.carray else x.copy(), shared_memory=True))
+        # OpenVINO reads `x` where it lies: it takes writeable, contiguous arrays only, and keeps no hold on them.
+        x = x if x.flags.carray else x.copy()
+        request.set_input_tensor(self._tensor(x, shared_memory=True))
         request.start_async()
         request.wait()
         return [request.get_output_tensor(i).data.copy() for i in outputs]
