@@ -80,7 +80,7 @@ def open_image(path: Path | str) -> Image.Image:
 
 
 def _check(image: Image.Image) -> None:
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # telephones put a second view into a JPEG
         raise DataError("has several frames or pages", fix="save the one that is meant as a picture of its own")
     if image.width * image.height > MAX_PIXELS:  # Pillow itself only warns before twice as many
         raise Image.DecompressionBombError

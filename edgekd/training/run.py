@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from edgekd import __version__
-from edgekd.artifact import SCHEMA, Card, Split, atomic_write, read_split, to_json
+from edgekd.artifact import SCHEMA, Card, Split, atomic_write, to_json
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
 from edgekd.models import build
@@ -153,8 +153,3 @@ def start(folder: Path, *, resume: bool) -> None:
     if (folder / PROTOCOL).is_file():
         raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
     raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")
-
-
-def known_split(folder: Path) -> Split | None:
-    """The split of a run that is being resumed."""
-    return read_split(folder) if (folder / SPLIT).is_file() else None

@@ -58,23 +58,24 @@ def train(
         split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
         if on_split:
             on_split(split)
+        task = _task(data, split, protocol=protocol, teacher=teacher, fabric=fabric)
+        if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
+            write_toml(out / run.PROTOCOL, protocol)
+            atomic_write(out / run.SPLIT, to_json(split))
     fabric.barrier()
-    split = read_split(out)
-    task = _task(data, split, protocol=protocol, teacher=teacher, fabric=fabric)
+    if not fabric.is_global_zero:
+        task = _task(data, read_split(out), protocol=protocol, teacher=teacher, fabric=fabric)
     return fit(fabric, task, out=out, resume=resume, progress=progress)
 
 
 def _split(
     data: Path, out: Path, *, protocol: Protocol, leave_out_bad: bool, on_check: Callable[[int, int], None] | None
 ) -> Split:
-    """The split of the run that is resumed, or a new one; protocol.toml and split.json are written."""
+    """The split of the run that is resumed, or a new one."""
     if (out / run.SPLIT).is_file():
         return read_split(out)
     checked = check(scan(data), leave_out_bad=leave_out_bad, progress=on_check)
-    split = make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
-    write_toml(out / run.PROTOCOL, protocol)
-    atomic_write(out / run.SPLIT, to_json(split))
-    return split
+    return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
 
 
 def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None, fabric: Fabric) -> Task:
