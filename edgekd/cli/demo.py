@@ -13,8 +13,8 @@ import typer
 from edgekd.errors import ArtifactError
 
 STEPS = """
-data synthetic --out {out}/cells
-train --data {out}/cells --model resnet18 --protocol demo --out {out}/teacher
+data synthetic --out {out}/cells --size 80
+train --data {out}/cells --model resnet18 --protocol demo --group cluster --out {out}/teacher
 distill --data {out}/cells --teacher {out}/teacher --protocol demo --weights {out}/teacher --out {out}/student
 evaluate {out}/student
 export {out}/teacher --out {out}/teacher.onnx
