@@ -156,6 +156,14 @@ def test_teacher_of_other_classes_or_standardisation(cells: Path, tmp_path: Path
         train(cells, tmp_path / "s3", protocol=replace(TINY, method="kd"))
 
 
+def test_a_teacher_that_has_seen_the_test_images(cells: Path, tmp_path: Path) -> None:
+    train(cells, tmp_path / "t", protocol=replace(TINY, network="resnet18", method="ce", epochs=1))
+    for wrong in (replace(TINY, method="kd", seed=1), replace(TINY, seed=1, weights=str(tmp_path / "t"))):
+        with pytest.raises(ConfigError, match=r"was trained on \d+ of the test images, .*\.png for one"):
+            train(cells, tmp_path / "s", protocol=wrong, teacher=tmp_path / "t" if wrong.method == "kd" else None)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_loss_that_is_not_finite_names_the_files(cells: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"not finite at epoch \d, batch \d+(.|\n)*\.png"):
         train(cells, tmp_path / "nan", protocol=replace(TINY, lr=1e18, method="ce"))

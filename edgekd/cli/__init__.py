@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgekd.cli import deploy, learn
+from edgekd.cli import deploy, learn, measure
 from edgekd.cli.common import say
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
@@ -77,8 +77,8 @@ for command in (
     deploy.compile_,
     deploy.tune,
     deploy.predict,
-    deploy.bench,
-    deploy.compare,
+    measure.bench,
+    measure.compare,
     deploy.devices,
     deploy.doctor,
     demo,

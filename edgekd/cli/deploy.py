@@ -1,4 +1,4 @@
-"""Commands that run without torch: compile, tune, predict, bench, compare, devices and doctor."""
+"""Commands that run without torch: compile, tune, predict, devices and doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,6 @@ import typer
 
 from edgekd.cli.common import (
     DataOption,
-    OutOption,
     SetOption,
     SplitFile,
     ThreadsOption,
@@ -230,73 +228,6 @@ def _print(answers: dict[Path, Prediction], *, as_json: bool, as_csv: bool) -> N
     elif rows:
         table = [(r["file"], r["label"], f"{r['confidence']:.3f}", r["exit"]) for r in rows]
         typer.echo(aligned([("file", "label", "confidence", "left at"), *table]))
-
-
-def bench(
-    engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")],
-    data: DataOption,
-    out: OutOption,
-    split: SplitFile = None,
-    suite: Annotated[str, typer.Option(help="quick, full, or a .toml file.")] = "quick",
-    against: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH", help="Another network: ONNX (ONNX Runtime FP32) or engine.")
-    ] = None,
-    set_: SetOption = None,
-    report: Annotated[bool, typer.Option(help="Write the HTML page (needs matplotlib).")] = True,
-) -> None:
-    """Latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
-    from edgekd import specs
-    from edgekd.artifact import atomic_write
-    from edgekd.bench.record import refuse_existing, write_record
-    from edgekd.bench.suite import Suite
-    from edgekd.bench.suite import bench as measure
-    from edgekd.bench.tables import markdown, to_csv
-    from edgekd.engines import open_engine
-
-    refuse_existing(out)
-    asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
-    others = dict(_named(pair) for pair in against or [])
-    chosen = read_or_scan(data, split, open_engine(engine).card.classes)
-    with bar("bench") as progress:
-        record = measure(
-            engine, suite=asked, data=data, split=chosen, against=others, command=_command(), progress=progress
-        )
-    write_record(out, record)
-    text = markdown(record)
-    atomic_write(out.with_suffix(".md"), text.encode())
-    atomic_write(out.with_suffix(".csv"), to_csv(record).encode())
-    typer.echo(text)
-    if report:
-        from edgekd.bench.report import write_report
-
-        write_report(record, out.with_suffix(".html"), data=data)
-        typer.echo(f"report: {out.with_suffix('.html')}")
-    next_command(f"edgekd compare {out} other.json")
-
-
-def _named(pair: str) -> tuple[str, Path]:
-    name, sign, path = pair.partition("=")
-    if not (name and sign and path):
-        raise ConfigError(f"--against {pair} is not NAME=PATH", fix="for example --against plain=plain.onnx")
-    return name, Path(path)
-
-
-def _command() -> str:
-    """The command line, its paths cut to their names: a record is made to be passed on."""
-    pairs = (word.partition("=") for word in sys.argv[1:])
-    words = [f"{name}={Path(path).name}" if sign else Path(name).name for name, sign, path in pairs]
-    return shlex.join(["edgekd", *words])
-
-
-def compare(
-    records: Annotated[list[Path], typer.Argument(metavar="RECORD.JSON")],
-    force: Annotated[bool, typer.Option("--force", help="Compare in spite of differences.")] = False,
-) -> None:
-    """One table from records, or a refusal that names what differs."""
-    from edgekd.bench.compare import compare as table
-    from edgekd.bench.record import read_record
-
-    typer.echo(table({str(path): read_record(path) for path in records}, force=force))
 
 
 def devices() -> None:

@@ -91,8 +91,8 @@ def distill(
     devices: DevicesOption = 1,
 ) -> None:
     """Train a multi-exit student, with or without a teacher: images to a run folder."""
-    if split is None and teacher is not None and not resume:
-        split = str(teacher / "split.json")  # the teacher must not have seen the student's test images
+    if split is None and group is None and teacher is not None and not resume:
+        split = str(teacher / "split.json")
     flags: dict[str, Any] = {
         "data": str(data.resolve()),
         "network": student,

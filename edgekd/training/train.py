@@ -58,6 +58,8 @@ def train(
         split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
         if on_split:
             on_split(split)
+        for source in (teacher, Path(protocol.weights)):
+            _refuse_seen(source, split)
         task = _task(data, split, protocol=protocol, teacher=teacher, fabric=fabric)
         if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
             write_toml(out / run.PROTOCOL, protocol)
@@ -76,6 +78,21 @@ def _split(
         return read_split(out)
     checked = check(scan(data), leave_out_bad=leave_out_bad, progress=on_check)
     return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
+
+
+def _refuse_seen(folder: Path | None, split: Split) -> None:
+    """A teacher, or first weights, must not have been trained on images that will test the student.
+
+    Raises:
+        ConfigError: the run folder's training part holds some of them.
+    """
+    if folder is not None and (folder / run.SPLIT).is_file():
+        seen = {i.path for i in read_split(folder).parts.get("train", ())}
+        if common := seen & {i.path for i in split.parts.get("test", ())}:
+            raise ConfigError(
+                f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
+                fix=f"use its split: --split {folder / run.SPLIT}",
+            )
 
 
 def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None, fabric: Fabric) -> Task:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# SIPaKMeD from images to tables, random and grouped split: about an hour and a half on two quiet cores.
+#
+#   benchmarks/sipakmed.sh DATA WEIGHTS OUT
+#
+# DATA: folder with the five class folders. WEIGHTS: folder with resnet18.safetensors and resnet50.safetensors (ImageNet).
+# OUT: a new folder; a run that was stopped is continued. OUT/results then holds what is committed in benchmarks/results.
+set -euo pipefail
+data=$1 weights=$2 out=$3
+mkdir -p "$out/results"
+
+one() { # NAME GROUP
+    local plain=$out/plain-$1 student=$out/student-$1 engine=$out/student-$1.engine split=$out/student-$1/split.json
+    edgekd train --data "$data" --model resnet18 --weights "$weights/resnet18.safetensors" --epochs 20 --group "$2" \
+        --out "$plain" --resume
+    edgekd distill --data "$data" --teacher "$plain" --weights "$plain" --student multi-exit-resnet18 --method kd+sd \
+        --split "$plain/split.json" --epochs 16 --set lr=0.01 --set ema=0.99 --set 'augment.crop_scale=[0.7,1.0]' \
+        --out "$student" --resume
+    for run in plain student; do
+        edgekd evaluate "$out/$run-$1" --json >"$out/results/$1-$run.json"
+        cp "$out/$run-$1/metrics.csv" "$out/results/$1-$run.csv"
+        edgekd export "$out/$run-$1" --out "$out/$run-$1.onnx"
+    done
+    edgekd compile "$out/student-$1.onnx" --recipe int8 --data "$data" --split "$split" --out "$engine"
+    edgekd tune "$engine" --data "$data" --split "$split" --max-accuracy-drop 0.3
+    edgekd bench "$engine" --suite full --data "$data" --split "$split" \
+        --against plain-resnet18="$out/plain-$1.onnx" "${@:3}" --out "$out/results/sipakmed-$1.json"
+}
+
+# ResNet50 beside it: with these few epochs it is the weaker network, so it teaches nobody.
+edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safetensors" --epochs 12 --set lr=0.01 \
+    --out "$out/resnet50-random" --resume
+edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"
+edgekd export "$out/resnet50-random" --out "$out/resnet50-random.onnx"
+one random none --against resnet50="$out/resnet50-random.onnx"
+one grouped cluster
