@@ -44,7 +44,9 @@ def html(record: Record, *, data: Path) -> str:
     sections = [
         _section("Results", _table(record), note=f"{LEGEND} {start_text(record)}"),
         _section("Targets", _targets(record)) if record.targets else "",
-        _section("Mind", _list([escape(w) for w in record.warnings]), kind="warnings") if record.warnings else "",
+        _section("Keep in mind", _list([escape(w) for w in record.warnings]), kind="warnings")
+        if record.warnings
+        else "",
         _section("Accuracy against latency", plots.trade_off(record)),
         *(_cascade(record, shown, data) if shown.name == "cascade" else []),
         _section(f"Confusion matrix of {shown.name}", plots.confusion_svg(shown.metrics)),

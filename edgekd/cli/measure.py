@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,8 @@ def bench(
     from edgekd.bench.tables import markdown, to_csv
     from edgekd.engines import open_engine
 
+    if report and find_spec("matplotlib") is None:
+        raise ConfigError("the HTML page needs matplotlib", fix="pip install 'edgekd[report]', or give --no-report")
     refuse_existing(out)
     asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])

@@ -94,6 +94,8 @@ def loader(
 ) -> DataLoader[Sample]:
     """Batches (float32 (N, 3, H, W), labels (N,), indices (N,)), read by `workers` processes that stay alive.
 
+    A script that trains with workers needs `if __name__ == "__main__":`, as always with Python's processes.
+
     Raises:
         ConfigError: dropping the last, smaller batch would leave none.
     """
@@ -110,4 +112,6 @@ def loader(
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        # a fork of a process in which OpenVINO has run gives wrong pixels or dies
+        multiprocessing_context="forkserver" if workers else None,
     )
