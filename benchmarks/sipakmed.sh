@@ -25,6 +25,14 @@ one() { # NAME GROUP
     edgekd tune "$engine" --data "$data" --split "$split" --max-accuracy-drop 0.3
     edgekd bench "$engine" --suite full --data "$data" --split "$split" \
         --against plain-resnet18="$out/plain-$1.onnx" "${@:3}" --out "$out/results/sipakmed-$1.json"
+    python - "$out/results/sipakmed-$1" <<'PY'
+import sys
+from pathlib import Path
+from edgekd.bench.plots import trade_off
+from edgekd.bench.record import read_record
+stem = sys.argv[1]
+Path(f"{stem}.svg").write_text(trade_off(read_record(Path(f"{stem}.json"))))
+PY
 }
 
 # ResNet50 beside it: with these few epochs it is the weaker network, so it teaches nobody.

@@ -76,8 +76,7 @@ class _Runner:
         # OpenVINO reads `x` where it lies: it takes writeable, contiguous arrays only, and keeps no hold on them.
         x = x if x.flags.carray else x.copy()
         request.set_input_tensor(self._tensor(x, shared_memory=True))
-        request.start_async()
-        request.wait()
+        request.infer(share_outputs=True)
         return [request.get_output_tensor(i).data.copy() for i in outputs]
 
     def _request(self, size: int | None) -> tuple[Any, range]:
