@@ -150,7 +150,7 @@ def test_refusals(tuned: Path, split: tuple[Path, Split]) -> None:
 def test_shipped_suites(name: str) -> None:
     suite = specs.load(Suite, "benchmarks/suites", name)
     assert suite.batch_sizes == (1, 32)
-    assert name == "quick" or all(suite.rounds * n >= 1000 for n in suite.min_count)
+    assert name == "quick" or suite.rounds * suite.min_count[0] >= 1000  # enough for p99 at batch 1
 
 
 @pytest.mark.parametrize(
