@@ -9,7 +9,7 @@ set -euo pipefail
 data=$1 weights=$2 out=$3
 mkdir -p "$out/results"
 
-one() { # NAME GROUP
+one() { # NAME GROUP CALIBRATION_IMAGES [BENCH OPTIONS]
     local plain=$out/plain-$1 student=$out/student-$1 engine=$out/student-$1.engine split=$out/student-$1/split.json
     edgekd train --data "$data" --model resnet18 --weights "$weights/resnet18.safetensors" --epochs 20 --group "$2" \
         --out "$plain" --resume
@@ -21,10 +21,10 @@ one() { # NAME GROUP
         cp "$out/$run-$1/metrics.csv" "$out/results/$1-$run.csv"
         edgekd export "$out/$run-$1" --out "$out/$run-$1.onnx"
     done
-    edgekd compile "$out/student-$1.onnx" --recipe int8 --data "$data" --split "$split" --out "$engine"
+    edgekd compile "$out/student-$1.onnx" --recipe int8 --set "calibration_images=$3" --data "$data" --split "$split" --out "$engine"
     edgekd tune "$engine" --data "$data" --split "$split" --max-accuracy-drop 0.3
     edgekd bench "$engine" --suite full --data "$data" --split "$split" \
-        --against plain-resnet18="$out/plain-$1.onnx" "${@:3}" --out "$out/results/sipakmed-$1.json"
+        --against plain-resnet18="$out/plain-$1.onnx" "${@:4}" --out "$out/results/sipakmed-$1.json"
     python - "$out/results/sipakmed-$1" <<'PY'
 import sys
 from pathlib import Path
@@ -40,5 +40,5 @@ edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safete
     --out "$out/resnet50-random" --resume
 edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"
 edgekd export "$out/resnet50-random" --out "$out/resnet50-random.onnx"
-one random none --against resnet50="$out/resnet50-random.onnx"
-one grouped cluster
+one random none 256 --against resnet50="$out/resnet50-random.onnx"
+one grouped cluster 512
