@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+
+def heed_ctrl_c() -> None:
+    """For a child: what runs in the background, as CI may, hands down SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

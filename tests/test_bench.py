@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import heed_ctrl_c
 from PIL import Image
 
 from edgekd import specs
@@ -184,7 +185,7 @@ def test_workers_die_with_their_parent(tuned: Path, tmp_path: Path, how: signal.
         f"here = Path({str(tmp_path)!r})\n"
         "run_worker(read_json(here / 'long.json', Job, what='job'), here / 'run', name='long')"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     child = eventually(lambda: int(children.read_text() or 0))
     parent.send_signal(how)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import heed_ctrl_c
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -133,16 +134,18 @@ def test_whole_folder_is_evaluated_without_a_split(student_onnx: Path, cells: Pa
 
 
 def command(*words: str | Path, limit: int | None = None) -> subprocess.Popen[str]:
-    def few_bytes() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or 0, limit or 0))
+    def prepare() -> None:
+        heed_ctrl_c()
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
         [sys.executable, "-m", "edgekd", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=few_bytes if limit is not None else None,
+        preexec_fn=prepare,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -173,7 +176,10 @@ def test_ctrl_c_while_training(cells: Path, tmp_path: Path) -> None:
     while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    try:
+        text, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, text
     assert "interrupted" in text
     assert "Traceback" not in text
