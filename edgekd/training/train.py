@@ -87,8 +87,12 @@ def _refuse_seen(folder: Path | None, split: Split) -> None:
         ConfigError: the run folder's training part holds some of them.
     """
     if folder is not None and (folder / run.SPLIT).is_file():
-        seen = {i.path for i in read_split(folder).parts.get("train", ())}
-        if common := seen & {i.path for i in split.parts.get("test", ())}:
+        known = read_split(folder)
+        seen = {i.path for i in known.parts.get("train", ())}
+        common = seen & {i.path for i in split.parts.get("test", ())}
+        if common and known.fingerprint != split.fingerprint:
+            log.warning("%s was trained on other data in which %d test images' names occur", folder, len(common))
+        elif common:
             raise ConfigError(
                 f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
                 fix=f"use its split: --split {folder / run.SPLIT}",
