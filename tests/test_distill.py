@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from edgekd.distill import METHODS, Criterion, Settings, method, names, needs_teacher
+from edgekd.distill import METHODS, Criterion, Setting, Settings, Shapes, Step, View, method, names, needs_teacher
 from edgekd.distill.ce import multi_exit_ce
 from edgekd.distill.kd import soft_kl
 from edgekd.distill.sd import self_distillation
@@ -28,6 +29,15 @@ def outputs(exits: int = 4, batch: int = 6, classes: int = 5, *, grad: bool = Tr
     return Outputs(
         tuple(tensor(batch, classes) for _ in range(exits)), tuple(tensor(batch, 8) for _ in range(exits)), ()
     )
+
+
+def step(out: Outputs, teacher: Tensor | None, target: Tensor) -> Step:
+    """A batch of the first epoch; the teacher has one exit."""
+    view = None if teacher is None else View(Outputs((teacher,), (), ()))
+    return Step(View(out), view, target, torch.arange(len(target)), 0)
+
+
+FOUR_EXITS = Setting(Shapes(exits=4))
 
 
 def test_soft_kl_by_hand() -> None:
@@ -86,7 +96,7 @@ def test_gradients_stop_at_the_deepest_exit_and_the_teacher() -> None:
     assert out.features[-1].grad is None
     assert all(s.grad is not None and s.grad.abs().sum() > 0 for s in (*out.logits[:-1], *out.features[:-1]))
     teacher = torch.randn(6, 5, requires_grad=True)
-    Criterion(Settings(method="kd"))(outputs(), teacher, torch.zeros(6, dtype=torch.long)).backward()
+    Criterion(Settings(method="kd"))(step(outputs(), teacher, torch.zeros(6, dtype=torch.long))).backward()
     assert teacher.grad is None
 
 
@@ -97,15 +107,16 @@ def test_gradients_are_finite(dtype: torch.dtype, batch: int) -> None:
     logits = [torch.full((batch, 5), 100.0, dtype=dtype).requires_grad_() for _ in range(4)]
     features = [torch.full((batch, 8), 200.0, dtype=dtype).requires_grad_() for _ in range(4)]
     out = Outputs(tuple(logits), tuple(features), ())
-    loss = Criterion(Settings(method="kd+sd"))(out, torch.randn(batch, 5) * 100, torch.zeros(batch, dtype=torch.long))
-    loss.backward()
+    criterion = Criterion(Settings(method="kd+sd"), FOUR_EXITS)
+    criterion(step(out, torch.randn(batch, 5) * 100, torch.zeros(batch, dtype=torch.long))).backward()
     assert all(torch.isfinite(t.grad).all() for t in logits if t.grad is not None)
 
 
 def test_criterion_sums_its_weighted_terms() -> None:
     out, target, teacher = outputs(), torch.tensor([0, 1, 2, 3, 4, 0]), torch.randn(6, 5)
-    criterion = Criterion(Settings(method="kd+sd", ce_weight=0.5, kd_weight=2.0, sd_weight=0.1))
-    total = criterion(out, teacher, target)
+    asked = Settings(method="kd+sd", loss_weights={"ce": 0.5, "kd": 2.0, "sd": 0.1})
+    criterion = Criterion(asked, FOUR_EXITS)
+    total = criterion(step(out, teacher, target))
     expected = (
         0.5 * multi_exit_ce(out.logits, target)
         + 2 * sum(soft_kl(s, teacher, temperature=3.0) for s in out.logits)
@@ -125,10 +136,14 @@ def test_names_of_methods() -> None:
     with pytest.raises(ConfigError, match="twice"):
         names("kd+kd")
     with pytest.raises(ValueError, match="registered twice"):
-        method("kd")(METHODS["kd"])
+        method("kd")(METHODS["kd"].make)
+    with pytest.raises(ConfigError, match="Did you mean 'kd'"):
+        Criterion(Settings(method="kd", loss_weights={"kdd": 1.0}))
+    with pytest.raises(ConfigError, match="compares exits"):
+        Criterion(Settings(method="sd"))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"kd_weight": -1.0}, {"label_smoothing": 1.0}])
-def test_impossible_settings(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"loss_weights": {"kd": -1.0}}, {"label_smoothing": 1.0}])
+def test_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)

@@ -1,57 +1,151 @@
-"""Distillation methods by name; several are joined with `+`, for example `kd+sd`."""
+"""Distillation methods by name; several are joined with `+`, for example `kd+at`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ConfigError, nearest
 from edgekd.models.multi_exit import Outputs
 
+Need: TypeAlias = Literal["stages", "preact", "pooled"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the losses can be told. Total = ce_weight * CE + kd_weight * KD + sd_weight * SD.
+    """What the losses can be told.
 
-    feature_weight: lambda of self-distillation's feature term. literal_ce: count the deepest exit's
-    cross-entropy once more for each exit, as paper A's formula is printed.
+    method: names joined with `+`; cross-entropy is always in. loss_weights: method (or `ce`) to its weight in the sum,
+    instead of the method's own. temperature: tau of every softened softmax, where the method does not bring its own.
+    feature_weight: lambda of self-distillation's feature term. literal_ce: count the deepest exit's cross-entropy once
+    more for each exit, as paper A's formula is printed. init_epochs: how many of the epochs a method with two stages
+    spends on its first one; -1 for the method's own number. student_points, teacher_points: feature points
+    (`edgekd models show NAME --features`) for the methods that compare maps; the ends of the stages if empty.
     """
 
     method: str = "ce"
     temperature: float = 3.0
-    ce_weight: float = 1.0
-    kd_weight: float = 1.0
-    sd_weight: float = 1.0
+    loss_weights: dict[str, float] = field(default_factory=dict)
     feature_weight: float = 0.03
     label_smoothing: float = 0.0
     literal_ce: bool = False
+    init_epochs: int = -1
+    student_points: tuple[str, ...] = ()
+    teacher_points: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature: {self.temperature} is not above 0")
-        for key in ("ce_weight", "kd_weight", "sd_weight", "feature_weight"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}: {getattr(self, key)} is negative")
+        negative = {f"loss_weights.{k}": v for k, v in self.loss_weights.items()}
+        for key, value in {**negative, "feature_weight": self.feature_weight}.items():
+            if value < 0:
+                raise ValueError(f"{key}: {value} is negative")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: {self.label_smoothing} is not in 0..1")
 
 
+@dataclass(frozen=True)
+class View:
+    """One network's answer to a batch.
+
+    stages: maps (B, D_k, H_k, W_k) of the feature points, shallow to deep. preact: the same before the stage's last
+    activation. pooled: (B, D), what goes into the deepest classifier. stages and preact are empty, pooled is None
+    unless a method needs them.
+    """
+
+    out: Outputs
+    stages: tuple[Tensor, ...] = ()
+    preact: tuple[Tensor, ...] = ()
+    pooled: Tensor | None = None
+
+    def first(self, count: int) -> View:
+        """The view of the batch's first `count` images."""
+        out = Outputs(*(tuple(t[:count] for t in part) for part in self.out))
+        stages, preact = (tuple(t[:count] for t in part) for part in (self.stages, self.preact))
+        return View(out, stages, preact, None if self.pooled is None else self.pooled[:count])
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method sees of a batch: targets (B,), index (B,) into the training part, and the epoch from 0."""
+
+    student: View
+    teacher: View | None
+    target: Tensor
+    index: Tensor
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a network's views look like, without the batch: maps (D, H, W), pooled width, number of exits."""
+
+    stages: tuple[tuple[int, int, int], ...] = ()
+    preact: tuple[tuple[int, int, int], ...] = ()
+    pooled: int = 0
+    exits: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before training: both networks' shapes, the training images' labels by index, and class count."""
+
+    student: Shapes = Shapes()
+    teacher: Shapes | None = None
+    labels: tuple[int, ...] = ()
+    classes: int = 0
+
+
 class Loss(Protocol):
-    """A method at work: outputs, teacher's logits (B, C) or None, and targets (B,) to a scalar."""
+    """A method at work: a batch to an unweighted scalar.
 
-    def __call__(self, out: Outputs, teacher: Tensor | None, target: Tensor) -> Tensor: ...
+    One that owns parameters is an nn.Module. It may have `init_epochs: int` and `init(step) -> Tensor`: for so many
+    epochs that is the whole loss; and `expand(images) -> Tensor`: (B, 3, H, W) to more images, of which the first B
+    are the given ones and all that other methods see.
+    """
+
+    def __call__(self, step: Step) -> Tensor: ...
 
 
-Factory = Callable[[Settings], Loss]
-METHODS: dict[str, Factory] = {}
-NEED_TEACHER: set[str] = set()
+Factory = Callable[[Settings, Setting], Loss]
 
 
-def method(name: str, *, teacher: bool = False) -> Callable[[Factory], Factory]:
-    """Register a method under a name.
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    weight, ce_weight: of it and of cross-entropy, when nothing else is asked for; own_ce: it brings its own
+    cross-entropy. needs: parts of the views. exits: it compares exits, so the student needs two or more.
+    """
+
+    make: Factory
+    weight: float = 1.0
+    ce_weight: float = 1.0
+    own_ce: bool = False
+    teacher: bool = False
+    needs: frozenset[Need] = frozenset()
+    exits: bool = False
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    weight: float = 1.0,
+    ce_weight: float = 1.0,
+    own_ce: bool = False,
+    teacher: bool = False,
+    needs: tuple[Need, ...] = (),
+    exits: bool = False,
+) -> Callable[[Factory], Factory]:
+    """Register a method under a name; the flags are `Method`'s.
 
     Raises:
         ValueError: the name is taken.
@@ -60,16 +154,14 @@ def method(name: str, *, teacher: bool = False) -> Callable[[Factory], Factory]:
     def register(factory: Factory) -> Factory:
         if name in METHODS:
             raise ValueError(f"distillation method '{name}' is registered twice")
-        METHODS[name] = factory
-        if teacher:
-            NEED_TEACHER.add(name)
+        METHODS[name] = Method(factory, weight, ce_weight, own_ce, teacher, frozenset(needs), exits)
         return factory
 
     return register
 
 
 def names(text: str) -> list[str]:
-    """`kd+sd` as `["ce", "kd", "sd"]`: cross-entropy is always in.
+    """`kd+sd` as `["ce", "kd", "sd"]`; without `ce` if a part brings its own.
 
     Raises:
         ConfigError: an unknown or repeated name.
@@ -80,29 +172,85 @@ def names(text: str) -> list[str]:
             raise ConfigError(f"no distillation method '{part}' in '{text}'", fix=nearest(part, METHODS))
     if len(set(parts)) < len(parts):
         raise ConfigError(f"method '{text}' names one part twice", fix="name each once, for example kd+sd")
+    if "ce" not in parts and any(METHODS[p].own_ce for p in parts):
+        return parts
     return ["ce", *(p for p in parts if p != "ce")]
 
 
 def needs_teacher(text: str) -> bool:
     """Whether a method named like `kd+sd` learns from a teacher."""
-    return not NEED_TEACHER.isdisjoint(names(text))
+    return any(METHODS[name].teacher for name in names(text))
+
+
+def needs(text: str) -> frozenset[Need]:
+    """Which parts of the views a method named like `kd+at` looks at."""
+    return frozenset[Need]().union(*(METHODS[name].needs for name in names(text)))
+
+
+def weights(settings: Settings) -> dict[str, float]:
+    """Each part's weight in the sum.
+
+    Raises:
+        ConfigError: a weight for a part that is not in the method.
+    """
+    parts = names(settings.method)
+    found = {name: METHODS[name].weight for name in parts}
+    if "ce" in found:
+        found["ce"] = min(METHODS[name].ce_weight for name in parts)
+    if strange := sorted(settings.loss_weights.keys() - found.keys()):
+        raise ConfigError(
+            f"loss_weights.{strange[0]}: method '{settings.method}' has no such part", fix=nearest(strange[0], found)
+        )
+    return found | settings.loss_weights
 
 
 class Criterion(nn.Module):
-    """The sum of the methods that `settings.method` names; `terms` holds each one's last value."""
+    """The weighted sum of the methods that `settings.method` names; `terms` holds each one's last weighted value.
 
-    def __init__(self, settings: Settings) -> None:
+    Raises:
+        ConfigError: a method that compares exits, and the student has one; a weight for no part of the method.
+    """
+
+    def __init__(self, settings: Settings, setting: Setting | None = None) -> None:
         super().__init__()
-        self.losses = {name: METHODS[name](settings) for name in names(settings.method)}
+        setting = setting or Setting()
+        self.weights = weights(settings)
+        for name in self.weights:
+            if METHODS[name].exits and setting.student.exits < 2:
+                raise ConfigError(
+                    f"method '{name}' compares exits, and the student has one",
+                    fix="use a multi-exit student, or kd, which needs no exits",
+                )
+        self.losses = {name: METHODS[name].make(settings, setting) for name in self.weights}
         self.terms: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
             if isinstance(loss, nn.Module):  # a method that owns parameters
                 self.add_module(name, loss)
+        asked = settings.init_epochs
+        lengths = {n: int(getattr(loss, "init_epochs", 0)) for n, loss in self.losses.items()}
+        self.init_epochs = {n: asked if asked >= 0 else own for n, own in lengths.items() if own}
 
-    def forward(self, out: Outputs, teacher: Tensor | None, target: Tensor) -> Tensor:
-        values = {name: loss(out, teacher, target) for name, loss in self.losses.items()}
+    def expand(self, images: Tensor) -> Tensor:
+        """The images to run both networks on: (B, 3, H, W), and whatever a method adds behind them."""
+        for loss in self.losses.values():
+            if hasattr(loss, "expand"):
+                images = loss.expand(images)
+        return images
+
+    def forward(self, step: Step) -> Tensor:
+        values = self._values(step)
         self.terms = {name: value.detach() for name, value in values.items()}
-        return sum(values.values(), start=target.new_zeros((), dtype=out.logits[-1].dtype))
+        return sum(values.values(), start=torch.zeros((), device=step.target.device))
+
+    def _values(self, step: Step) -> dict[str, Tensor]:
+        plain, batch = step, len(step.target)
+        if len(step.student.out.logits[0]) > batch:
+            teacher = step.teacher.first(batch) if step.teacher else None
+            plain = dataclasses.replace(step, student=step.student.first(batch), teacher=teacher)
+        views = {n: step if hasattr(loss, "expand") else plain for n, loss in self.losses.items()}
+        if first := [n for n, epochs in self.init_epochs.items() if step.epoch < epochs]:
+            return {n: self.losses[n].init(views[n]) for n in first}  # type: ignore[attr-defined]
+        return {n: self.weights[n] * loss(views[n]) for n, loss in self.losses.items()}
 
 
 from edgekd.distill import ce, kd, sd  # noqa: E402, F401  (each registers itself)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Settings, method
+from edgekd.distill import Loss, Setting, Settings, method
 
 
 def multi_exit_ce(
@@ -24,9 +24,8 @@ def multi_exit_ce(
 
 
 @method("ce")
-def ce(settings: Settings) -> Loss:
-    """Cross-entropy at every exit, times ce_weight."""
-    return lambda out, teacher, target: (
-        settings.ce_weight
-        * multi_exit_ce(out.logits, target, label_smoothing=settings.label_smoothing, literal=settings.literal_ce)
+def ce(settings: Settings, setting: Setting) -> Loss:
+    """Cross-entropy at every exit; on an MSDNet it is that paper's joint training (arXiv 1703.09844)."""
+    return lambda step: multi_exit_ce(
+        step.student.out.logits, step.target, label_smoothing=settings.label_smoothing, literal=settings.literal_ce
     )

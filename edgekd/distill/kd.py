@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Settings, method
-from edgekd.models.multi_exit import Outputs
+from edgekd.distill import Loss, Setting, Settings, Step, method
 
 
 def soft_kl(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
@@ -20,12 +19,13 @@ def soft_kl(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
 
 
 @method("kd", teacher=True)
-def kd(settings: Settings) -> Loss:
-    """Sum over exits of `soft_kl` against the teacher, times kd_weight."""
+def kd(settings: Settings, setting: Setting) -> Loss:
+    """Sum over the student's exits of `soft_kl` against the teacher's deepest exit."""
 
-    def loss(out: Outputs, teacher: Tensor | None, target: Tensor) -> Tensor:
-        assert teacher is not None
-        each = [soft_kl(s, teacher.detach(), temperature=settings.temperature) for s in out.logits]
-        return settings.kd_weight * sum(each[1:], start=each[0])
+    def loss(step: Step) -> Tensor:
+        assert step.teacher is not None
+        answer = step.teacher.out.logits[-1].detach()
+        each = [soft_kl(s, answer, temperature=settings.temperature) for s in step.student.out.logits]
+        return sum(each[1:], start=each[0])
 
     return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Settings, method
+from edgekd.distill import Loss, Setting, Settings, method
 from edgekd.distill.kd import soft_kl
 from edgekd.models.multi_exit import Outputs
 
@@ -23,10 +23,9 @@ def self_distillation(out: Outputs, *, temperature: float, feature_weight: float
     return total
 
 
-@method("sd")
-def sd(settings: Settings) -> Loss:
-    """`self_distillation` with the settings' temperature and feature_weight, times sd_weight."""
-    return lambda out, teacher, target: (
-        settings.sd_weight
-        * self_distillation(out, temperature=settings.temperature, feature_weight=settings.feature_weight)
+@method("sd", exits=True)
+def sd(settings: Settings, setting: Setting) -> Loss:
+    """`self_distillation` with the settings' temperature and feature_weight."""
+    return lambda step: self_distillation(
+        step.student.out, temperature=settings.temperature, feature_weight=settings.feature_weight
     )

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from edgekd.artifact import to_json
-from edgekd.distill import Criterion
-from edgekd.errors import TrainingError
+from edgekd.distill import Criterion, Setting, Step, needs
+from edgekd.distill.views import Viewer, viewer
+from edgekd.errors import ConfigError, TrainingError
 from edgekd.models.multi_exit import Outputs
 from edgekd.training.protocol import Protocol
 from edgekd.training.run import Header, load_resume, save_model, save_resume, write_metrics
@@ -34,7 +35,7 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass
 class Task:
-    """What `fit` works on. The teacher is frozen, in eval mode, and no part of the network."""
+    """What `fit` works on. The teacher is frozen, in eval mode, and no part of the network. labels: by index."""
 
     network: nn.Module
     train: DataLoader[Any]
@@ -42,6 +43,7 @@ class Task:
     protocol: Protocol
     header: Header
     names: list[str]
+    labels: tuple[int, ...]
     teacher: nn.Module | None = None
 
 
@@ -100,27 +102,48 @@ def fit(
 
 @dataclass
 class _Live:
-    """A task on its device: the wrapped network, the losses, the optimiser and the averaged weights."""
+    """A task on its device: the wrapped network, what the losses see of it and of the teacher, the losses, the
+    optimiser and the averaged weights."""
 
     fabric: Fabric
     task: Task
     model: Any
+    student: Viewer
+    teacher: Viewer | None
     criterion: Criterion
     optim: Any
     ema: AveragedModel | None
 
 
 def _setup(fabric: Fabric, task: Task, network: nn.Module) -> _Live:
-    criterion = Criterion(task.protocol).to(fabric.device)
+    student, teacher, setting = _views(task, network)
+    criterion = Criterion(task.protocol, setting).to(fabric.device)
     parameters = (p for module in (network, criterion) for p in module.parameters())
     model, optim = fabric.setup(network, optimizer(parameters, task.protocol))
     if task.teacher is not None:
-        task.teacher = fabric.to_device(freeze(task.teacher)).to(memory_format=torch.channels_last)
+        task.teacher = fabric.to_device(task.teacher).to(memory_format=torch.channels_last)
     ema = None
     if decay := task.protocol.ema:
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         ema = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-    return _Live(fabric, task, model, criterion, optim, ema)
+    return _Live(fabric, task, model, student, teacher, criterion, optim, ema)
+
+
+def _views(task: Task, network: nn.Module) -> tuple[Viewer, Viewer | None, Setting]:
+    """What the losses will see, tried once on the CPU."""
+    protocol, size, parts = task.protocol, task.protocol.preprocess.image_size, needs(task.protocol.method)
+    student = viewer(network, parts, protocol.student_points, image_size=size)
+    teacher = None
+    if task.teacher is not None:
+        teacher = viewer(freeze(task.teacher), parts, protocol.teacher_points, image_size=size)
+        if len(student.stages) != len(teacher.stages):
+            raise ConfigError(
+                f"the student has the feature points {', '.join(student.stages)}, the teacher "
+                f"{', '.join(teacher.stages)}: not as many",
+                fix="name as many with --set student_points=[…] and --set teacher_points=[…]",
+            )
+    shapes = teacher.shapes(size) if teacher else None
+    return student, teacher, Setting(student.shapes(size), shapes, task.labels, len(task.header.classes))
 
 
 def freeze(teacher: nn.Module) -> nn.Module:
@@ -144,7 +167,7 @@ def _train_epoch(live: _Live, epoch: int, progress: Progress | None) -> dict[str
         waited += time.perf_counter() - asked
         for group in live.optim.param_groups:
             group["lr"] = protocol.lr_at(epoch + step / steps)
-        loss = _step(live, images.contiguous(memory_format=torch.channels_last), target)
+        loss = _step(live, images.contiguous(memory_format=torch.channels_last), target, index, epoch)
         if not torch.isfinite(loss):
             _stop(task, index, epoch, step, live.criterion)
         for name, value in {"loss": loss, **{f"loss_{k}": v for k, v in live.criterion.terms.items()}}.items():
@@ -157,22 +180,31 @@ def _train_epoch(live: _Live, epoch: int, progress: Progress | None) -> dict[str
     return {k: float(v) / steps for k, v in sums.items()} | {"lr": protocol.lr_at(epoch + 1 - 1 / steps)} | speed
 
 
-def _step(live: _Live, images: Tensor, target: Tensor) -> Tensor:
+def _step(live: _Live, images: Tensor, target: Tensor, index: Tensor, epoch: int) -> Tensor:
     """Forward, backward and update on one batch; returns the loss. A loss that is not finite changes nothing."""
-    task, answer = live.task, None
-    if task.teacher is not None:
+    images, teacher = live.criterion.expand(images), None
+    if live.teacher is not None:
         with torch.no_grad(), live.fabric.autocast():
-            answer = task.teacher(images).logits[-1].float()
-    loss: Tensor = live.criterion(live.model(images), answer, target)
+            teacher = live.teacher(images)
+    loss: Tensor = live.criterion(Step(live.student(images, call=live.model), teacher, target, index, epoch))
     if torch.isfinite(loss):
         live.optim.zero_grad(set_to_none=True)
         live.fabric.backward(loss)
-        if task.protocol.clip_norm:
-            live.fabric.clip_gradients(live.model, live.optim, max_norm=task.protocol.clip_norm)
+        _share_gradients(live)
+        if live.task.protocol.clip_norm:
+            live.fabric.clip_gradients(live.model, live.optim, max_norm=live.task.protocol.clip_norm)
         live.optim.step()
         if live.ema is not None:
-            live.ema.update_parameters(task.network)
+            live.ema.update_parameters(live.task.network)
     return loss.detach()
+
+
+def _share_gradients(live: _Live) -> None:
+    """The methods' own parameters are outside the wrapped network: their gradients are averaged here."""
+    if live.fabric.world_size > 1:
+        for parameter in live.criterion.parameters():
+            if parameter.grad is not None:
+                parameter.grad = live.fabric.all_reduce(parameter.grad, reduce_op="mean")  # type: ignore[assignment]
 
 
 def _stop(task: Task, index: Tensor, epoch: int, step: int, criterion: Criterion) -> None:

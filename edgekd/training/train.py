@@ -113,6 +113,7 @@ def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None,
             run.provenance(protocol, split, teacher=teacher),
         ),
         names=[item.path for item in split.part("train")],
+        labels=tuple(item.label for item in split.part("train")),
         teacher=_teacher(teacher, split, protocol) if teacher and needs_teacher(protocol.method) else None,
     )
 
