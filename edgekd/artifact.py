@@ -151,10 +151,13 @@ def read_split(path: Path) -> Split:
 
 @dataclass(frozen=True)
 class Exit:
-    """Names of two tensors in student.onnx: the exit's logits, and the stage output that its head reads."""
+    """Names of tensors in student.onnx: the exit's logits, and what its stage hands to its head and the next stage.
+
+    A network with one exit is not cut and may have an empty boundary.
+    """
 
     output: str
-    boundary: str
+    boundary: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,10 @@ class Card:
     policy: Policy
     provenance: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if len(self.exits) > 1 and not all(e.boundary for e in self.exits):
+            raise ValueError("exits: where there are several, each needs a boundary to cut the network at")
 
     @cached_property
     def outputs(self) -> list[str]:

@@ -48,8 +48,13 @@ class GateError(EdgekdError):
     """An export or engine that is further from its source than was allowed."""
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """`Did you mean 'a'?` for an error's fix where all that is known would be too long; empty if nothing is near."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"Did you mean '{close[0]}'?" if close else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`known: a, b. Did you mean 'a'?` for an error's fix."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"known: {', '.join(known)}." + (f" Did you mean '{close[0]}'?" if close else "")
+    return f"known: {', '.join(known)}. {closest(name, known)}".rstrip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.artifact import Card, Exit, atomic_write, put_card
-from edgekd.errors import GateError
+from edgekd.engines.graphs import graph, with_shapes
+from edgekd.errors import ArtifactError, ConfigError, GateError
 from edgekd.models.multi_exit import Outputs
 from edgekd.runtime.preprocess import Array
 
 OPSET = 17
 """TensorRT 8.6 (JetPack 6.0) reads no newer one."""
 TOLERANCE = 1e-4
+"""Largest difference of logits from torch: of an exit's largest logit, or absolute where all are below 1."""
 
 
 class _Flat(nn.Module):
-    """Outputs as a flat tuple: every exit's logits, then every boundary."""
+    """Outputs as a flat tuple: every exit's logits, then every boundary's tensors."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -33,12 +36,29 @@ class _Flat(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         out: Outputs = self.network(x)
-        return (*out.logits, *out.maps)
+        return (*out.logits, *(t for m in out.maps for t in _tensors(m)))
 
 
-def exits_of(count: int, maps: int) -> tuple[Exit, ...]:
-    """The tensor names of `count` exits; networks without maps have no boundary to cut at."""
-    return tuple(Exit(f"exit_{k}", f"stage_{k}" if k < maps else "") for k in range(count))
+def _tensors(boundary: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (boundary,) if isinstance(boundary, Tensor) else tuple(boundary)
+
+
+def exits_of(out: Outputs) -> tuple[Exit, ...]:
+    """The tensor names for a network that answers so: `stage_k` for a boundary of one tensor, else `stage_k_0`, ….
+
+    Raises:
+        ConfigError: several exits, and not a map for each to cut the network at.
+    """
+    if not out.maps and len(out.logits) == 1:
+        return (Exit("exit_0", ()),)
+    counts = [len(_tensors(m)) for m in out.maps]
+    if len(counts) != len(out.logits) or not all(counts):
+        raise ConfigError(
+            f"the network has {len(out.logits)} exits and returns {len(counts)} maps to cut it at",
+            fix="return Outputs.maps with one entry an exit: what the exit's head and the next stage start from",
+        )
+    names = [[f"stage_{k}"] if n == 1 else [f"stage_{k}_{i}" for i in range(n)] for k, n in enumerate(counts)]
+    return tuple(Exit(f"exit_{k}", tuple(boundary)) for k, boundary in enumerate(names))
 
 
 def to_onnx(network: nn.Module, *, image_size: int) -> onnx.ModelProto:
@@ -50,8 +70,8 @@ def to_onnx(network: nn.Module, *, image_size: int) -> onnx.ModelProto:
     example = torch.zeros(2, 3, image_size, image_size)
     with torch.no_grad():
         out: Outputs = network(example)
-    names = [name for e in exits_of(len(out.logits), len(out.maps)) for name in (e.output, e.boundary)]
-    names = names[::2] + [n for n in names[1::2] if n]
+    exits = exits_of(out)
+    names = [e.output for e in exits] + [name for e in exits for name in e.boundary]
     buffer = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -77,14 +97,34 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
     images: (N, 3, H, W), real ones; names: what to call each in an error.
 
     Raises:
-        GateError: an exit differs by more than 1e-4 on an image; both are named and nothing is written.
+        ConfigError: the network cannot be cut at an exit; its name and place are given.
+        GateError: an exit differs by more than `TOLERANCE` on an image; both are named and nothing is written.
     """
     model = to_onnx(network, image_size=card.preprocess.image_size)
+    check_cuts(model, card, at=getattr(network, "exit_at", ()))
     put_card(model, card)
     data = model.SerializeToString()
     worst = check_parity(network, data, images, names=names)
     atomic_write(out, data)
     return worst
+
+
+def check_cuts(model: onnx.ModelProto, card: Card, *, at: Sequence[object] = ()) -> None:
+    """Whether each stage can be made of the boundary before it alone. at: where the exits are, for the error.
+
+    Raises:
+        ConfigError: a skip connection leads around one.
+    """
+    shaped = with_shapes(model)
+    for k in range(1, len(card.exits)):
+        try:
+            graph(shaped, card, name=f"stage_{k}")
+        except ArtifactError as error:
+            place = f"exit_{k - 1}" + (f" at {at[k - 1]}" if at else "")
+            raise ConfigError(
+                f"the network cannot be cut at {place}: {error.what}",
+                fix="put this exit where nothing leads around it: at the end of a block or stage",
+            ) from None
 
 
 def check_parity(network: nn.Module, model: bytes, images: Array, *, names: list[str]) -> float:
@@ -97,10 +137,11 @@ def check_parity(network: nn.Module, model: bytes, images: Array, *, names: list
             expected = network(torch.from_numpy(batch)).logits
         for k, (have, want) in enumerate(zip(session.run(None, {"images": batch}), expected)):
             difference = np.abs(have - want.numpy()).max(axis=1)
-            if not difference.max() <= TOLERANCE:
+            limit = TOLERANCE * max(1.0, float(want.abs().max()))
+            if not difference.max() <= limit:
                 at = int(np.nanargmax(np.where(np.isfinite(difference), difference, np.inf)))
                 raise GateError(
-                    f"exit_{k} differs from torch by {difference[at]:.2e} on {names[start + at]} (limit {TOLERANCE})",
+                    f"exit_{k} differs from torch by {difference[at]:.2e} on {names[start + at]} (limit {limit:.1e})",
                     fix="please report this network; nothing was written",
                 )
             worst = max(worst, float(difference.max()))

@@ -13,6 +13,9 @@ from edgekd.artifact import Card
 from edgekd.engines.graphs import backbone, with_shapes
 from edgekd.engines.host import exact_int8
 from edgekd.errors import ConfigError, nearest
+from edgekd.fold import fold_norms
+from edgekd.quantize_dla import quantize_dla
+from edgekd.quantize_tensorrt import quantize_tensorrt
 from edgekd.runtime.preprocess import Array
 
 BATCH = 8
@@ -24,13 +27,16 @@ def _cpu_settings() -> dict[str, Any]:
     """uint8 activations with a zero point, int8 weights a channel: what ONNX Runtime and OpenVINO run fast.
 
     Symmetric int8 activations, which TensorRT wants, ran slower than float in ONNX Runtime. Linear layers stay
-    float: the heads' are tiny, and a conversion before and after costs more than it saves.
+    float: the heads' are tiny, and a conversion before and after costs more than it saves. So do Sigmoid, Mul and
+    the shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4 crashes in GhostNet, MixNet
+    and DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large. Depthwise convolutions take
+    part; ONNX Runtime quantises one left in float between others by itself, a whole tensor at once, and badly.
     Weights keep to 7 bits on CPUs whose 8-bit sums would saturate.
     """
     from onnxruntime.quantization import QuantType
 
     return {
-        "op_types_to_quantize": ["Conv", "Add", "Relu", "MaxPool", "GlobalAveragePool"],
+        "op_types_to_quantize": ["Conv", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool"],
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QInt8,
         "per_channel": True,
@@ -60,8 +66,12 @@ def quantize(
     Raises:
         ConfigError: no images, or an unknown target.
     """
+    if target == "tensorrt":
+        return quantize_tensorrt(model, card, images, heads=heads, method=method, progress=progress)
+    if target == "dla":
+        return quantize_dla(model, images, method=method, progress=progress)
     if target not in TARGETS:
-        raise ConfigError(f"no quantisation target '{target}'", fix=nearest(target, TARGETS))
+        raise ConfigError(f"no quantisation target '{target}'", fix=nearest(target, [*TARGETS, "dla", "tensorrt"]))
     if not len(images):
         raise ConfigError("no calibration images", fix="int8 needs images of the training split: --data and --split")
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
@@ -85,7 +95,7 @@ def quantize(
 
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """With shapes, and with a name for every node so that it can be excluded."""
-    ready = with_shapes(model)
+    ready = with_shapes(fold_norms(model))
     for i, node in enumerate(ready.graph.node):
         node.name = node.name or f"unnamed_{node.op_type}_{i}"
     ready.metadata_props.add(key=_PREPARED[0], value=_PREPARED[1])

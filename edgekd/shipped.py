@@ -7,12 +7,13 @@ from pathlib import Path
 from edgekd.errors import ConfigError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
+_INSIDE = {"protocols": "training/protocols", "papers": "reproduce/tables"}
 
 
 def folder(kind: str) -> Path:
-    """The folder of shipped TOML files: `compile`, `devices`, `benchmarks/suites` or `protocols`."""
-    if kind == "protocols":
-        return _PACKAGE / "training" / "protocols"
+    """The folder of shipped TOML files: `compile`, `devices`, `benchmarks/suites`, `protocols` or `papers`."""
+    if kind in _INSIDE:
+        return _PACKAGE / _INSIDE[kind]
     wheel = _PACKAGE / "_data" / kind
     return wheel if wheel.is_dir() else _PACKAGE.parent / kind
 

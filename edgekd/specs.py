@@ -67,7 +67,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type[EdgekdError] = ConfigError) -> T:
     """Build the frozen dataclass `cls` from a table; `where` names its source in errors.
 
-    Fields may be bool, int, float, str, Literal, tuples, dicts, optional, and nested dataclasses.
+    Fields may be bool, int, float, str, Literal, tuples, dicts, unions, and nested dataclasses.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -105,7 +105,7 @@ def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(a for a in args if a is not type(None)), value, at, problems)
+        return _any_of(args, value, at, problems)
     if origin is Literal:
         if value in args:
             return value
@@ -124,6 +124,19 @@ def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     return problems.append(f"{at}: expected {_name(hint)}, found {value!r}")
+
+
+def _any_of(arms: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
+    """The value as the first of a union's types that takes it."""
+    arms = tuple(arm for arm in arms if arm is not type(None) or value is None)
+    for arm in arms:
+        found: list[str] = []
+        fitting = _value(arm, value, at, found)
+        if not found:
+            return fitting
+    if len(arms) == 1:  # an optional value: what is wrong inside it
+        return problems.extend(found)
+    return problems.append(f"{at}: expected {' or '.join(map(_name, arms))}, found {value!r}")
 
 
 def _name(hint: Any) -> str:

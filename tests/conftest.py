@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
+from fakes.box import box, small_student  # noqa: F401  # fixtures
+
+if TYPE_CHECKING:
+    from edgekd.training.protocol import Protocol
 
 
 def heed_ctrl_c() -> None:
     """For a child: what runs in the background, as CI may, hands down SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_for_end_of(folder: Path) -> None:
+    """Until no process has the folder on its command line; half a minute at most."""
+    until = time.monotonic() + 30
+    while found := [line for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in (line := _read(p))]:
+        assert time.monotonic() < until, found
+        time.sleep(0.1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:  # ended meanwhile
+        return ""
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -40,8 +63,142 @@ def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = build("multi-exit-resnet18", classes=5, image_size=32)
     for head in network.exits:  # the blocks start as identities; these shall do something
         torch.nn.init.normal_(head.context.transform[-1].weight, std=0.05)
-    card = Card("multi-exit-resnet18", tuple("abcde"), Preprocess(32), exits_of(4, 4), Policy((1.0,) * 4))
     images = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
+    exits = exits_of(network.eval()(torch.from_numpy(images)))
+    card = Card("multi-exit-resnet18", tuple("abcde"), Preprocess(32), exits, Policy((1.0,) * 4))
     path = tmp_path_factory.mktemp("student") / "student.onnx"
     export(network, card, out=path, images=images, names=[f"image {i}" for i in range(8)])
     return path
+
+
+@pytest.fixture(scope="session")
+def two_maps_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of two scales and two exits for 5 classes at 16 pixels, cut through both maps, exported."""
+    import torch
+    from torch import nn
+
+    from edgekd.artifact import Card
+    from edgekd.export import exits_of, export
+    from edgekd.models.multi_exit import Outputs
+    from edgekd.runtime.policy import Policy
+    from edgekd.runtime.preprocess import Preprocess
+
+    class TwoScales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine, self.coarse = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
+            self.down, self.same = nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.Conv2d(12, 16, 1)
+            self.heads = nn.ModuleList([nn.Linear(12, 5), nn.Linear(16, 5)])
+
+        def forward(self, x: torch.Tensor) -> Outputs:
+            fine = self.fine(x).relu()
+            coarse = self.coarse(fine).relu()
+            last = (self.down(fine) + self.same(coarse)).relu()
+            features = tuple(m.mean((2, 3)) for m in (coarse, last))
+            logits = tuple(head(f) for head, f in zip(self.heads, features))
+            return Outputs(logits, features, ((fine, coarse), last))
+
+    torch.manual_seed(0)
+    network = TwoScales().eval()
+    images = np.random.default_rng(0).normal(size=(8, 3, 16, 16)).astype(np.float32)
+    exits = exits_of(network(torch.from_numpy(images)))
+    card = Card("two-scales", tuple("abcde"), Preprocess(16), exits, Policy((1.0,) * 2))
+    path = tmp_path_factory.mktemp("two") / "student.onnx"
+    export(network, card, out=path, images=images, names=[f"image {i}" for i in range(8)])
+    return path
+
+
+class Exported(NamedTuple):
+    """student.onnx, the largest difference of its logits from torch, and forty real cells, eight of each class."""
+
+    path: Path
+    difference: float
+    cells: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Networks by name, exported when first asked for: chance weights, batch norm measured on the cells."""
+    import torch
+
+    from edgekd.artifact import Card
+    from edgekd.export import exits_of, export
+    from edgekd.models import build
+    from edgekd.runtime.images import load_batch
+    from edgekd.runtime.policy import Policy
+    from edgekd.runtime.preprocess import Preprocess
+
+    folders = sorted((shared / "data" / "sipakmed").iterdir())
+    files = [file for folder in folders for file in sorted(folder.iterdir())[:8]]
+
+    @functools.cache
+    def make(name: str) -> Exported:
+        size = 72 if "resnet" in name else 48  # ResNets have larger maps at 64 pixels and below
+        cells = load_batch(files, Preprocess(size))
+        torch.manual_seed(0)
+        network = build(name, classes=5, image_size=size)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+                torch.nn.init.constant_(module.weight, 0.5)  # some start at 0, and their blocks would do nothing
+                torch.nn.init.constant_(module.bias, 0.5)  # at 0, deep networks of chance weights are chaotic
+        with torch.no_grad():
+            network.train()(torch.from_numpy(cells[::5]))
+            out = network.eval()(torch.from_numpy(cells[:1]))
+        card = Card(name, tuple("abcde"), Preprocess(size), exits_of(out), Policy((1.0,) * len(out.logits)))
+        path = tmp_path_factory.mktemp("exported") / "student.onnx"
+        names = [f"cell {i}" for i in range(8)]
+        return Exported(path, export(network, card, out=path, images=cells[::5], names=names), cells)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def few_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 synthetic cells of 24 pixels in five classes, 35 of them for training with the seed 0."""
+    from edgekd.data.synthetic import write_cells
+
+    folder = tmp_path_factory.mktemp("few") / "cells"
+    write_cells(folder, count=60, size=24)
+    return folder
+
+
+def resumes_exactly(data: Path, out: Path, protocol: Protocol, *, teacher: Path | None = None) -> Path:
+    """Train a run, and one that is stopped in its last epoch and resumed: all tensors of both must be the same.
+
+    The teacher's tensors must be its file's to the end, but where anchors change them. Returns the first one's folder;
+    its model holds the network's tensors and no others.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from edgekd.distill import needs_anchors
+    from edgekd.training import loop, run
+    from edgekd.training.train import train
+
+    held, freeze = [], loop.freeze
+
+    def stop(done: int, total: int, loss: float) -> None:
+        if done > total - total // protocol.epochs:
+            raise KeyboardInterrupt
+
+    whole, stopped = out / "whole", out / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "freeze", lambda net: held.append(net) or freeze(net))
+        train(data, whole, protocol=protocol, teacher=teacher)
+        with pytest.raises(KeyboardInterrupt):
+            train(data, stopped, protocol=protocol, teacher=teacher, progress=stop)
+        before = torch.load(stopped / run.RESUME, weights_only=True)
+        assert before["epoch"] == protocol.epochs - 1
+        train(data, stopped, protocol=protocol, teacher=teacher, resume=True)
+    left, right = (torch.load(folder / run.RESUME, weights_only=True) for folder in (whole, stopped))
+    for part in ("network", "criterion"):
+        assert left[part].keys() == right[part].keys()
+        assert all(torch.equal(left[part][name], right[part][name]) for name in left[part]), part
+    assert any(not torch.equal(before["network"][name], left["network"][name]) for name in left["network"])
+    assert load_file(whole / run.MODEL).keys() == left["network"].keys()
+    if teacher and not needs_anchors(protocol.method):
+        file = load_file(teacher / run.MODEL)
+        assert len(held) == 3
+        assert all(torch.equal(value, file[name]) for net in held for name, value in net.state_dict().items())
+    return whole

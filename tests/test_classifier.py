@@ -62,6 +62,18 @@ def test_cascade_is_what_simulate_says_alone_and_in_batches(engine: Engine, imag
     assert np.concatenate([one.probabilities for one in alone]) == pytest.approx(expected.probabilities, abs=1e-5)
 
 
+def test_images_leave_a_cascade_with_all_their_maps(two_maps_onnx: Path) -> None:
+    engine = open_engine(two_maps_onnx, threads=1)
+    images = np.random.default_rng(3).normal(size=(12, 3, 16, 16)).astype(np.float32)
+    logits = engine.logits(images)
+    policy = Policy((1.0, 1.0), (float(np.median(softmax(logits[0]).max(axis=1))),))
+    expected = simulate(logits, policy)
+    assert np.bincount(expected.exits).tolist() == [6, 6]
+    found = Classifier(engine, policy=policy).run(images)
+    assert found.exits.tolist() == expected.exits.tolist()
+    assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+
 def test_full_and_final(engine: Engine, images: Array) -> None:
     logits = engine.logits(images)
     policy = Policy((2.0,) * 4)
@@ -92,25 +104,23 @@ def test_next_batch_by_hand(remaining: int, current: int, stage_ms: Mapping[int,
     assert next_batch(remaining, current, stage_ms) == expected
 
 
-class Recorder:
-    """Stands where an engine does to see which batches its stages get. Stages pass their input on; logits are looked
-    up by the first pixel, in which the image's number is."""
+class Recorder(Engine):
+    """An engine that notes which batches its graphs get. Stages pass their input on; logits are looked up by the first
+    pixel, in which the image's number is."""
 
     def __init__(self, engine: Engine, logits: Array, *, backend: str, stage_ms: dict[str, tuple[float, ...]]) -> None:
-        self.card, self.backend, self.name, self.logits = engine.card, backend, "recorder", logits
-        self.manifest = Manifest(engine.card, backend, "", {}, {}, {}, {}, "", stage_ms=stage_ms)
-        self.sizes: list[int] = []
+        manifest = Manifest(engine.card, backend, "", {}, {}, {}, {}, "", stage_ms=stage_ms)
+        super().__init__(engine.card, self._runner_for, backend=backend, precision="", threads=1, manifest=manifest)
+        self._logits, self.sizes = logits, list[int]()
 
-    def stage(self, k: int) -> Runner:
-        return lambda x: [self._record(x)[k], x]
-
-    @property
-    def monolithic(self) -> Runner:
-        return lambda x: list(self._record(x))
+    def _runner_for(self, name: str) -> Runner:
+        if name == "monolithic":
+            return lambda *xs: list(self._record(xs[0]))
+        return lambda *xs: [self._record(xs[0])[int(name[-1])], *xs]
 
     def _record(self, x: npt.NDArray[Any]) -> Array:
         self.sizes.append(len(x))
-        return self.logits[:, x[:, 0, 0, 0].astype(int)]
+        return self._logits[:, x[:, 0, 0, 0].astype(int)]
 
 
 def numbered(count: int) -> Array:
@@ -142,7 +152,7 @@ def test_batches_shrink_when_it_pays(
         logits[exit:, i, i % 5] += 5
     policy = Policy((1.0,) * 4, (0.5,) * 3)
     recorder = Recorder(engine, logits, backend=backend, stage_ms=stage_ms)
-    found = Classifier(recorder, policy=policy).run(numbered(11))  # type: ignore[arg-type]
+    found = Classifier(recorder, policy=policy).run(numbered(11))
     assert recorder.sizes == sizes
     assert found.exits.tolist() == leaves.tolist()
     assert found.probabilities == pytest.approx(simulate(logits, policy).probabilities, abs=1e-6)
@@ -151,7 +161,7 @@ def test_batches_shrink_when_it_pays(
 def test_large_batches_are_cut_and_padded(engine: Engine) -> None:
     logits = np.random.default_rng(2).normal(size=(4, 50, 5)).astype(np.float32)
     recorder = Recorder(engine, logits, backend="openvino", stage_ms=LINEAR)
-    found = Classifier(recorder, strategy="full").run(numbered(50))  # type: ignore[arg-type]
+    found = Classifier(recorder, strategy="full").run(numbered(50))
     assert recorder.sizes == [16, 16, 16, 4]  # 50 = 3 x 16 + 2
     assert found.probabilities == pytest.approx(ensemble(logits), abs=1e-6)
 

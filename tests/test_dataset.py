@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from edgekd.artifact import Item
-from edgekd.data.dataset import EpochSampler, ImageSet, loader
+from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet, loader
 from edgekd.data.transforms import Augment, augmented
 from edgekd.errors import ConfigError, DataError
 from edgekd.runtime.preprocess import Preprocess, open_image
@@ -109,6 +109,59 @@ def test_sampler_shares_out_evenly() -> None:
     assert set(seen) == set(range(10))
     assert list(EpochSampler(3, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
     assert list(EpochSampler(10, seed=1)) != list(EpochSampler(10, seed=2))
+
+
+UNEVEN = ["a"] * 11 + ["b"] * 4 + ["c"] * 20 + ["d"] * 5
+BY_CLASS = ClassSampler(UNEVEN, per_class=4, batch_size=12, seed=1)
+
+
+def batches_of(sampler: ClassSampler, epoch: int) -> list[list[int]]:
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert len(order) == len(sampler)
+    assert {e for e, _ in order} == {epoch}
+    return [[i for _, i in order[k : k + 12]] for k in range(0, len(order), 12)]
+
+
+def test_batches_of_classes() -> None:
+    """Each of 4 different images of 3 classes; over the epochs all images come, a class's all about as often."""
+    counts = np.zeros(len(UNEVEN))
+    for epoch in range(40):
+        batches = batches_of(BY_CLASS, epoch)
+        assert len(batches) == 3
+        for batch in batches:
+            names, sizes = np.unique([UNEVEN[i] for i in batch], return_counts=True)
+            assert (len(names), set(sizes), len(set(batch))) == (3, {4}, 12)
+            counts[batch] += 1
+    for name in "abcd":
+        own = counts[[c == name for c in UNEVEN]]
+        assert own.sum() == pytest.approx(40 * 3 * 12 / 4, rel=0.15)
+        np.testing.assert_allclose(own, own.mean(), rtol=0.4)
+
+
+def test_batches_of_classes_depend_on_seed_and_epoch_alone_and_are_shared_out() -> None:
+    again = ClassSampler(UNEVEN, per_class=4, batch_size=12, seed=1)
+    assert batches_of(again, 5) == batches_of(BY_CLASS, 5) != batches_of(BY_CLASS, 6)
+    assert batches_of(ClassSampler(UNEVEN, per_class=4, batch_size=12, seed=2), 5) != batches_of(BY_CLASS, 5)
+    ranks = [ClassSampler(UNEVEN * 2, per_class=4, batch_size=12, rank=r, world=2) for r in range(2)]
+    whole = batches_of(ClassSampler(UNEVEN * 2, per_class=4, batch_size=12), 3)
+    left, right = (batches_of(sampler, 3) for sampler in ranks)
+    assert left == whole[::2]
+    assert right == whole[1::2]
+
+
+@pytest.mark.parametrize(
+    ("per_class", "batch_size", "message"),
+    [
+        (4, 20, "a batch of 20 images, 4 of a class, cannot be made of 4 classes\nuse --set batch_size=16"),
+        (4, 14, "a batch of 14 images, 4 of a class"),
+        (4, 4, "a batch of 4 images, 4 of a class"),
+        (5, 15, "class b has 4 training images, and a batch takes 5 of a class\nuse --set per_class=4"),
+    ],
+)
+def test_batches_that_classes_cannot_fill(per_class: int, batch_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ClassSampler(UNEVEN, per_class=per_class, batch_size=batch_size)
 
 
 def test_errors_name_the_cause(images: ImageSet, tmp_path: Path) -> None:

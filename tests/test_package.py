@@ -34,6 +34,7 @@ def test_wheel_holds_the_package_and_the_tomls_and_nothing_else(wheel: Path) -> 
         "edgekd/py.typed",
         "edgekd/bench/report.html",
         *(f"edgekd/training/protocols/{p.name}" for p in (ROOT / "edgekd/training/protocols").glob("*.toml")),
+        *(f"edgekd/reproduce/tables/{p.name}" for p in (ROOT / "edgekd/reproduce/tables").glob("*.toml")),
     }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from edgekd.artifact import read_onnx
-from edgekd.engines import onnxruntime
+from edgekd.artifact import Card, read_onnx
+from edgekd.engines import Engine, Runner, onnxruntime, open_engine
+from edgekd.engines.backends import find_backend
 from edgekd.engines.graphs import backbone, graphs
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import ConfigError
@@ -76,6 +79,52 @@ def test_stages_pass_uint8_and_equal_the_whole_bit_for_bit(
         assert np.array_equal(x[0], whole[k])
         assert k == 3 or x[1].dtype == np.uint8
     assert np.array_equal(run(parts["final"], IMAGES)[0], whole[3])
+
+
+QUICK = ["multi-exit-shufflenet_v2_x1_0", "multi-exit-mixnet_s", "multi-exit-tf_mobilenetv3_small_100"]
+"""Channel shuffle; MixConv; squeeze-excite and hard swish."""
+SLOW = [
+    "multi-exit-ghostnet_100",
+    "multi-exit-mobilenet_v2",
+    "multi-exit-squeezenet1_1",
+    "multi-exit-resnet18",
+    "multi-exit-resnet50",
+    "multi-exit-densenet121",
+    "scan-resnet18",
+    "msdnet",
+]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_every_student_in_int8(name: str, exported: Callable[[str], Any], tmp_path: Path) -> None:
+    """Stages and whole agree to the bit, and with the float network on most images. The deepest exit of a library's
+    network is its own classifier, so that the plain network is in it."""
+    path, _, cells = exported(name)
+    model, card = read_onnx(path)
+    want = open_engine(path, threads=1).logits(cells)
+    parts = graphs(quantize(model, card, cells[::4], target="cpu", heads=True), card)
+    for backend in ("onnxruntime", "openvino"):
+        engine = Engine(card, loader(backend, parts, tmp_path), backend=backend, precision="int8", threads=1)
+        have = engine.logits(cells, batch_size=1)
+        assert np.array_equal(engine.staged_logits(cells[:5], batch_size=1), have[:, :5])
+        same = [(of_image(a) == of_image(b)).mean() for a, b in zip(have, want)]
+        assert min(same) >= 0.7, (backend, same)
+
+
+def loader(backend: str, parts: dict[str, onnx.ModelProto], folder: Path) -> Callable[[str], Runner]:
+    recipe, module = Recipe("int8", static_batch_sizes=(1,)), find_backend(backend)
+
+    def load(name: str) -> Runner:
+        file = folder / f"{name}{module.SUFFIX}"
+        module.build(parts[name], file, recipe=recipe)
+        return module.load(file, recipe=recipe, threads=1)
+
+    return load
+
+
+def of_image(logits: np.ndarray) -> np.ndarray:
+    """The class that an image (N, C) is nearest to; chance weights have one that leads on all images."""
+    return (logits - logits.mean(axis=0)).argmax(axis=1)
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from edgekd.artifact import Card
 from edgekd.engines import Engine, Runner
+from edgekd.engines.backends import Walk, Walker
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.policy import NEVER, Decision, confidence, softmax
 from edgekd.runtime.preprocess import Array
@@ -64,14 +66,12 @@ def answerer(engine: Engine, kind: str) -> Answer:
 
 
 def _one_exit(engine: Engine, exit_: int) -> Answer:
-    stages = [engine.stage(k) for k in range(exit_ + 1)]
-    policy = engine.card.policy
+    walker, policy = engine.walker(exit_ + 1), engine.card.policy
 
     def answer(images: Array) -> Decision:
-        outputs: list[npt.NDArray[Any]] = [images]
-        for stage in stages:
-            outputs = stage(outputs[-1])
-        probabilities = softmax(outputs[0], policy.temperatures[exit_])
+        with walker(images) as walk:
+            logits = [walk.next() for _ in range(exit_ + 1)][-1]
+        probabilities = softmax(logits, policy.temperatures[exit_])
         sure = confidence(probabilities, policy.confidence)
         return Decision(probabilities, np.full(len(images), exit_, np.int64), sure)
 
@@ -85,8 +85,15 @@ class _Watched(Engine):
         vars(self).update(vars(engine))
         self.inside_ns = 0
 
-    def stage(self, k: int) -> Runner:
-        return self._timed(super().stage(k))
+    def walker(self, exits: int | None = None) -> Walker:
+        start = super().walker(exits)
+
+        @contextlib.contextmanager
+        def walk(images: Array) -> Iterator[Walk]:
+            with start(images) as found:
+                yield _WatchedWalk(found, self)
+
+        return walk
 
     @property
     def monolithic(self) -> Runner:
@@ -97,13 +104,26 @@ class _Watched(Engine):
         return self._timed(super().final)
 
     def _timed(self, runner: Runner) -> Runner:
-        def call(x: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        def call(*xs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
             start = time.perf_counter_ns()
-            outputs = runner(x)
+            outputs = runner(*xs)
             self.inside_ns += time.perf_counter_ns() - start
             return outputs
 
         return call
+
+
+class _WatchedWalk:
+    def __init__(self, walk: Walk, engine: _Watched) -> None:
+        self.keep = walk.keep
+        self._next = walk.next
+        self._engine = engine
+
+    def next(self) -> Array:
+        start = time.perf_counter_ns()
+        logits = self._next()
+        self._engine.inside_ns += time.perf_counter_ns() - start
+        return logits
 
 
 def overhead_ms(engine: Engine, kind: str, queries: Sequence[Array]) -> float:

@@ -15,6 +15,8 @@ from edgekd.cli import deploy, learn, measure
 from edgekd.cli.common import say
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
+from edgekd.cli.models import app as models_app
+from edgekd.cli.reproduce import reproduce
 from edgekd.errors import EdgekdError
 
 
@@ -69,6 +71,7 @@ def _options(
 
 
 app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
 for command in (
     learn.train,
     learn.distill,
@@ -79,6 +82,7 @@ for command in (
     deploy.predict,
     measure.bench,
     measure.compare,
+    reproduce,
     deploy.devices,
     deploy.doctor,
     demo,

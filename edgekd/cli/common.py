@@ -34,6 +34,13 @@ FoldOption = Annotated[int | None, typer.Option(help="Which fold of kfold is the
 GroupOption = Annotated[
     str | None, typer.Option(help="none, cluster (SIPaKMeD), slide (Kather 2016), or a regular expression.")
 ]
+SeedsOption = Annotated[
+    str | None, typer.Option(metavar="0,1,2", help="A sweep: a run for each seed, in OUT/seed0-fold0 and so on.")
+]
+FoldsOption = Annotated[
+    str | None, typer.Option(metavar="all|0,1", help="A sweep: a run for each of these folds of --split kfold:K.")
+]
+JobsOption = Annotated[int, typer.Option(min=1, help="Runs of a sweep at one time.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 BadOption = Annotated[bool, typer.Option("--leave-out-bad", help="Train without the images that cannot be used.")]
 DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]

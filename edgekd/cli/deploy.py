@@ -35,8 +35,8 @@ OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, f
 
 def compile_(
     source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
-    recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, or a .toml file.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="auto, onnxruntime or openvino.")] = "auto",
+    recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-fp16, dla-int8, or a .toml file.")] = "fp32",
+    backend: Annotated[str, typer.Option(help="auto, onnxruntime, openvino or tensorrt.")] = "auto",
     device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
     data: OptionalData = None,
     split: SplitFile = None,
@@ -77,7 +77,7 @@ def compile_(
         )
     typer.echo(_attempts(attempts))
     ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
-    typer.echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.precision}, ran {ran}")
+    typer.echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
     for note in manifest.notes:
         typer.echo(f"note: {note}")
     images = f" --data {data} --split {split}" if data else " --data … --split …"
@@ -168,6 +168,10 @@ def predict(
     strategy: Annotated[str | None, typer.Option(help="cascade, full or final.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    device_side_exit: Annotated[
+        bool,
+        typer.Option("--device-side-exit", help="Research: the GPU itself ends the cascade (TensorRT)."),
+    ] = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Labels for images and folders of images; files that cannot be used are named and the exit code is 1."""
@@ -175,7 +179,12 @@ def predict(
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv", fix="give one of them")
-    classifier = Classifier(engine, strategy=strategy, threads=threads)  # type: ignore[arg-type]  # checked there
+    classifier = Classifier(
+        engine,
+        strategy=strategy,  # type: ignore[arg-type]  # checked there
+        threads=threads,
+        device_side_exit=device_side_exit,
+    )
     answers: dict[Path, Prediction] = {}
     bad: list[str] = []
     files = _files(images)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -87,6 +88,64 @@ class EpochSampler(Sampler[Key]):
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
         mine = np.resize(order, len(self) * self.world)[self.rank :: self.world]
         return iter([(self.epoch, int(index)) for index in mine])
+
+
+class ClassSampler(EpochSampler):
+    """Batches of `per_class` images (K) of each of batch_size / K classes (P), for triplets.
+
+    classes: of each image. The order is a function of (seed, epoch): each batch draws its classes, and each class deals
+    out its images in shuffled rounds, so that none is twice in a batch. An epoch has as many batches as fit in the
+    images; small classes come more often than in plain shuffling, and large ones are not seen whole.
+
+    Raises:
+        ConfigError: a batch that these classes cannot fill, or of one class only.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        *,
+        per_class: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(len(classes), seed=seed, rank=rank, world=world)
+        names, number = np.unique(np.asarray(classes), return_inverse=True)
+        self.members = [np.flatnonzero(number == k) for k in range(len(names))]
+        self.per_class, self.batch_size = per_class, batch_size
+        smallest = min(range(len(names)), key=lambda k: len(self.members[k]))
+        size, many = len(self.members[smallest]), len(names)
+        if size < per_class:
+            raise ConfigError(
+                f"class {names[smallest]} has {size} training images, and a batch takes {per_class} of a class",
+                fix=f"use --set per_class={size}" if size > 1 else "use --set sampler=shuffle, or more images",
+            )
+        if batch_size % per_class or not 2 <= batch_size // per_class <= many:
+            raise ConfigError(
+                f"a batch of {batch_size} images, {per_class} of a class, cannot be made of {many} classes",
+                fix=f"use --set batch_size={many * per_class}, a smaller multiple of {per_class}, or another per_class",
+            )
+
+    def __len__(self) -> int:
+        return max(1, self.count // (self.batch_size * self.world)) * self.batch_size
+
+    def __iter__(self) -> Iterator[Key]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        hands = [_hands(own, self.per_class, rng) for own in self.members]
+        drawn = self.batch_size // self.per_class
+        batches = [
+            [int(index) for k in rng.permutation(len(hands))[:drawn] for index in next(hands[k])]
+            for _ in range(len(self) // self.batch_size * self.world)
+        ]
+        return iter([(self.epoch, index) for batch in batches[self.rank :: self.world] for index in batch])
+
+
+def _hands(own: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.intp]]:
+    """Without end: `count` of one class's images at a time; what a round leaves over waits for its next shuffle."""
+    while True:
+        yield from rng.permutation(own)[: len(own) // count * count].reshape(-1, count)
 
 
 def loader(

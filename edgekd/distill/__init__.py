@@ -17,15 +17,30 @@ Need: TypeAlias = Literal["stages", "preact", "pooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Triplet:
+    """Which triplets `hybrid` learns from, `all` or each anchor's `hard`est, their margin, and whether distances are
+    squared."""
+
+    mining: Literal["all", "hard"] = "all"
+    margin: float = 1.0
+    squared: bool = True
+
+    def __post_init__(self) -> None:
+        if self.margin < 0:
+            raise ValueError(f"margin: {self.margin} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the losses can be told.
 
     method: names joined with `+`; cross-entropy is always in. loss_weights: method (or `ce`) to its weight in the sum,
     instead of the method's own. temperature: tau of every softened softmax, where the method does not bring its own.
     feature_weight: lambda of self-distillation's feature term. literal_ce: count the deepest exit's cross-entropy once
-    more for each exit, as paper A's formula is printed. init_epochs: how many of the epochs a method with two stages
-    spends on its first one; -1 for the method's own number. student_points, teacher_points: feature points
-    (`edgekd models show NAME --features`) for the methods that compare maps; the ends of the stages if empty.
+    more for each exit, as paper A's formula is printed. triplet: for the method `hybrid`. init_epochs: how many of the
+    epochs a method with two stages spends on its first one; -1 for the method's own number. student_points,
+    teacher_points: feature points (`edgekd models show NAME --features`) for the methods that compare maps; the ends
+    of the stages if empty.
     """
 
     method: str = "ce"
@@ -34,6 +49,7 @@ class Settings:
     feature_weight: float = 0.03
     label_smoothing: float = 0.0
     literal_ce: bool = False
+    triplet: Triplet = Triplet()
     init_epochs: int = -1
     student_points: tuple[str, ...] = ()
     teacher_points: tuple[str, ...] = ()
@@ -64,10 +80,12 @@ class View:
     pooled: Tensor | None = None
 
     def first(self, count: int) -> View:
-        """The view of the batch's first `count` images."""
-        out = Outputs(*(tuple(t[:count] for t in part) for part in self.out))
-        stages, preact = (tuple(t[:count] for t in part) for part in (self.stages, self.preact))
-        return View(out, stages, preact, None if self.pooled is None else self.pooled[:count])
+        """The view of the batch's first `count` images, without `out.maps`, which no method looks at."""
+        logits, features, stages, preact = (
+            tuple(t[:count] for t in part) for part in (self.out.logits, self.out.features, self.stages, self.preact)
+        )
+        pooled = None if self.pooled is None else self.pooled[:count]
+        return View(Outputs(logits, features, ()), stages, preact, pooled)
 
 
 @dataclass(frozen=True)
@@ -120,7 +138,8 @@ class Method:
     """A registered method.
 
     weight, ce_weight: of it and of cross-entropy, when nothing else is asked for; own_ce: it brings its own
-    cross-entropy. needs: parts of the views. exits: it compares exits, so the student needs two or more.
+    cross-entropy. needs: parts of the views. exits: it compares exits, so the student needs two or more. anchors: its
+    teacher is not the finished one, but the one of that stage of the teacher's own training.
     """
 
     make: Factory
@@ -130,6 +149,7 @@ class Method:
     teacher: bool = False
     needs: frozenset[Need] = frozenset()
     exits: bool = False
+    anchors: bool = False
 
 
 METHODS: dict[str, Method] = {}
@@ -144,6 +164,7 @@ def method(
     teacher: bool = False,
     needs: tuple[Need, ...] = (),
     exits: bool = False,
+    anchors: bool = False,
 ) -> Callable[[Factory], Factory]:
     """Register a method under a name; the flags are `Method`'s.
 
@@ -154,7 +175,7 @@ def method(
     def register(factory: Factory) -> Factory:
         if name in METHODS:
             raise ValueError(f"distillation method '{name}' is registered twice")
-        METHODS[name] = Method(factory, weight, ce_weight, own_ce, teacher, frozenset(needs), exits)
+        METHODS[name] = Method(factory, weight, ce_weight, own_ce, teacher, frozenset(needs), exits, anchors)
         return factory
 
     return register
@@ -180,6 +201,11 @@ def names(text: str) -> list[str]:
 def needs_teacher(text: str) -> bool:
     """Whether a method named like `kd+sd` learns from a teacher."""
     return any(METHODS[name].teacher for name in names(text))
+
+
+def needs_anchors(text: str) -> bool:
+    """Whether a method named like `multipart` learns from the weights that a teacher kept while it trained."""
+    return any(METHODS[name].anchors for name in names(text))
 
 
 def needs(text: str) -> frozenset[Need]:
@@ -227,8 +253,8 @@ class Criterion(nn.Module):
             if isinstance(loss, nn.Module):  # a method that owns parameters
                 self.add_module(name, loss)
         asked = settings.init_epochs
-        lengths = {n: int(getattr(loss, "init_epochs", 0)) for n, loss in self.losses.items()}
-        self.init_epochs = {n: asked if asked >= 0 else own for n, own in lengths.items() if own}
+        lengths = {n: int(loss.init_epochs) for n, loss in self.losses.items() if hasattr(loss, "init_epochs")}
+        self.init_epochs = {n: asked if asked >= 0 else own for n, own in lengths.items()}
 
     def expand(self, images: Tensor) -> Tensor:
         """The images to run both networks on: (B, 3, H, W), and whatever a method adds behind them."""
@@ -238,7 +264,8 @@ class Criterion(nn.Module):
         return images
 
     def forward(self, step: Step) -> Tensor:
-        values = self._values(step)
+        with torch.autocast(step.target.device.type, enabled=False):  # products of features need FP32
+            values = self._values(step)
         self.terms = {name: value.detach() for name, value in values.items()}
         return sum(values.values(), start=torch.zeros((), device=step.target.device))
 
@@ -253,4 +280,4 @@ class Criterion(nn.Module):
         return {n: self.weights[n] * loss(views[n]) for n, loss in self.losses.items()}
 
 
-from edgekd.distill import ce, kd, sd  # noqa: E402, F401  (each registers itself)
+from edgekd.distill import ab, at, byot, ce, crd, fitnets, hybrid, kd, multipart, pkt, rkd, scan, sd, sskd, vid  # noqa: E402, F401  (each registers itself)

@@ -28,16 +28,12 @@ class Viewer:
         with points.observe(self.network, names) as seen:
             out = (call or self.network)(images)
         stages, preact = (tuple(seen[name] for name in part) for part in (self.stages, self.preact))
-        return View(out, stages, preact, _flat(seen[self.pooled]) if self.pooled else _last(out.features))
+        return View(out, stages, preact, points.flat(seen[self.pooled]) if self.pooled else _last(out.features))
 
     def shapes(self, image_size: int) -> Shapes:
         """What its views look like, from one dry run."""
-        mode = [(m, m.training) for m in self.network.modules()]
-        self.network.eval()
-        with torch.no_grad():
+        with torch.no_grad(), points.evaluating(self.network):
             view = self(torch.zeros(1, 3, image_size, image_size))
-        for module, training in mode:
-            module.training = training
         maps = [tuple((t.shape[1], t.shape[2], t.shape[3]) for t in part) for part in (view.stages, view.preact)]
         return Shapes(maps[0], maps[1], 0 if view.pooled is None else view.pooled.shape[1], len(view.out.logits))
 
@@ -55,10 +51,6 @@ def viewer(network: nn.Module, needs: Collection[Need], named: Sequence[str], *,
     own = hasattr(network, "exits")  # multi-exit networks return their pooled features
     name = points.pooled(network, image_size=image_size) if "pooled" in needs and not own else ""
     return Viewer(network, stages if "stages" in needs or named else (), preact, name)
-
-
-def _flat(feature: Tensor) -> Tensor:
-    return feature.mean((2, 3)) if feature.dim() == 4 else feature.flatten(1)
 
 
 def _last(features: Sequence[Tensor]) -> Tensor | None:

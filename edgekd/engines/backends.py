@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +15,43 @@ import onnx
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, nearest
 
-BACKENDS = {"onnxruntime": "edgekd.engines.onnxruntime", "openvino": "edgekd.engines.openvino"}
+BACKENDS = {
+    "onnxruntime": "edgekd.engines.onnxruntime",
+    "openvino": "edgekd.engines.openvino",
+    "tensorrt": "edgekd.engines.tensorrt",
+}
 
 
 class Runner(Protocol):
     """One compiled graph; may be called from several threads at once."""
 
-    def __call__(self, x: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        """One input to the outputs in graph order; the outputs belong to the caller."""
+    def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        """The inputs to the outputs, both in graph order; the outputs belong to the caller."""
+
+
+class Walk(Protocol):
+    """One batch on its way through the stages; what the next stage reads lies wherever the backend likes it."""
+
+    def next(self) -> npt.NDArray[np.float32]:
+        """Run the next stage: its exit's logits (B, C)."""
+
+    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+        """Go on with these rows, which rise, as the first of a batch of `size`; the rows behind them are anything."""
+
+
+Walker: TypeAlias = Callable[[npt.NDArray[np.float32]], AbstractContextManager[Walk]]
+"""Starts images (N, 3, H, W) on their way."""
+Decider: TypeAlias = Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.float32], float, int]]
+"""One image (1, 3, H, W) to its probabilities (C,), confidence and exit."""
 
 
 class Backend(Protocol):
-    """What every backend module has. `TARGET` is the kind of quantised graph that it runs well."""
+    """What every backend module has. `TARGET` is the kind of quantised graph that it runs well.
+
+    Some have more: `walker(stages) -> Walker` keeps what lies between stages to itself, `decider(stages, policy) ->
+    Decider` also the decision to leave, `here() -> dict` is what of this machine an engine depends on besides the
+    host, and `refusal(manifest) -> str` why one cannot run here.
+    """
 
     SUFFIX: str
     EXTRA: str
@@ -33,8 +60,12 @@ class Backend(Protocol):
     def version(self) -> str | None:
         """The installed version; None if it is not installed."""
 
-    def build(self, graph: onnx.ModelProto, path: Path, *, recipe: Recipe) -> None:
+    def build(
+        self, graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
+    ) -> None:
         """Write one graph to `path` (and files beside it with the same stem).
+
+        progress: called with the share that is done, by backends that take long.
 
         Raises:
             BackendError: this machine cannot run the recipe's precision.

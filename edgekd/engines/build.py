@@ -37,7 +37,7 @@ from edgekd.quantize import quantize
 from edgekd.runtime.preprocess import Array
 
 log = logging.getLogger(__name__)
-Progress: TypeAlias = Callable[[int, int], None]
+Progress: TypeAlias = Callable[[float, int], None]
 
 STEPS = 4
 """Progress steps a backend takes: building with checking takes two, reading back one, timing one."""
@@ -121,7 +121,7 @@ def compile_engine(
     return manifest, attempts
 
 
-def _step(progress: Progress | None, done: int, *, before: int, total: int) -> None:
+def _step(progress: Progress | None, done: float, *, before: int, total: int) -> None:
     if progress:
         progress(before + done, total)
 
@@ -170,9 +170,9 @@ def _keep(folder: Path, manifest: Manifest, *, others: list[str]) -> None:
     write_manifest(folder, manifest)
 
 
-def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[int], None]) -> tuple[Manifest, Attempt]:
+def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]) -> tuple[Manifest, Attempt]:
     """Write, check and time one backend's engine."""
-    manifest, engine = _exact_enough(job, folder, backend=backend)
+    manifest, engine = _exact_enough(job, folder, backend=backend, step=step)
     step(2)
     precision = read_back(folder, backend=backend, recipe=job.recipe)
     step(3)
@@ -184,7 +184,7 @@ def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[int], None]
     return manifest, Attempt(backend, True, sum(stage_ms["1"]), precision, drop, note)
 
 
-def _exact_enough(job: _Job, folder: Path, *, backend: str) -> tuple[Manifest, Engine]:
+def _exact_enough(job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]) -> tuple[Manifest, Engine]:
     """Write and check. int8 heads are tried first and kept if they pass: they are faster than float ones.
 
     Raises:
@@ -193,7 +193,7 @@ def _exact_enough(job: _Job, folder: Path, *, backend: str) -> tuple[Manifest, E
     int8 = job.recipe.precision == "int8"
     notes = [] if job.validation else ["no validation images were given: accuracy and parity are unchecked"]
     for heads in (True, False) if int8 and len(job.card.exits) > 1 else (True,):
-        manifest = _write(job, folder, backend=backend, heads=heads)
+        manifest = _write(job, folder, backend=backend, heads=heads, step=step)
         engine = built_engine(folder, manifest, threads=job.threads)
         try:
             parity, accuracy = check(engine, job.validation, job.float_logits, recipe=job.recipe)
@@ -207,16 +207,21 @@ def _exact_enough(job: _Job, folder: Path, *, backend: str) -> tuple[Manifest, E
     raise refusal
 
 
-def _write(job: _Job, folder: Path, *, backend: str, heads: bool) -> Manifest:
+def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable[[float], None]) -> Manifest:
     """Every graph's files, and the manifest as far as it is known by then."""
     module = find_backend(backend)
-    model = job.quantised(module.TARGET, heads) if job.recipe.precision == "int8" else job.model
+    if job.recipe.tensorrt.dla_core is not None and backend != "tensorrt":
+        raise BackendError(f"{backend} builds for no DLA", fix="use --backend tensorrt, or another --recipe")
+    target = module.TARGET if job.recipe.tensorrt.dla_core is None else "dla"
+    model = job.quantised(target, heads) if job.recipe.precision == "int8" else job.model
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    files = {}
-    for name, graph in graphs(model, job.card).items():
-        module.build(graph, folder / f"{name}{module.SUFFIX}", recipe=job.recipe)
+    files, parts = {}, graphs(model, job.card)
+    for i, (name, graph) in enumerate(parts.items()):
+        progress = functools.partial(lambda i, share: step(2 * (i + share) / len(parts)), i)
+        module.build(graph, folder / f"{name}{module.SUFFIX}", recipe=job.recipe, progress=progress)
         for file in sorted(folder.glob(f"{name}.*")):
             files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
-    version = str(module.version())
-    return Manifest(job.card, backend, version, precision={}, files=files, **job.common)
+    version, here = str(module.version()), module.here() if hasattr(module, "here") else {}
+    common = {**job.common, "host": {**job.common["host"], **here}}
+    return Manifest(job.card, backend, version, precision={}, files=files, **common)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekd.artifact import Card, Manifest, read_manifest, read_onnx
 from edgekd.engines import onnxruntime
-from edgekd.engines.backends import Runner, find_backend
+from edgekd.engines.backends import Decider, Runner, Walk, Walker, find_backend
 from edgekd.engines.graphs import graph, with_shapes
 from edgekd.engines.host import default_threads, host
 from edgekd.engines.recipe import Recipe
-from edgekd.errors import ArtifactError
+from edgekd.errors import ArtifactError, BackendError
+from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Array
 from edgekd.specs import from_dict
 
@@ -26,7 +29,7 @@ class Engine:
     """The graphs of one compiled network, each loaded when first asked for. Threads may share it and its runners.
 
     card: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
-    name: backend and precision, for tables.
+    name: backend and precision, for tables. largest_batch: that walkers take; None for any.
     """
 
     def __init__(
@@ -38,19 +41,40 @@ class Engine:
         precision: str,
         threads: int,
         manifest: Manifest | None = None,
+        make_walker: Callable[[Sequence[Runner]], Walker] | None = None,
+        make_decider: Callable[[Sequence[Runner], Policy], Decider] | None = None,
+        largest_batch: int | None = None,
     ) -> None:
         self.card = card
         self.manifest = manifest
         self.backend = backend
         self.name = f"{backend} {precision}"
         self.threads = threads
+        self.largest_batch = largest_batch
         self._load = load
+        self._make_walker = make_walker or _host_walker
+        self._make_decider = make_decider
         self._runners: dict[str, Runner] = {}
         self._lock = threading.Lock()
 
     def stage(self, k: int) -> Runner:
-        """Images (k = 0) or boundary k-1 to [logits (N, C)] and, but for the last stage, boundary k."""
+        """Images (k = 0) or the tensors of boundary k-1 to [logits (N, C)] and, but for the last, boundary k."""
         return self._runner(f"stage_{k}")
+
+    def walker(self, exits: int | None = None) -> Walker:
+        """Load the stages up to so many exits, all if None; `with walker(images) as walk` sends a batch along."""
+        return self._make_walker([self.stage(k) for k in range(exits or len(self.card.exits))])
+
+    def decider(self, policy: Policy) -> Decider:
+        """The cascade of one image, with nobody but the device deciding when it ends.
+
+        Raises:
+            BackendError: the backend, or CUDA here, has no such thing.
+        """
+        if self._make_decider is None:
+            what = f"{self.backend} cannot decide on the device when to stop"
+            raise BackendError(what, fix="leave out --device-side-exit")
+        return self._make_decider([self.stage(k) for k in range(len(self.card.exits))], policy)
 
     @property
     def monolithic(self) -> Runner:
@@ -70,9 +94,10 @@ class Engine:
     def staged_logits(self, images: Array, *, batch_size: int = 32) -> Array:
         """The same through the stages one after the other, as a cascade in which nobody leaves."""
         batches = []
-        for start in range(0, len(images), batch_size):
-            x: list[np.ndarray] = [images[start : start + batch_size]]
-            batches.append([(x := self.stage(k)(x[-1]))[0] for k in range(len(self.card.exits))])
+        walker, size = self.walker(), min(batch_size, self.largest_batch or batch_size)
+        for start in range(0, len(images), size):
+            with walker(images[start : start + size]) as walk:
+                batches.append([walk.next() for _ in self.card.exits])
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
 
     def _runner(self, name: str) -> Runner:
@@ -81,6 +106,30 @@ class Engine:
             if name not in self._runners:
                 self._runners[name] = self._load(name)
             return self._runners[name]
+
+
+class _HostWalk:
+    """What lies between stages as arrays."""
+
+    def __init__(self, stages: Sequence[Runner], images: Array) -> None:
+        self._ahead = iter(stages)
+        self._xs: list[npt.NDArray[np.generic]] = [images]
+
+    def next(self) -> Array:
+        logits, *self._xs = next(self._ahead)(*self._xs)
+        return logits  # type: ignore[return-value]  # every backend gives float32
+
+    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+        kept = rows[np.arange(size) % len(rows)]
+        self._xs = [x[kept] for x in self._xs]
+
+
+def _host_walker(stages: Sequence[Runner]) -> Walker:
+    @contextlib.contextmanager
+    def walk(images: Array) -> Iterator[Walk]:
+        yield _HostWalk(stages, images)
+
+    return walk
 
 
 def open_engine(path: Path, *, threads: int | None = None) -> Engine:
@@ -116,8 +165,17 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
     def load(name: str) -> Runner:
         return backend.load(folder / f"{name}{backend.SUFFIX}", recipe=recipe, threads=threads)
 
+    make_walker = getattr(backend, "walker", None)
     return Engine(
-        manifest.card, load, backend=manifest.backend, precision=recipe.precision, threads=threads, manifest=manifest
+        manifest.card,
+        load,
+        backend=manifest.backend,
+        precision=recipe.name,
+        threads=threads,
+        manifest=manifest,
+        make_walker=make_walker,
+        make_decider=getattr(backend, "decider", None),
+        largest_batch=max(recipe.batch_sizes) if make_walker else None,
     )
 
 
@@ -127,18 +185,23 @@ def check_host(manifest: Manifest, path: Path) -> None:
     Raises:
         ArtifactError: another backend version, system or architecture, or a CPU whose 8-bit sums would saturate.
     """
+    recipe = from_dict(Recipe, manifest.recipe, where=f"{path}: recipe", error=ArtifactError)
     rebuild = (
-        f"build it again on this machine: edgekd compile student.onnx --recipe {manifest.recipe.get('precision')} "
+        f"build it again on this machine: edgekd compile student.onnx --recipe {recipe.name} "
         f"--backend {manifest.backend} --out {path}"
     )
-    version, here, there = find_backend(manifest.backend).version(), host(), manifest.host
-    if version != manifest.backend_version:
-        what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {version}"
-        raise ArtifactError(what, fix=rebuild)
+    backend, here, there = find_backend(manifest.backend), host(), manifest.host
     for key in ("system", "machine"):
         if there.get(key) != here[key]:
             raise ArtifactError(f"{path} was built on {key} {there.get(key)}; here is {here[key]}", fix=rebuild)
-    if manifest.recipe.get("precision") == "int8" and there.get("exact_int8") and not here["exact_int8"]:
+    if hasattr(backend, "refusal"):
+        if why := backend.refusal(manifest):
+            raise ArtifactError(f"{path} {why}", fix=rebuild)
+        return
+    if backend.version() != manifest.backend_version:
+        what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {backend.version()}"
+        raise ArtifactError(what, fix=rebuild)
+    if recipe.precision == "int8" and there.get("exact_int8") and not here["exact_int8"]:
         raise ArtifactError(f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none", fix=rebuild)
     if there.get("cpu") != here["cpu"]:
         log.warning("%s was built on %s; here is %s: its times do not hold", path, there.get("cpu"), here["cpu"])

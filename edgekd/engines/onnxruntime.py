@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ def version() -> str | None:
     return str(onnxruntime.__version__)
 
 
-def build(graph: onnx.ModelProto, path: Path, *, recipe: Recipe) -> None:
+def build(
+    graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
+) -> None:
     """Write the graph.
 
     Raises:
         BackendError: fp16, for which there are no CPU kernels.
     """
-    if recipe.precision == "fp16":
+    if recipe.halves:
         raise BackendError("onnxruntime has no fp16 kernels on CPUs", fix="use --backend openvino, or --recipe int8")
     onnx.save(graph, str(path))
 
@@ -44,10 +47,10 @@ def build(graph: onnx.ModelProto, path: Path, *, recipe: Recipe) -> None:
 class _Runner:
     def __init__(self, session: Any) -> None:
         self._run = session.run
-        self._input = session.get_inputs()[0].name
+        self._inputs = [i.name for i in session.get_inputs()]
 
-    def __call__(self, x: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        outputs: list[npt.NDArray[np.generic]] = self._run(None, {self._input: x})
+    def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        outputs: list[npt.NDArray[np.generic]] = self._run(None, dict(zip(self._inputs, xs)))
         return outputs
 
 

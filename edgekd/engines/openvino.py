@@ -31,7 +31,9 @@ def version() -> str | None:
     return str(openvino.__version__)
 
 
-def build(graph: onnx.ModelProto, path: Path, *, recipe: Recipe) -> None:
+def build(
+    graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
+) -> None:
     """Write OpenVINO's own form: `path` (.xml) and the weights beside it (.bin).
 
     Raises:
@@ -70,12 +72,13 @@ class _Runner:
         self._lock = threading.Lock()
         self._own = _Own()
 
-    def __call__(self, x: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        size = len(x) if len(x) in self._static else None
+    def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        size = len(xs[0]) if len(xs[0]) in self._static else None
         request, outputs = self._request(size)
-        # OpenVINO reads `x` where it lies: it takes writeable, contiguous arrays only, and keeps no hold on them.
-        x = x if x.flags.carray else x.copy()
-        request.set_input_tensor(self._tensor(x, shared_memory=True))
+        # OpenVINO reads an array where it lies: it takes writeable, contiguous ones only, and keeps no hold on them.
+        held = [x if x.flags.carray else x.copy() for x in xs]
+        for i, x in enumerate(held):
+            request.set_input_tensor(i, self._tensor(x, shared_memory=True))
         request.infer(share_outputs=True)
         return [request.get_output_tensor(i).data.copy() for i in outputs]
 
@@ -117,7 +120,7 @@ def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> A
     try:
         model = core.read_model(path)
         if size is not None:
-            model.reshape([size, *list(model.input(0).partial_shape)[1:]])
+            model.reshape({i: [size, *list(x.partial_shape)[1:]] for i, x in enumerate(model.inputs)})
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -133,7 +136,7 @@ def _hint(recipe: Recipe) -> str:
     """OpenVINO's word for the precision of what is not quantised."""
     import openvino
 
-    if recipe.precision != "fp16":
+    if not recipe.halves:
         return "f32"
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "FP16" in able or "BF16" in able:

@@ -1,77 +1,143 @@
-"""Networks by name: teachers (any timm or torchvision classifier) and multi-exit students."""
+"""Networks by name: edgekd's own students, any timm or torchvision classifier, and exits on each of these."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import timm
 import torchvision.models
 from torch import Tensor, nn
 
-from edgekd.errors import ConfigError, nearest
+from edgekd.errors import ConfigError, closest
+from edgekd.models.msdnet import msdnet
 from edgekd.models.multi_exit import SMALL_IMAGE as SMALL_IMAGE
-from edgekd.models.multi_exit import MultiExitResNet, Outputs, multi_exit_resnet18, small_image_stem
+from edgekd.models.multi_exit import (
+    MultiExit,
+    Outputs,
+    deepest,
+    multi_exit_resnet18,
+    multi_exit_resnet50,
+    small_image_stem,
+)
+from edgekd.models.papers import compact_vgg, deep_pap, mlp
+from edgekd.models.scan import scan_resnet18, scan_resnet50
 
-STUDENTS: dict[str, Callable[..., MultiExitResNet]] = {"multi-exit-resnet18": multi_exit_resnet18}
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+"""The libraries' networks whose stem follows the image size."""
+PREFIX = "multi-exit-"
+"""In front of any library's name: that network with exits."""
+
+
+class Own(NamedTuple):
+    """A network of edgekd's own.
+
+    make: takes classes and image_size, and exits unless it is plain. hub: the network whose weights fit its backbone,
+    if there is one. plain: it returns logits alone.
+    """
+
+    make: Callable[..., nn.Module]
+    hub: str = ""
+    plain: bool = False
+
+
+OWN: dict[str, Own] = {
+    "multi-exit-resnet18": Own(multi_exit_resnet18, hub="resnet18"),
+    "multi-exit-resnet50": Own(multi_exit_resnet50, hub="resnet50"),
+    "msdnet": Own(msdnet),
+    "scan-resnet18": Own(scan_resnet18, hub="resnet18"),
+    "scan-resnet50": Own(scan_resnet50, hub="resnet50"),
+    "mlp": Own(mlp, plain=True),
+    "compact-vgg": Own(compact_vgg, plain=True),
+    "deep-pap": Own(deep_pap, plain=True),
+}
 
 
 class SingleExit(nn.Module):
-    """A classifier from timm or torchvision, returning `Outputs` with one exit and no features or maps."""
+    """A plain classifier, returning `Outputs` with one exit and no features or maps."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, x: Tensor) -> Outputs:
-        out = self.backbone(x)
-        return Outputs((out if isinstance(out, Tensor) else out[0],), (), ())
+        return Outputs((deepest(self.backbone(x)),), (), ())
 
 
 def build(
-    name: str, *, classes: int, image_size: int, exits: Sequence[int] = (1, 2, 3, 4), pretrained: bool = False
+    name: str,
+    *,
+    classes: int,
+    image_size: int,
+    exits: Sequence[int | str] = (1, 2, 3, 4),
+    pretrained: bool = False,
 ) -> nn.Module:
     """A network that maps (B, 3, H, W) to `Outputs`, on the CPU.
 
-    name: one of `STUDENTS`, or any timm or torchvision classifier (timm is asked first).
-    pretrained: weights from the library's hub (students: torchvision's ImageNet ResNet18).
+    name: one of `OWN`, any timm or torchvision classifier (timm is asked first), or `multi-exit-` and such a name.
+    exits: where a multi-exit network answers, shallow to deep: stages by number, or names of feature points; the last
+    is the highest stage or `final`. pretrained: weights of a library's network from its hub.
 
     Raises:
-        ConfigError: an unknown name, or weights that cannot be fetched.
+        ConfigError: an unknown name, exits that do not fit, or weights that cannot be fetched.
     """
-    if name in STUDENTS:
-        return STUDENTS[name](classes=classes, image_size=image_size, exits=exits)
-    return SingleExit(_classifier(name, classes=classes, image_size=image_size, pretrained=pretrained))
+    if name in OWN:
+        make, _, plain = OWN[name]
+        if plain:
+            return SingleExit(make(classes=classes, image_size=image_size))
+        return make(classes=classes, image_size=image_size, exits=exits)
+    net = _classifier(name, classes=classes, image_size=image_size, pretrained=pretrained)
+    if name.startswith(PREFIX):
+        return MultiExit(net, classes=classes, image_size=image_size, exits=exits)
+    return SingleExit(net)
 
 
 def hub_name(name: str) -> str:
-    """The hub network whose weights fit `name`'s backbone."""
-    return name.removeprefix("multi-exit-") if name in STUDENTS else name
+    """The hub network whose weights fit `name`'s backbone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in OWN:
+        return name.removeprefix(PREFIX)
+    if not OWN[name].hub:
+        raise ConfigError(f"no hub has weights for '{name}'", fix="train it from chance with --weights none")
+    return OWN[name].hub
+
+
+@functools.cache
+def library() -> tuple[frozenset[str], frozenset[str]]:
+    """The names of timm's and of torchvision's classifiers."""
+    return frozenset(timm.list_models()), frozenset(torchvision.models.list_models(module=torchvision.models))
 
 
 def _classifier(name: str, *, classes: int, image_size: int, pretrained: bool) -> nn.Module:
-    timm_names, vision_names = timm.list_models(), torchvision.models.list_models(module=torchvision.models)
-    if name not in timm_names and name.partition(".")[0] not in timm_names and name not in vision_names:
-        raise ConfigError(f"no network '{name}'", fix=nearest_network(name, [*timm_names, *vision_names]))
+    """The library's network behind `name`, with or without `multi-exit-`."""
+    of_timm, of_vision = library()
+    plain = name.removeprefix(PREFIX)
+    if plain.partition(".")[0] not in of_timm | of_vision:
+        raise ConfigError(f"no network '{name}'", fix=nearest_network(name))
     try:
-        if name in vision_names and name not in timm_names:
-            net = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+        if plain in of_vision - of_timm:
+            net = torchvision.models.get_model(plain, weights="DEFAULT" if pretrained else None)
             return _new_head(net, classes)
-        net = timm.create_model(name, pretrained=pretrained, num_classes=classes)
+        net = timm.create_model(plain, pretrained=pretrained, num_classes=classes)
     except (OSError, RuntimeError) as error:  # hub errors are OSError or RuntimeError
         if not pretrained:
             raise
         raise ConfigError(
-            f"weights of '{name}' cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"weights of '{plain}' cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]})",
             fix="give a local file with --weights FILE, or --weights none",
         ) from error
-    return small_image_stem(net) if image_size <= SMALL_IMAGE and name in ("resnet18", "resnet34") else net
+    return small_image_stem(net) if image_size <= SMALL_IMAGE and plain in RESNETS else net
 
 
-def nearest_network(name: str, names: Sequence[str]) -> str:
+def nearest_network(name: str) -> str:
     """Advice for an unknown name; the whole list of 1,000 would help nobody."""
-    advice = nearest(name, names)
-    tail = advice.partition(".")[2].strip() if "Did you mean" in advice else ""
-    return f"{tail} Students: {', '.join(STUDENTS)}; others: any name of timm.list_models()".strip()
+    names = frozenset().union(*library())
+    close = closest(name, [*OWN, *names, *(PREFIX + n for n in names)])
+    return f"{close} edgekd's own: {', '.join(OWN)}; others: edgekd models list, and {PREFIX}NAME for each".strip()
 
 
 def _new_head(net: nn.Module, classes: int) -> nn.Module:

@@ -1,22 +1,29 @@
-"""Multi-exit ResNet: a classifier after each stage, as in Gao et al. 2022 (Biomimetics 7:195).
+"""Networks that answer at several depths: the ResNets of Gao et al. 2022 (Biomimetics 7:195), and any other.
 
-Each exit is a global-context block, a chain of stride-2 bottlenecks that brings the map to the size and
-width of the deepest one (as in BYOT, arXiv 1905.08094), average pooling and a linear layer.
+Each exit is a global-context block, a chain of stride-2 blocks that brings the map to the size and width of the
+deepest one (as in BYOT, arXiv 1905.08094), average pooling and a linear layer. On ResNets the blocks are bottlenecks,
+at all four exits, as in the paper. On other networks they are depthwise-separable, and the deepest exit is the
+network's own classifier: with that exit alone it is the plain network.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import ResNet
 
-from edgekd.errors import ConfigError
+from edgekd.errors import ConfigError, closest
+from edgekd.models import points
 
+FINAL = "final"
+"""The deepest exit, by whatever number it has."""
 SMALL_IMAGE = 64
 """Images up to this side (pixels) get the 3x3 stride-1 stem without max-pooling used on CIFAR."""
 
@@ -25,12 +32,13 @@ class Outputs(NamedTuple):
     """What a network returns, one entry an exit, shallow to deep.
 
     logits: (B, C) each. features: (B, D) each, pooled, before the linear layer.
-    maps: (B, D_k, H_k, W_k), the backbone's stage outputs, where the next stage takes over.
+    maps: (B, D_k, H_k, W_k), the backbone's stage outputs, where the next stage takes over; where that takes over
+    several (MSDNet), a tuple of them.
     """
 
     logits: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
-    maps: tuple[Tensor, ...]
+    maps: tuple[Tensor | tuple[Tensor, ...], ...]
 
 
 class GlobalContext(nn.Module):
@@ -72,13 +80,27 @@ def bottleneck(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-class ExitHead(nn.Module):
-    """One exit: widths[0] channels in, widths[-1] features and the logits out."""
+def separable(inputs: int, outputs: int, *, stride: int = 2) -> nn.Sequential:
+    """Depthwise 3x3 - 1x1 (MobileNet, arXiv 1704.04861): (B, inputs, H, W) -> (B, outputs, H/stride, W/stride)."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, stride=stride, padding=1, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
 
-    def __init__(self, widths: Sequence[int], classes: int) -> None:
+
+class ExitHead(nn.Module):
+    """One exit: widths[0] channels in, widths[-1] features and the logits out; a block from each width to the next."""
+
+    def __init__(
+        self, widths: Sequence[int], classes: int, *, block: Callable[[int, int], nn.Module] = bottleneck
+    ) -> None:
         super().__init__()
         self.context = GlobalContext(widths[0])
-        self.reduce = nn.Sequential(*[bottleneck(a, b) for a, b in itertools.pairwise(widths)])
+        self.reduce = nn.Sequential(*[block(a, b) for a, b in itertools.pairwise(widths)])
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(widths[-1], classes)
 
@@ -88,26 +110,37 @@ class ExitHead(nn.Module):
 
 
 class MultiExitResNet(nn.Module):
-    """A torchvision ResNet whose chosen stages (1 to 4) each end in an exit.
+    """A torchvision ResNet whose chosen stages (1 to 4, or `layer1` to `layer4` and `final`) each end in an exit.
+
+    head: makes one from the widths of the stage and of those behind it, and the number of classes.
 
     Raises:
         ConfigError: an exit that is no stage, or the deepest stage left out.
     """
 
-    def __init__(self, backbone: ResNet, *, classes: int, exits: Sequence[int] = (1, 2, 3, 4)) -> None:
+    def __init__(
+        self,
+        backbone: ResNet,
+        *,
+        classes: int,
+        exits: Sequence[int | str] = (1, 2, 3, 4),
+        head: Callable[[Sequence[int], int], nn.Module] = ExitHead,
+    ) -> None:
         super().__init__()
         stages = [backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
-        if sorted(set(exits)) != list(exits) or not exits or exits[0] < 1 or exits[-1] != len(stages):
+        numbers = {f"layer{k}": k for k in range(1, 5)} | {FINAL: 4}
+        at = [numbers.get(e, 0) if isinstance(e, str) else e for e in exits]
+        if sorted(set(at)) != at or not at or at[0] < 1 or at[-1] != len(stages):
             raise ConfigError(
-                f"exits {','.join(map(str, exits))} do not fit this network",
+                f"exits {_text(exits)} do not fit this network",
                 fix=f"name stages from 1 to {len(stages)} in rising order and end with {len(stages)}, "
                 f"for example --exits 1,2,3,4 or --exits 2,4",
             )
         widths = [_width(stage) for stage in stages]
         del backbone.fc
         self.backbone = backbone
-        self.exit_at = tuple(exits)
-        self.exits = nn.ModuleList(ExitHead(widths[at - 1 :], classes) for at in exits)
+        self.exit_at = tuple(at)
+        self.exits = nn.ModuleList(head(widths[k - 1 :], classes) for k in at)
 
     def forward(self, x: Tensor) -> Outputs:
         net = self.backbone
@@ -119,6 +152,83 @@ class MultiExitResNet(nn.Module):
                 maps.append(x)
         heads = [head(m) for head, m in zip(self.exits, maps)]
         return Outputs(tuple(h[0] for h in heads), tuple(h[1] for h in heads), tuple(maps))
+
+
+class MultiExit(nn.Module):
+    """Any classifier with exits at chosen feature points; its own classifier is the deepest.
+
+    exits: stages (numbers from 1, the ends that `points.stages` finds) or names of feature points, in the order in
+    which they run; the last is the highest stage's number or `final`. A shallow exit's map is brought to the size
+    and width of the last stage's, whose average is the deepest exit's feature.
+
+    Raises:
+        ConfigError: an exit that is no point, out of order, behind the last stage, or where the network cannot be cut.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, *, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)
+    ) -> None:
+        super().__init__()
+        at = _exit_points(backbone, exits, image_size=image_size)
+        self.backbone = backbone
+        self.exit_at = tuple(point.name for point in at)
+        self.exits = nn.ModuleList(_light_head(point.shape, at[-1].shape, classes) for point in at[:-1])
+
+    def forward(self, x: Tensor) -> Outputs:
+        with points.observe(self, self.exit_at) as seen:
+            answer = deepest(self.backbone(x))
+        maps = [seen[name] for name in self.exit_at]
+        heads = [head(m) for head, m in zip(self.exits, maps)]
+        logits, features = ([h[k] for h in heads] for k in range(2))
+        return Outputs((*logits, answer), (*features, points.flat(maps[-1])), tuple(maps))
+
+
+def deepest(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The logits of a classifier, without the auxiliary ones that some return in training."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _light_head(shape: tuple[int, int, int], last: tuple[int, int, int], classes: int) -> ExitHead:
+    """From a map (D, H, W) to the last stage's size and width: each halving doubles the width."""
+    steps = max(round(math.log2(shape[1] / last[1])), 0)
+    widths = [shape[0], *(min(shape[0] * 2**k, last[0]) for k in range(1, steps)), last[0]]
+    return ExitHead(widths, classes, block=separable if steps else functools.partial(separable, stride=1))
+
+
+def _exit_points(backbone: nn.Module, exits: Sequence[int | str], *, image_size: int) -> list[points.Point]:
+    """The points of the exits, checked; the deepest is the end of the last stage."""
+    known = {point.name: point for point in points.points(backbone, image_size=image_size)}
+    ends, order = points.ends(list(known.values())), list(known)
+    where = f"the stages are {', '.join(f'{k} {name}' for k, name in enumerate(ends, start=1))}"
+    if not exits or exits[-1] not in (FINAL, len(ends)):
+        raise ConfigError(
+            f"exits {_text(exits)} leave out the deepest; {where}",
+            fix=f"end with {FINAL}, for example --exits 2,{FINAL}",
+        )
+    names = [*(_point_name(backbone, e, ends, order, where) for e in exits[:-1]), ends[-1]]
+    for name, behind in itertools.pairwise(names):
+        if order.index(name) >= order.index(behind):
+            late = f"'{name}' does not come before '{behind}'" + (", the last stage" if behind == ends[-1] else "")
+            raise ConfigError(
+                f"exits {_text(exits)} are not in order: {late}", fix="name them shallow to deep, once each"
+            )
+    points.check_cuts(backbone, names, image_size=image_size)
+    return [known[name] for name in names]
+
+
+def _point_name(backbone: nn.Module, asked: int | str, ends: Sequence[str], order: Sequence[str], where: str) -> str:
+    if isinstance(asked, int):
+        if not 1 <= asked < len(ends):
+            raise ConfigError(f"exit {asked}: no such stage before the deepest; {where}", fix="name one of these")
+        return ends[asked - 1]
+    points.find(backbone, asked)
+    if asked not in order:
+        raise ConfigError(f"exit '{asked}' returns no map for images of this size", fix=closest(asked, order) or where)
+    return asked
+
+
+def _text(exits: Sequence[int | str]) -> str:
+    return ",".join(map(str, exits))
 
 
 def _width(stage: nn.Module) -> int:
@@ -133,12 +243,18 @@ def small_image_stem(net: ResNet) -> ResNet:
     return net
 
 
-def resnet_backbone(*, classes: int, image_size: int) -> ResNet:
-    """torchvision's ResNet18 without weights, its stem chosen by image_size (pixels)."""
-    net = resnet18(num_classes=classes)
+def resnet_backbone(*, classes: int, image_size: int, make: Callable[..., ResNet] = resnet18) -> ResNet:
+    """torchvision's ResNet18 (or what `make` makes) without weights, its stem chosen by image_size (pixels)."""
+    net = make(num_classes=classes)
     return small_image_stem(net) if image_size <= SMALL_IMAGE else net
 
 
-def multi_exit_resnet18(*, classes: int, image_size: int, exits: Sequence[int] = (1, 2, 3, 4)) -> MultiExitResNet:
+def multi_exit_resnet18(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
     """Paper A's student. 100 classes and the small-image stem: 12.30 M parameters (the paper prints 12.33 M)."""
     return MultiExitResNet(resnet_backbone(classes=classes, image_size=image_size), classes=classes, exits=exits)
+
+
+def multi_exit_resnet50(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+    """The same exits on ResNet50, for paper A's table 6."""
+    backbone = resnet_backbone(classes=classes, image_size=image_size, make=resnet50)
+    return MultiExitResNet(backbone, classes=classes, exits=exits)

@@ -45,11 +45,12 @@ class Classifier:
         final: the last exit alone, at its temperature.
         Without one: cascade if the engine was tuned, else full.
     policy: instead of the engine's own. threads: for the engine, when a path is given.
+    device_side_exit: research; the GPU itself ends the cascade, one image at a time (TensorRT, CUDA from 12.4).
 
     Larger batches are cut at the largest batch size whose stages were timed at compilation (32 without times).
     In a cascade, images that leave are removed from the batch when the times say that the smaller batch is
-    faster, and always without times. OpenVINO compiles anew for each batch size it has not seen, so there
-    batches are padded up to a timed size.
+    faster, and always without times. OpenVINO compiles anew for each batch size it has not seen, and TensorRT was
+    built for the timed ones alone: there, batches are padded up to a timed size.
 
     Thread-safe: nothing changes after construction, so threads may share one classifier.
 
@@ -65,6 +66,7 @@ class Classifier:
         strategy: Strategy | None = None,
         policy: Policy | None = None,
         threads: int | None = None,
+        device_side_exit: bool = False,
     ) -> None:
         if isinstance(engine, (str, Path)):
             engine = open_engine(Path(engine), threads=threads)
@@ -75,13 +77,16 @@ class Classifier:
         self.policy = policy or engine.card.policy
         self.strategy = self._strategy(strategy)
         exits = range(len(self.card.exits))
+        if device_side_exit and self.strategy != "cascade":
+            raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
+        self._decider = engine.decider(self.policy) if device_side_exit else None
         if self.strategy == "cascade":
-            self._graphs = [engine.stage(k) for k in exits]
+            self._walker = engine.walker()
         else:
-            self._graphs = [engine.monolithic if self.strategy == "full" else engine.final]
+            self._graph = engine.monolithic if self.strategy == "full" else engine.final
         times = engine.manifest.stage_ms if engine.manifest else {}
         self._stage_ms = [{int(size): stages[k] for size, stages in times.items()} for k in exits]
-        self._buckets = sorted(self._stage_ms[0]) if engine.backend == "openvino" else []
+        self._buckets = sorted(self._stage_ms[0]) if engine.backend in ("openvino", "tensorrt") else []
         self.batch_size = max(self._stage_ms[0], default=BATCH)
 
     def _strategy(self, strategy: Strategy | None) -> Strategy:
@@ -136,7 +141,8 @@ class Classifier:
                 f"{images.dtype} of shape {images.shape} is no batch for {self.engine.name}",
                 fix=f"give float32 (N, 3, {size}, {size}), or use predict for pictures",
             )
-        decide = self._cascade if self.strategy == "cascade" else self._at_once
+        cascade = self._cascade_of_one if len(images) == 1 else self._cascade
+        decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
             return decide(images)
         decision = Decision.empty(len(images), len(self.card.classes))
@@ -149,7 +155,7 @@ class Classifier:
 
     def _at_once(self, images: Array) -> Decision:
         count, size = len(images), _padded(len(images), self._buckets)
-        logits: list[npt.NDArray[Any]] = self._graphs[0](images if size == count else _resized(images, size))
+        logits: list[npt.NDArray[Any]] = self._graph(images if size == count else _resized(images, size))
         if self.strategy == "full":
             answer = ensemble(np.stack(logits))[:count]
         else:
@@ -157,26 +163,43 @@ class Classifier:
         last = np.full(count, len(self.card.exits) - 1, np.int64)
         return Decision(answer, last, confidence(answer, self.policy.confidence))
 
+    def _on_device(self, images: Array) -> Decision:
+        assert self._decider is not None  # or this is not called
+        found = [self._decider(images[i : i + 1]) for i in range(len(images))]
+        answers, sure, exits = zip(*found)
+        return Decision(np.stack(answers), np.array(exits, np.int64), np.array(sure, np.float32))
+
+    def _cascade_of_one(self, image: Array) -> Decision:
+        """`_cascade` without what only a batch needs: Python's share of one image's time."""
+        total = np.zeros((1, len(self.card.classes)), np.float32)
+        with self._walker(image) as walk:
+            for exit in range(len(self.card.exits)):
+                seen = step(self.policy, exit, walk.next(), total)
+                if seen.leaves[0]:  # everybody leaves at the last exit
+                    break
+                total = seen.total
+        return Decision(seen.probabilities, np.array([exit]), seen.confidence)
+
     def _cascade(self, images: Array) -> Decision:
         count, classes = len(images), len(self.card.classes)
         decision = Decision.empty(count, classes)
-        total, rows = np.zeros((count, classes), np.float32), np.arange(count)  # rows: which image a row of x is
+        total, rows = np.zeros((count, classes), np.float32), np.arange(count)  # rows: which image a row is
         waiting, left = np.ones(count, bool), count
-        x: npt.NDArray[Any] = images
-        for exit, stage in enumerate(self._graphs):
-            size = self._next_size(exit, left, len(x))
-            if size != len(x):  # the rows beyond `left` repeat others and are waited for by nobody
-                keep = _resized(np.flatnonzero(waiting), size)
-                x, total, rows, waiting = x[keep], total[keep], rows[keep], np.arange(size) < left
-            outputs: list[npt.NDArray[Any]] = stage(x)
-            seen = step(self.policy, exit, outputs[0], total)
-            leaving = waiting & seen.leaves
-            decision.put(rows[leaving], leaving, exit, seen)
-            waiting, total = waiting & ~leaving, seen.total
-            left = int(np.count_nonzero(waiting))
-            if not left:
-                break
-            x = outputs[1]
+        with self._walker(images) as walk:
+            for exit in range(len(self.card.exits)):
+                size = self._next_size(exit, left, len(rows))
+                if size != len(rows):  # the rows beyond `left` are waited for by nobody
+                    keep = np.flatnonzero(waiting)
+                    walk.keep(keep, size)
+                    keep = _resized(keep, size)
+                    total, rows, waiting = total[keep], rows[keep], np.arange(size) < left
+                seen = step(self.policy, exit, walk.next(), total)
+                leaving = waiting & seen.leaves
+                decision.put(rows[leaving], leaving, exit, seen)
+                waiting, total = waiting & ~leaving, seen.total
+                left = int(np.count_nonzero(waiting))
+                if not left:
+                    break
         return decision
 
     def _next_size(self, exit: int, left: int, current: int) -> int:

@@ -73,8 +73,8 @@ class Step(NamedTuple):
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
     """(..., C) logits to probabilities at a temperature; any magnitude is safe."""
     scaled = logits / temperature if temperature != 1 else logits
-    powers: Array = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    powers /= powers.sum(axis=-1, keepdims=True)
+    powers: Array = np.exp(scaled - np.maximum.reduce(scaled, axis=-1, keepdims=True))
+    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
     return powers
 
 
@@ -84,7 +84,7 @@ def confidence(probabilities: Array, measure: Measure) -> Array:
     max_probability: p1. margin: p1 - p2. entropy: 1 - H / log C, so 0 when uniform and 1 when certain.
     """
     if measure == "max_probability":
-        return np.asarray(probabilities.max(axis=-1))
+        return np.asarray(np.maximum.reduce(probabilities, axis=-1))
     if measure == "margin":
         top = np.partition(probabilities, -2, axis=-1)
         return np.asarray(top[..., -1] - top[..., -2])

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
 
 from edgekd.runtime.preprocess import Array
+from edgekd.training.run import Header, load_model
+
+
+def load(run: Path) -> tuple[nn.Module, Header, str]:
+    """The trained network of a run folder on the GPU if there is one, its header, and the device's name."""
+    network, header = load_model(run)
+    if torch.cuda.is_available():
+        return network.cuda(), header, torch.cuda.get_device_name()
+    return network, header, "cpu"
 
 
 @torch.no_grad()

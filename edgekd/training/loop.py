@@ -8,7 +8,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from edgekd.distill import Criterion, Setting, Step, needs
 from edgekd.distill.views import Viewer, viewer
 from edgekd.errors import ConfigError, TrainingError
 from edgekd.models.multi_exit import Outputs
+from edgekd.models.weights import read_state
 from edgekd.training.protocol import Protocol
-from edgekd.training.run import Header, load_resume, save_model, save_resume, write_metrics
+from edgekd.training.run import MODEL, Anchors, Header, anchor, load_resume, save_model, save_resume, write_metrics
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,13 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass
 class Task:
-    """What `fit` works on. The teacher is frozen, in eval mode, and no part of the network. labels: by index."""
+    """What `fit` works on. The teacher is frozen, in eval mode, and no part of the network; with anchors, an epoch
+    starts by reading that epoch's into it. labels: by index. What the losses see of both networks, and the losses
+    themselves, are found when the task is made, so that what does not go together is refused before training.
+
+    Raises:
+        ConfigError: a method, feature points and networks that do not go together.
+    """
 
     network: nn.Module
     train: DataLoader[Any]
@@ -45,6 +52,20 @@ class Task:
     names: list[str]
     labels: tuple[int, ...]
     teacher: nn.Module | None = None
+    anchors: Anchors | None = None
+    student_view: Viewer = field(init=False)
+    teacher_view: Viewer | None = field(init=False, default=None)
+    criterion: Criterion = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.student_view, self.teacher_view, setting = _views(self)
+        self.criterion = Criterion(self.protocol, setting)
+        for name, count in self.criterion.init_epochs.items():
+            if count >= self.protocol.epochs:
+                raise ConfigError(
+                    f"method '{name}' needs {count} epochs for its first stage, and the run has {self.protocol.epochs}",
+                    fix="give more --epochs, or shorten that stage with --set init_epochs=…",
+                )
 
 
 def optimizer(parameters: Iterator[nn.Parameter], protocol: Protocol) -> torch.optim.Optimizer:
@@ -63,7 +84,8 @@ def fit(
 
     The weights kept in model.safetensors are those of the epoch with the best validation accuracy of the
     ensemble (the later one of equals). A run that was killed and is resumed ends with the same bits on a CPU:
-    every epoch seeds anew, and augmentation depends on seed, epoch and image alone.
+    every epoch seeds anew, and augmentation depends on seed, epoch and image alone. The same weights, averaged ones if
+    the protocol's `ema` is on, are kept as anchors after every `anchor_every` epochs.
 
     Raises:
         TrainingError: the loss is not finite; the batch's files are named.
@@ -84,12 +106,16 @@ def fit(
     board = _board(out, history) if fabric.is_global_zero else None
     for epoch in range(state["epoch"], protocol.epochs):
         torch.manual_seed(protocol.seed * 100_003 + epoch * 101 + fabric.global_rank)
+        if task.teacher is not None and task.anchors is not None:
+            task.teacher.load_state_dict(read_state(task.anchors.at(epoch)))
         row = {"epoch": epoch + 1.0} | _train_epoch(live, epoch, progress)
         row |= validate(fabric, kept, task.val, len(task.header.classes))
         history.append(row | {"rss_mib": _rss_mib()})
         if fabric.is_global_zero:
             if row["val_ensemble"] >= best:
-                save_model(out, kept, task.header)
+                save_model(out / MODEL, kept, task.header)
+            if protocol.anchor_every and (epoch + 1) % protocol.anchor_every == 0:
+                save_model(anchor(out, epoch + 1), kept, task.header)
             best = max(best, row["val_ensemble"])
             write_metrics(out, history)
             log.info(_line(history[-1], protocol.epochs))
@@ -102,22 +128,18 @@ def fit(
 
 @dataclass
 class _Live:
-    """A task on its device: the wrapped network, what the losses see of it and of the teacher, the losses, the
-    optimiser and the averaged weights."""
+    """A task on its device: the wrapped network, the losses, the optimiser and the averaged weights."""
 
     fabric: Fabric
     task: Task
     model: Any
-    student: Viewer
-    teacher: Viewer | None
     criterion: Criterion
     optim: Any
     ema: AveragedModel | None
 
 
 def _setup(fabric: Fabric, task: Task, network: nn.Module) -> _Live:
-    student, teacher, setting = _views(task, network)
-    criterion = Criterion(task.protocol, setting).to(fabric.device)
+    criterion = task.criterion.to(fabric.device)
     parameters = (p for module in (network, criterion) for p in module.parameters())
     model, optim = fabric.setup(network, optimizer(parameters, task.protocol))
     if task.teacher is not None:
@@ -126,20 +148,20 @@ def _setup(fabric: Fabric, task: Task, network: nn.Module) -> _Live:
     if decay := task.protocol.ema:
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         ema = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-    return _Live(fabric, task, model, student, teacher, criterion, optim, ema)
+    return _Live(fabric, task, model, criterion, optim, ema)
 
 
-def _views(task: Task, network: nn.Module) -> tuple[Viewer, Viewer | None, Setting]:
+def _views(task: Task) -> tuple[Viewer, Viewer | None, Setting]:
     """What the losses will see, tried once on the CPU."""
     protocol, size, parts = task.protocol, task.protocol.preprocess.image_size, needs(task.protocol.method)
-    student = viewer(network, parts, protocol.student_points, image_size=size)
+    student = viewer(task.network, parts, protocol.student_points, image_size=size)
     teacher = None
     if task.teacher is not None:
         teacher = viewer(freeze(task.teacher), parts, protocol.teacher_points, image_size=size)
-        if len(student.stages) != len(teacher.stages):
+        mine, others = student.stages or student.preact, teacher.stages or teacher.preact
+        if len(mine) != len(others):
             raise ConfigError(
-                f"the student has the feature points {', '.join(student.stages)}, the teacher "
-                f"{', '.join(teacher.stages)}: not as many",
+                f"the student has the feature points {', '.join(mine)}, the teacher {', '.join(others)}: not as many",
                 fix="name as many with --set student_points=[…] and --set teacher_points=[…]",
             )
     shapes = teacher.shapes(size) if teacher else None
@@ -183,10 +205,13 @@ def _train_epoch(live: _Live, epoch: int, progress: Progress | None) -> dict[str
 def _step(live: _Live, images: Tensor, target: Tensor, index: Tensor, epoch: int) -> Tensor:
     """Forward, backward and update on one batch; returns the loss. A loss that is not finite changes nothing."""
     images, teacher = live.criterion.expand(images), None
-    if live.teacher is not None:
+    if live.task.teacher_view is not None:
         with torch.no_grad(), live.fabric.autocast():
-            teacher = live.teacher(images)
-    loss: Tensor = live.criterion(Step(live.student(images, call=live.model), teacher, target, index, epoch))
+            teacher = live.task.teacher_view(images)
+    student = live.task.student_view(images, call=live.model)
+    loss: Tensor = live.criterion(Step(student, teacher, target, index, epoch))
+    if live.fabric.world_size > 1:  # DDP waits for a gradient of every layer, and a first stage leaves some out
+        loss = loss + 0 * sum(s.sum() for s in student.out.logits)
     if torch.isfinite(loss):
         live.optim.zero_grad(set_to_none=True)
         live.fabric.backward(loss)

@@ -17,13 +17,15 @@ class Protocol(Settings):
 
     lr: the peak. schedule `step` multiplies by gamma at each milestone (epochs); `onecycle` rises over
     warmup_epochs and falls to zero along a cosine. ema: decay of the averaged weights, 0 for none.
-    weights: `hub`, `none`, or a file. clip_norm: largest gradient norm, 0 for no clipping.
+    weights: `hub`, `none`, or a file. clip_norm: largest gradient norm, 0 for no clipping. sampler: `pxk` puts
+    per_class images of each of batch_size / per_class classes into a batch. anchor_every: keep the weights every so
+    many epochs for students that follow this network's path (method `multipart`); 0 for never.
     """
 
     source: str = ""
     data: str = ""
     network: str = ""
-    exits: tuple[int, ...] = (1, 2, 3, 4)
+    exits: tuple[int | str, ...] = (1, 2, 3, 4)
     weights: str = "hub"
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(224))
     augment: Augment = field(default_factory=Augment)
@@ -33,6 +35,8 @@ class Protocol(Settings):
     seed: int = 0
     epochs: int = 180
     batch_size: int = 128
+    sampler: Literal["shuffle", "pxk"] = "shuffle"
+    per_class: int = 4
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -44,6 +48,7 @@ class Protocol(Settings):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     clip_norm: float = 0.0
     ema: float = 0.0
+    anchor_every: int = 0
     workers: int = 2
 
     def __post_init__(self) -> None:
@@ -51,9 +56,13 @@ class Protocol(Settings):
         for key in ("epochs", "batch_size", "lr"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is not above 0")
-        for key in ("weight_decay", "clip_norm", "warmup_epochs", "workers", "seed", "fold"):
+        for key in ("weight_decay", "clip_norm", "warmup_epochs", "anchor_every", "workers", "seed", "fold"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
+        if self.per_class < 2:
+            raise ValueError(f"per_class: {self.per_class} is below 2, so that no two images of a class meet")
+        if self.anchor_every > self.epochs:
+            raise ValueError(f"anchor_every: {self.anchor_every} is above epochs, {self.epochs}, so none would be kept")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: {self.ema} is not in 0..1")
 

@@ -16,15 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from edgekd import __version__
+from edgekd import __version__, specs
 from edgekd.artifact import SCHEMA, Card, Split, atomic_write, to_json
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
 from edgekd.models import build
+from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_state
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
 from edgekd.specs import from_dict
+from edgekd.training.protocol import Protocol
 
 MODEL, RESUME, METRICS, PROTOCOL, SPLIT = "model.safetensors", "resume.pt", "metrics.csv", "protocol.toml", "split.json"
 
@@ -36,7 +38,7 @@ class Header:
     network: str
     classes: tuple[str, ...]
     preprocess: Preprocess
-    exits: tuple[int, ...]
+    exits: tuple[int | str, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -44,16 +46,28 @@ class Header:
         """The network without weights."""
         return build(self.network, classes=len(self.classes), image_size=self.preprocess.image_size, exits=self.exits)
 
-    def card(self, count: int, maps: int) -> Card:
-        """The card of this network's student.onnx, with `count` exits and `maps` boundaries."""
-        exits, policy = exits_of(count, maps), Policy((1.0,) * count)
+    def card(self, out: Outputs) -> Card:
+        """The card of this network's student.onnx. out: what the network answers to an image."""
+        exits, policy = exits_of(out), Policy((1.0,) * len(out.logits))
         return Card(self.network, self.classes, self.preprocess, exits, policy, self.provenance)
 
 
-def save_model(folder: Path, network: nn.Module, header: Header) -> None:
-    """Write model.safetensors: weights only, with the header."""
+@dataclass(frozen=True)
+class Anchors:
+    """The weights that a teacher kept on its way: files[k] after (k + 1) * every epochs."""
+
+    every: int
+    files: tuple[Path, ...]
+
+    def at(self, epoch: int) -> Path:
+        """What a student learns from in an epoch (from 0): the last one too when the teacher's training is over."""
+        return self.files[min(epoch // self.every, len(self.files) - 1)]
+
+
+def save_model(path: Path, network: nn.Module, header: Header) -> None:
+    """Write model.safetensors or an anchor: weights only, with the header."""
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    atomic_write(folder / MODEL, save(state, metadata={"edgekd": to_json(header).decode(), "format": "pt"}))
+    atomic_write(path, save(state, metadata={"edgekd": to_json(header).decode(), "format": "pt"}))
 
 
 def read_header(folder: Path) -> Header:
@@ -66,6 +80,10 @@ def read_header(folder: Path) -> Header:
     if not path.is_file():
         known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
         raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
+    return _header(path)
+
+
+def _header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("edgekd")
@@ -82,6 +100,33 @@ def load_model(folder: Path) -> tuple[nn.Module, Header]:
     network = header.build()
     network.load_state_dict(read_state(folder / MODEL))
     return network.eval(), header
+
+
+def anchor(folder: Path, epoch: int) -> Path:
+    """Where a run folder keeps the weights that it had after `epoch` epochs."""
+    return folder / "anchors" / f"epoch_{epoch:04d}.safetensors"
+
+
+def anchors(folder: Path) -> Anchors:
+    """The anchors of a teacher's run folder, all of them there and whole.
+
+    Raises:
+        ArtifactError: one is missing, damaged or another network's; the command that makes them is given.
+    """
+    own, made = read_header(folder), specs.load(Protocol, "protocols", str(folder / PROTOCOL))
+    every = made.anchor_every or min(5, made.epochs)
+    files = tuple(anchor(folder, epoch) for epoch in range(every, made.epochs + 1, every))
+    if missing := [file for file in files if not file.is_file()]:
+        raise ArtifactError(
+            f"teacher {folder} has no anchor {missing[0]}",
+            fix="if its training was stopped, continue it with --resume; else train it anew: "
+            f"edgekd train --data {made.data} --model {made.network} --protocol {folder / PROTOCOL} "
+            f"--set anchor_every={every} --out {folder}-anchors",
+        )
+    for file in files:
+        if (found := _header(file)).network != own.network or found.classes != own.classes or found.exits != own.exits:
+            raise ArtifactError(f"{file} is no anchor of {own.network}", fix="train the teacher anew")
+    return Anchors(every, files)
 
 
 def provenance(protocol: Any, split: Split, *, teacher: Path | None) -> dict[str, Any]:
@@ -136,7 +181,8 @@ def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
 def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write metrics.csv, one row an epoch."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    names = list({name: 0 for row in history for name in row})  # epochs of a first stage have other terms
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
     atomic_write(folder / METRICS, text.getvalue().encode())

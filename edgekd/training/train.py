@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from edgekd.artifact import Part, Split, atomic_write, read_split, to_json
-from edgekd.data.dataset import EpochSampler, ImageSet, Sample, loader
+from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet, Sample, loader
 from edgekd.data.folders import check, scan
 from edgekd.data.splits import make_split
-from edgekd.distill import needs_teacher
+from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
 from edgekd.models import build, hub_name
 from edgekd.models.weights import load_state, read_state
@@ -115,6 +115,7 @@ def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None,
         names=[item.path for item in split.part("train")],
         labels=tuple(item.label for item in split.part("train")),
         teacher=_teacher(teacher, split, protocol) if teacher and needs_teacher(protocol.method) else None,
+        anchors=run.anchors(teacher) if teacher and needs_anchors(protocol.method) else None,
     )
 
 
@@ -123,8 +124,13 @@ def _loader(data: Path, split: Split, part: Part, *, protocol: Protocol, fabric:
     augment = protocol.augment if train else None
     images = ImageSet(items, data=data, preprocess=protocol.preprocess, augment=augment, seed=protocol.seed)
     rank, world = fabric.global_rank, fabric.world_size
-    sampler = EpochSampler(len(items), seed=protocol.seed, rank=rank, world=world, shuffle=train)
     size, workers = protocol.batch_size, protocol.workers
+    sampler = EpochSampler(len(items), seed=protocol.seed, rank=rank, world=world, shuffle=train)
+    if train and protocol.sampler == "pxk":
+        classes, per_class = [split.classes[i.label] for i in items], protocol.per_class
+        sampler = ClassSampler(
+            classes, per_class=per_class, batch_size=size, seed=protocol.seed, rank=rank, world=world
+        )
     return loader(images, batch_size=size, sampler=sampler, workers=workers, drop_last=train)
 
 

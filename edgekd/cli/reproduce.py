@@ -1,0 +1,90 @@
+"""`edgekd reproduce`: the papers' tables, measured beside the printed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgekd.cli.common import BadOption, FoldsOption, GroupOption, JobsOption, SeedsOption, SetOption, bar, say
+from edgekd.errors import ConfigError
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(metavar="[TABLE]", help="gao2022-table3 and so on; see --list.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder of class folders with the paper's images.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run folders are kept; tables share them.")] = Path("runs/papers"),
+    out: Annotated[Path, typer.Option(help="Where the tables are written.")] = Path("benchmarks/results/papers"),
+    weights: Annotated[Path | None, typer.Option(help="Folder of ImageNet weights, NETWORK.safetensors each.")] = None,
+    seeds: SeedsOption = None,
+    folds: FoldsOption = None,
+    budget: Annotated[str, typer.Option(metavar="1h30m", help="Cut the runs to what fits into this time.")] = "",
+    group: GroupOption = None,
+    protocol: Annotated[str, typer.Option(help="Train as this protocol says, not as the paper's.")] = "",
+    instead: Annotated[
+        list[str] | None, typer.Option(metavar="NETWORK=OTHER", help="Use another network in place of one.")
+    ] = None,
+    set_: SetOption = None,
+    leave_out_bad: BadOption = False,
+    jobs: JobsOption = 1,
+    list_: Annotated[bool, typer.Option("--list", help="Every row of every table, or of one, and its state.")] = False,
+) -> None:
+    """A paper's table: what is missing is run, what is done is kept, and ours is printed beside the printed numbers."""
+    if list_:
+        _list(table, out)
+        return
+    if not table or data is None:
+        raise ConfigError("no table and images given", fix="edgekd reproduce TABLE --data DIR, or --list")
+    from edgekd import specs
+    from edgekd.errors import TrainingError
+    from edgekd.reproduce.report import text
+    from edgekd.reproduce.run import Asked
+    from edgekd.reproduce.run import reproduce as run
+    from edgekd.training.launch import reason
+
+    asked = Asked(
+        data=data,
+        runs=runs,
+        out=out,
+        weights=weights,
+        protocol=protocol,
+        overrides=specs.parse_overrides(set_ or []),
+        instead=dict(_pair(text) for text in instead or []),
+        group=group or "none",
+        seeds=seeds,
+        folds=folds,
+        budget=budget,
+        at_once=jobs,
+        leave_out_bad=leave_out_bad,
+    )
+    with bar("check images") as checked:
+        result, failed = run(
+            table, asked, say=typer.echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
+        )
+    typer.echo(text(result))
+    if failed:
+        lines = [f"  {name}: {reason(log)} ({log})" for name, log in failed.items()]
+        raise TrainingError(
+            "\n".join([f"{len(failed)} of the runs failed:", *lines]),
+            fix="mend it and run the same command again: what is done is kept",
+        )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, other = text.partition("=")
+    if not (name and sign and other):
+        raise ConfigError(f"--instead {text} is not NETWORK=OTHER", fix="for example --instead resnest50d=resnet50")
+    return name, other
+
+
+def _list(table: str, out: Path) -> None:
+    from edgekd.reproduce import tables
+    from edgekd.reproduce.report import states
+
+    for name in [table] if table else tables.names():
+        typer.secho(f"{name}: {tables.read(name).caption}", bold=True)
+        rows = states(name, out)
+        wide = max(len(label) for label, _, _ in rows)
+        for label, state, why in rows:
+            typer.echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))

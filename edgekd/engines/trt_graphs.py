@@ -1,0 +1,148 @@
+"""A graph as TensorRT wants it: in 16 bits where types are strong, without Q/DQ where a DLA needs ranges instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper, version_converter
+
+from edgekd.errors import BackendError
+
+IMAGES, EXIT = "images", "exit_"
+"""The tensors that stay float32 in every engine: the images, and names that begin as the exits' do."""
+HALF_QDQ_OPSET = 19
+"""The first whose QuantizeLinear and DequantizeLinear take 16-bit floats."""
+KEPT_FLOAT = {"Resize": (1, 2)}
+"""Inputs that ONNX wants in float32 whatever the rest is in."""
+_QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def is_seam(name: str) -> bool:
+    """Whether an input or output lies between two stages."""
+    return name != IMAGES and not name.startswith(EXIT)
+
+
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph in 16-bit floats, images and logits in float32, 8-bit tensors as they are.
+
+    Raises:
+        BackendError: a weight that 16 bits cannot hold.
+    """
+    model = _at_opset(model, HALF_QDQ_OPSET) if _has_qdq(model) else _copy(model)
+    graph = model.graph
+    del graph.value_info[:]
+    kept = {node.input[i] for node in graph.node for i in KEPT_FLOAT.get(node.op_type, ()) if i < len(node.input)}
+    scales = {node.input[1] for node in graph.node if node.op_type in _QDQ}
+    for constant in graph.initializer:
+        if constant.data_type == TensorProto.FLOAT and constant.name not in kept:
+            constant.CopyFrom(_half(constant, upwards=constant.name in scales))
+    for node in graph.node:
+        _halve_attributes(node, kept)
+    for value in [*graph.input, *graph.output]:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT and is_seam(value.name):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    _cast_ends(graph)
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+def _half(constant: onnx.TensorProto, *, upwards: bool) -> onnx.TensorProto:
+    """upwards: never below the float32 value, so that a scale of tiny weights neither vanishes nor clips them."""
+    exact = numpy_helper.to_array(constant)
+    if np.abs(exact).max(initial=0) > np.finfo(np.float16).max:
+        raise BackendError(f"{constant.name} has values that fp16 cannot hold", fix="use --recipe fp32 or int8")
+    half = exact.astype(np.float16)
+    if upwards:
+        half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
+    return numpy_helper.from_array(half, constant.name)
+
+
+def _halve_attributes(node: onnx.NodeProto, kept: set[str]) -> None:
+    """Constants inside nodes, and casts to float32."""
+    for attribute in node.attribute:
+        if node.op_type in ("Constant", "ConstantOfShape") and attribute.t.data_type == TensorProto.FLOAT:
+            if not kept.intersection(node.output):
+                attribute.t.CopyFrom(_half(attribute.t, upwards=False))
+        elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.FLOAT16
+
+
+def _cast_ends(graph: onnx.GraphProto) -> None:
+    """Casts behind the images and in front of the logits."""
+    images = [value.name for value in graph.input if value.name == IMAGES]
+    logits = [value.name for value in graph.output if not is_seam(value.name)]
+    inner = {name: f"{name}_fp16" for name in (*images, *logits)}
+    for node in graph.node:
+        node.input[:] = [inner.get(name, name) for name in node.input]
+        node.output[:] = [inner.get(name, name) for name in node.output]
+    casts = [helper.make_node("Cast", [n], [inner[n]], name=f"cast_{n}", to=TensorProto.FLOAT16) for n in images]
+    nodes = [*casts, *graph.node]
+    nodes += [helper.make_node("Cast", [inner[n]], [n], name=f"cast_{n}", to=TensorProto.FLOAT) for n in logits]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def without_qdq(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The float graph under a Q/DQ one, and how far each quantised tensor reaches: TensorRT's implicit quantisation.
+
+    A DLA takes no Q/DQ below TensorRT 11 (NVIDIA/TensorRT #2222). A seam of 8 bits becomes one of float.
+    """
+    model = _copy(model)
+    graph = model.graph
+    constants = {c.name: numpy_helper.to_array(c) for c in graph.initializer}
+    ranges: dict[str, float] = {}
+    float_of: dict[str, str] = {}  # what reads the key shall read the value
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        node.input[:] = [float_of.get(name, name) for name in node.input]
+        if node.op_type not in _QDQ:
+            nodes.append(node)
+            continue
+        source, scale = node.input[0], constants[node.input[1]]
+        if source in constants and constants[source].dtype == np.int8:
+            graph.initializer.append(_dequantised(node, constants))
+            continue
+        if scale.size == 1:
+            ranges[source] = 127 * float(scale)
+        float_of[node.output[0]] = source
+    for value in graph.output:
+        if value.name in float_of:
+            nodes.append(helper.make_node("Identity", [float_of[value.name]], [value.name], name=f"seam_{value.name}"))
+            ranges[value.name] = ranges[float_of[value.name]]
+    for value in [*graph.input, *graph.output]:
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    _replace(graph, nodes)
+    return model, ranges
+
+
+def _dequantised(node: onnx.NodeProto, constants: dict[str, npt.NDArray[Any]]) -> onnx.TensorProto:
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    whole, scale = constants[node.input[0]], constants[node.input[1]]
+    shape = [-1 if i == axis else 1 for i in range(whole.ndim)] if scale.ndim else []
+    return numpy_helper.from_array((whole * scale.reshape(shape)).astype(np.float32), node.output[0])
+
+
+def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """These nodes for the graph's, and only the constants that they read."""
+    read = {name for node in nodes for name in node.input}
+    constants = [c for c in graph.initializer if c.name in read]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
+
+
+def _has_qdq(model: onnx.ModelProto) -> bool:
+    return any(node.op_type in _QDQ for node in model.graph.node)
+
+
+def _at_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return version_converter.convert_version(model, least) if opset < least else _copy(model)
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -1,0 +1,80 @@
+"""SCAN: a ResNet whose shallow exits attend to their map before they reduce it (Zhang et al., NeurIPS 2019).
+
+The exits are those of the published code (pytorch-scalable-neural-networks aac136e); the stem follows the image size
+as in the other ResNets here, that code's is the small one. Train it with method `scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from edgekd.models.multi_exit import MultiExitResNet, resnet_backbone
+
+
+class Attention(nn.Module):
+    """(B, channels, H, W) times a mask of the same shape in 0..1: a strided convolution, a transposed one, a sigmoid.
+
+    The transposed one doubles, so from an odd side it comes back one too long and is cut.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mask = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask: Tensor = self.mask(x)
+        return x * mask[:, :, : x.shape[2], : x.shape[3]]
+
+
+def scala(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Attention, then a bottleneck of 128 channels whose middle is a stride x stride convolution of that stride:
+    (B, inputs, H, W) -> (B, outputs, H // stride, W // stride)."""
+    return nn.Sequential(
+        Attention(inputs),
+        nn.Conv2d(inputs, 128, 1),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+        nn.Conv2d(128, 128, stride, stride=stride),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+        nn.Conv2d(128, outputs, 1),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+class ScanHead(nn.Module):
+    """One exit: widths[0] channels in, widths[-1] features and the logits out. The deepest only pools."""
+
+    def __init__(self, widths: Sequence[int], classes: int) -> None:
+        super().__init__()
+        halvings = len(widths) - 1
+        self.reduce = scala(widths[0], widths[-1], 2**halvings) if halvings else nn.Identity()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.pool(self.reduce(x)).flatten(1)
+        return self.fc(feature), feature
+
+
+def scan_resnet18(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+    """100 classes and the small-image stem: 15.16 M parameters."""
+    backbone = resnet_backbone(classes=classes, image_size=image_size)
+    return MultiExitResNet(backbone, classes=classes, exits=exits, head=ScanHead)
+
+
+def scan_resnet50(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+    """100 classes and the small-image stem: 61.15 M parameters, 34.42 M of them in the attention's convolutions."""
+    backbone = resnet_backbone(classes=classes, image_size=image_size, make=resnet50)
+    return MultiExitResNet(backbone, classes=classes, exits=exits, head=ScanHead)

@@ -1,0 +1,1 @@
+"""The papers' tables: read from TOML, trained, and printed beside the printed numbers."""

@@ -1,0 +1,173 @@
+"""Our numbers beside the printed ones: as JSON with every run, as Markdown, as text; and the state of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekd.artifact import SCHEMA, atomic_write, read_json, to_json
+from edgekd.bench.accuracy import aligned
+from edgekd.bench.host import Host
+from edgekd.bench.tables import pipe_table
+from edgekd.reproduce import tables
+from edgekd.reproduce.tables import Row, Table
+
+State = Literal["reproduced", "partly", "open"]
+RANK: tuple[State, ...] = ("reproduced", "partly", "open")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of a row, in the column's unit: printed and its standard deviation; our mean and sd (n - 1)."""
+
+    printed: float | None
+    spread: float | None
+    mean: float | None = None
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run behind a row. scores: exit to metric to fraction of the test images. host: which of `Result.hosts`."""
+
+    seed: int
+    fold: int
+    folder: str
+    scores: dict[str, dict[str, float | None]]
+    images: int
+    train_s: float
+    device: str
+    host: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: its state and why; what differs from the paper; the settings of its runs."""
+
+    label: str
+    state: State
+    why: str
+    cells: dict[str, Cell]
+    differs: tuple[str, ...] = ()
+    settings: dict[str, Any] | None = None
+    runs: tuple[Run, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table as far as it is reproduced. asked: what the command was asked for, and what the budget cut."""
+
+    table: str
+    caption: str
+    source: str
+    notes: tuple[str, ...]
+    created: str
+    edgekd: str
+    asked: dict[str, Any]
+    lines: tuple[Line, ...]
+    hosts: tuple[Host, ...] = ()
+    schema: int = SCHEMA
+
+
+def blank(row: Row, table: Table) -> dict[str, Cell]:
+    """The printed numbers alone."""
+    return {title: Cell(row.printed.get(title), row.spread.get(title)) for title in table.columns}
+
+
+def state_of(differs: Sequence[str], n: int, wanted: int, reasons: Sequence[str]) -> tuple[State, str]:
+    """A row's state and why: reproduced with the paper's settings and all the runs that are wanted, else partly."""
+    if not n:
+        return "open", "; ".join(reasons) or "not run yet"
+    few = [f"n = {n} of {wanted}"] if n < wanted else []
+    why = "; ".join([*differs, *few, *reasons])
+    return ("partly" if why else "reproduced"), why
+
+
+def write(out: Path, name: str, result: Result) -> None:
+    """OUT/NAME.json with everything, and OUT/NAME.md."""
+    atomic_write(out / f"{name}.json", to_json(result))
+    atomic_write(out / f"{name}.md", markdown(result).encode())
+
+
+def _header(result: Result) -> list[str]:
+    columns = list(result.lines[0].cells)
+    pairs = [side for c in columns for side in (f"{c}: paper", "ours")]
+    return ["", *pairs, "n", "state"]
+
+
+def _rows(result: Result) -> list[list[str]]:
+    """Label, paper and ours for each column, n, and the state with what is the row's own."""
+    common = _common(result)
+    rows = []
+    for line in result.lines:
+        cells = [text for cell in line.cells.values() for text in (_number(cell.printed, cell.spread), _ours(cell))]
+        own = "; ".join(part for part in line.why.split("; ") if part and part not in common)
+        rows.append([line.label, *cells, str(len(line.runs) or ""), line.state + (f": {own}" if own else "")])
+    return rows
+
+
+def _ours(cell: Cell) -> str:
+    return _number(cell.mean, cell.sd)
+
+
+def _number(value: float | None, sd: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+
+
+def _common(result: Result) -> list[str]:
+    """What differs from the paper in every row that was run."""
+    ran = [line.differs for line in result.lines if line.runs]
+    return [text for text in (ran[0] if ran else ()) if all(text in other for other in ran)]
+
+
+def text(result: Result) -> str:
+    """The table for a terminal."""
+    rows = [_header(result), *_rows(result)]
+    table = [f"{row[0]:<{max(len(r[0]) for r in rows)}}  {tail}" for row, tail in zip(rows, _aligned_tail(rows))]
+    return "\n".join([f"{result.table}: {result.caption}", *table, *_said(result)])
+
+
+def _aligned_tail(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns behind the label: numbers to the right, the state to the left."""
+    numbers = aligned([["", *row[1:-1]] for row in rows]).splitlines()
+    return [f"{cells}  {row[-1]}".rstrip() for cells, row in zip(numbers, rows)]
+
+
+def markdown(result: Result) -> str:
+    """The table as a page of its own."""
+    said = "\n".join(f"- {line}" for line in _said(result))
+    return "\n\n".join([f"## {result.caption}", pipe_table((_header(result), _rows(result))), said]) + "\n"
+
+
+def _said(result: Result) -> Iterator[str]:
+    """What stands below the table."""
+    yield f"{result.source}; ours: mean ± standard deviation (n - 1) over n runs, percent of the test images"
+    if common := _common(result):
+        yield f"All rows differ from the paper in: {'; '.join(common)}"
+    yield from result.notes
+    asked = "; ".join(f"{name} {value}" for name, value in result.asked.items() if value)
+    yield f"Asked for: {asked}"
+    for host in result.hosts:
+        versions = ", ".join(f"{name} {version}" for name, version in host.versions.items())
+        machine = f"{host.cpu}, {host.cores} cores, {host.memory_mib} MiB, {host.os}"
+        yield f"Made on {machine}, Python {host.python}, {versions}"
+    yield f"edgekd {result.edgekd}, {result.created}"
+
+
+def states(name: str, out: Path) -> list[tuple[str, State, str]]:
+    """Label, state and why of each row of a table, by the files in `out`: the best of what was made of it."""
+    table = tables.read(name)
+    found = [read_json(path, Result, what="table") for path in sorted(out.glob(f"{name}*.json"))]
+    return [_state(row, found) for row in table.rows]
+
+
+def _state(row: Row, found: Sequence[Result]) -> tuple[str, State, str]:
+    if row.open:
+        return row.label, "open", row.open
+    lines = [line for result in found for line in result.lines if line.label == row.label]
+    best = min(lines, key=lambda line: RANK.index(line.state), default=None)
+    return (row.label, best.state, best.why) if best else (row.label, "open", "not run yet")

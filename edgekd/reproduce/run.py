@@ -1,0 +1,173 @@
+"""`edgekd reproduce`: run what is missing of a paper's table, and write it beside the printed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekd.data.folders import Checked, check, scan
+from edgekd.reproduce import budget, report, tables
+from edgekd.reproduce.jobs import Planned, Request, plan, tasks
+from edgekd.reproduce.results import REPEATS, Collection
+from edgekd.reproduce.tables import Table
+from edgekd.training.launch import Job, State, launch
+from edgekd.training.run import RESUME
+from edgekd.training.sweep import Member, members
+
+Say = Callable[[str], None]
+OnEnd = Callable[[Job, State], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of `edgekd reproduce`."""
+
+    data: Path
+    runs: Path
+    out: Path
+    weights: Path | None = None
+    protocol: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
+    group: str = "none"
+    seeds: str | None = None
+    folds: str | None = None
+    budget: str = ""
+    at_once: int = 1
+    leave_out_bad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A table with what is to be done for it. cut: what the budget made of it, in words."""
+
+    name: str
+    table: Table
+    checked: Checked
+    request: Request
+    planned: Mapping[str, Planned]
+    members: list[Member]
+    cut: str = ""
+
+
+def reproduce(
+    name: str, asked: Asked, *, say: Say, on_check: Callable[[int, int], None] | None = None, on_end: OnEnd
+) -> tuple[report.Result, dict[str, Path]]:
+    """Run what is missing of a table and write it to asked.out; the result, and the logs of runs that failed.
+
+    say: told the plan before it starts. on_end: called after each run.
+
+    Raises:
+        EdgekdError: a table, images or settings that cannot be.
+    """
+    started, table = time.monotonic(), tables.read(name)
+    asked = dataclasses.replace(asked, leave_out_bad=asked.leave_out_bad or table.leave_out_bad)
+    checked = check(scan(asked.data), leave_out_bad=asked.leave_out_bad, progress=on_check)
+    work, until = work_of(name, table, asked, checked), float("inf")
+    if asked.budget:
+        until = started + budget.seconds(asked.budget)
+        work = within_budget(work, asked, until, say)
+    return carry_out(work, asked, until, say, on_end)
+
+
+def work_of(name: str, table: Table, asked: Asked, checked: Checked) -> Work:
+    """The whole of a table: three seeds, or all folds of one, unless others are asked for."""
+    request = Request(
+        data=asked.data.resolve(),
+        fingerprint=checked.fingerprint,
+        runs=asked.runs.resolve(),
+        weights=asked.weights and asked.weights.resolve(),
+        protocol=asked.protocol,
+        overrides=asked.overrides,
+        instead=asked.instead,
+        group=asked.group,
+        leave_out_bad=asked.leave_out_bad,
+    )
+    planned = plan(table, request)
+    protocol = next(iter(planned.values())).protocol
+    kfold = protocol.split.startswith("kfold")
+    seeds = asked.seeds or ("0" if kfold else ",".join(map(str, range(REPEATS))))
+    of = members(seeds, asked.folds or ("all" if kfold else None), protocol)
+    return Work(name=Path(name).stem, table=table, checked=checked, request=request, planned=planned, members=of)
+
+
+def within_budget(work: Work, asked: Asked, until: float, say: Say) -> Work:
+    """The work cut to what fits into the time, as it was decided when it was first begun."""
+    cuts = budget.decide(
+        work.table,
+        work.planned,
+        work.members,
+        work.request,
+        checked=work.checked,
+        budget_s=budget.seconds(asked.budget),
+        until=until,
+        at_once=asked.at_once,
+        say=say,
+    )
+    request = dataclasses.replace(work.request, epochs=cuts.epochs, pixels=cuts.pixels)
+    cut = (
+        f"{asked.budget}: {cuts.epochs} epochs, {cuts.pixels} pixels, {cuts.repeats} of {len(work.members)} seeds and "
+        f"folds, estimated at {cuts.seconds / 60:.0f} minutes in all"
+    )
+    members = work.members[: cuts.repeats]
+    return dataclasses.replace(work, request=request, planned=plan(work.table, request), members=members, cut=cut)
+
+
+def carry_out(work: Work, asked: Asked, until: float, say: Say, on_end: OnEnd) -> tuple[report.Result, dict[str, Path]]:
+    """Run what is missing, writing the table anew after each run."""
+    jobs, stem = tasks(list(work.planned.values()), work.members, work.request), work.name
+    stem += "" if asked.group == "none" else f"-{asked.group}"
+    say(f"{f'budget {work.cut}; ' if work.cut else ''}{len(jobs)} runs to do")
+    collection = Collection(
+        name=work.name,
+        table=work.table,
+        planned=work.planned,
+        members=work.members,
+        asked=_in_words(work, asked),
+        differs=_data_differs(work.table, work.checked),
+        classes=len(work.checked.folder.classes),
+    )
+
+    def end(job: Job, state: State) -> None:
+        if state == "done":  # of what would be needed to go on with a run there are two thirds of its folder
+            (work.request.runs / job.name / RESUME).unlink(missing_ok=True)
+        report.write(asked.out, stem, collection.result())
+        on_end(job, state)
+
+    states = launch(jobs, at_once=asked.at_once, deadline=until, on_end=end)
+    late = time.monotonic() >= until
+    result = dataclasses.replace(collection, reasons=_reasons(states, late=late)).result()
+    report.write(asked.out, stem, result)
+    return result, {job.name: job.log for job in jobs if states[job.name] == "failed"}
+
+
+def _reasons(states: Mapping[str, State], *, late: bool) -> dict[str, str]:
+    left = "stopped by the budget" if late else "what it needs failed"
+    words = {"failed": "a run failed", "left": left}
+    return {name: words[state] for name, state in states.items() if state != "done"}
+
+
+def _data_differs(table: Table, checked: Checked) -> list[str]:
+    count = len(checked.folder.items)
+    left = f" ({len(checked.left_out)} left out)" if checked.left_out else ""
+    return [] if count == table.data.images else [f"{count} images{left}, not {table.data.images}"]
+
+
+def _in_words(work: Work, asked: Asked) -> dict[str, str]:
+    """What was asked for, without paths."""
+    checked = work.checked
+    return {
+        "data": f"{work.table.data.name}, {len(checked.folder.items)} images, fingerprint {checked.fingerprint[:12]}",
+        "protocol": asked.protocol or work.table.protocol,
+        "runs": ", ".join(m.name for m in work.members),
+        "group": asked.group,
+        "set": ", ".join(f"{k}={v}" for k, v in asked.overrides.items()),
+        "instead": ", ".join(f"{k}={v}" for k, v in asked.instead.items()),
+        "weights": ", ".join(sorted({one.file.name for one in work.planned.values() if one.file})),
+        "jobs at once": str(asked.at_once),
+        "budget": work.cut,
+    }

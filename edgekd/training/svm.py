@@ -1,0 +1,62 @@
+"""A linear support vector machine on a trained network's features, as in rows that paper A compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgekd.artifact import Split
+from edgekd.errors import ConfigError
+from edgekd.models.points import flat, observe
+from edgekd.runtime.images import load_batch
+from edgekd.runtime.preprocess import Array, Preprocess
+
+BATCH = 64
+
+
+def fit_svm(
+    network: nn.Module, point: str, *, split: Split, data: Path, preprocess: Preprocess
+) -> Callable[[Array], Array]:
+    """Fit an SVM (linear kernel, C = 1, standardised features) on the training images' features at a feature point.
+
+    Maps are averaged over their pixels. Returns what maps images (N, 3, H, W) to scores (1, N, C): their order is the
+    SVM's, their softmax is no probability that was fitted.
+
+    Raises:
+        ConfigError: scikit-learn is missing, or there is no such feature point.
+    """
+    if find_spec("sklearn") is None:
+        raise ConfigError("--svm needs scikit-learn", fix="pip install 'edgekd[train]'")
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    items = split.part("train")
+    chunks = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+    rows = [features(network, point, load_batch([data / i.path for i in part], preprocess)) for part in chunks]
+    machine = make_pipeline(StandardScaler(), SVC(kernel="linear", break_ties=True))
+    machine.fit(np.concatenate(rows), [i.label for i in items])
+
+    def answer(images: Array) -> Array:
+        scores = machine.decision_function(features(network, point, images))
+        scores = np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores
+        return scores.astype(np.float32)[None]
+
+    return answer
+
+
+@torch.no_grad()
+def features(network: nn.Module, point: str, images: Array) -> Array:
+    """Features (N, D) of images (N, 3, H, W) at a feature point."""
+    network.eval()
+    device, rows = next(network.parameters()).device, []
+    for start in range(0, len(images), BATCH):
+        with observe(network, [point]) as seen:
+            network(torch.from_numpy(images[start : start + BATCH]).to(device))
+        rows.append(flat(seen[point]).float().cpu().numpy())
+    return np.concatenate(rows)
