@@ -259,12 +259,32 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     atomic_write(folder / MANIFEST, to_json(dataclasses.replace(manifest, digest=_digest(manifest))))
 
 
+def read_card(path: Path) -> Card:
+    """The card of student.onnx or student.engine/, whose other files are not looked at.
+
+    Raises:
+        ArtifactError: see `read_onnx` and `read_manifest`.
+    """
+    return _manifest(path).card if path.is_dir() else read_onnx(path)[1]
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read an engine's manifest and check every file against its hash.
 
     Raises:
         ArtifactError: no engine, or a file that is missing, cut short or edited; it is named.
     """
+    manifest = _manifest(folder)
+    for name, file in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing", fix="compile again")
+        if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+            raise ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
+    return manifest
+
+
+def _manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} is no engine: it has no {MANIFEST}", fix="make one with edgekd compile")
     manifest = read_json(folder / MANIFEST, Manifest, what="engine manifest")
@@ -272,10 +292,4 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{folder / MANIFEST} was edited", fix="change thresholds with edgekd tune, or compile again"
         )
-    for name, file in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing", fix="compile again")
-        if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
-            raise ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
     return manifest

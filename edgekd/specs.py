@@ -13,11 +13,6 @@ from typing import Any, Literal, TypeVar
 from edgekd import shipped
 from edgekd.errors import ConfigError, EdgekdError, nearest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 T = TypeVar("T")
 
 
@@ -31,12 +26,22 @@ def load(cls: type[T], kind: str, name: str, *, overrides: Mapping[str, Any] | N
     """
     path = shipped.find(kind, name)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
         raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
     for key, value in (overrides or {}).items():
         _set(table, key, value)
     return from_dict(cls, table, where=str(path))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """TOML, read by tomllib or, below Python 3.11, by tomli, which a bare device may lack: only TOML files need it."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    table: dict[str, Any] = tomllib.loads(text)
+    return table
 
 
 def _set(table: dict[str, Any], key: str, value: Any) -> None:
@@ -58,8 +63,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not sign or not key.strip():
             raise ConfigError(f"--set {pair} is not key=value", fix="for example --set lr=0.05")
         try:
-            overrides[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = _parsed(f"value = {value}")["value"]
+        except ValueError:
             overrides[key.strip()] = value.strip()
     return overrides
 

@@ -21,7 +21,7 @@ from fakes.tensorrt import FAMILIES
 import edgekd.engines
 from edgekd.engines import open_engine
 from edgekd.engines.backends import find_backend
-from edgekd.engines.cuda import CudaPython, device
+from edgekd.engines.cuda import CudaPython, device, find
 from edgekd.engines.trt_library import library, logger
 from edgekd.errors import BackendError, ConfigError
 from edgekd.runtime.classifier import Classifier
@@ -94,7 +94,7 @@ def test_pycuda_when_chosen_or_alone(
     cuda = box("8.6", bindings=bindings).cuda
     if len(bindings) > 1:
         assert device().bindings == "cuda-python"
-        device.cache_clear()
+        find.cache_clear()
         monkeypatch.setenv("EDGEKD_CUDA", "pycuda")
     assert device().bindings == "pycuda"
     engine, reference = engine_of(small_student, tmp_path), open_engine(small_student, threads=1)

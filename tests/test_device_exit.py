@@ -39,7 +39,7 @@ class Kernel:
     """The kernel's source, compiled for the CPU; `conditions` takes what it sets."""
 
     def __init__(self, library: Any) -> None:
-        self.conditions: dict[int, int | None] = {}
+        self.conditions: dict[int, int] = {}
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint32)(self._set)
         library.tell(self._callback)
         self._decide = library.decide
@@ -101,7 +101,7 @@ def test_the_kernel_decides_as_the_policy_does(kernel: Kernel, measure: Measure,
 def test_the_gpu_ends_the_cascade(box: Callable[..., Box], kernel: Kernel, small_student: Path, tmp_path: Path) -> None:
     cuda = box("10.16", kernel=kernel).cuda
     engine, reference = engine_of(small_student, tmp_path), open_engine(small_student, threads=1)
-    for policy in policies(reference.logits(IMAGES)):
+    for policy in reversed(policies(reference.logits(IMAGES))):
         want = Classifier(reference, policy=policy).run(IMAGES)
         ours = Classifier(engine, policy=policy, device_side_exit=True)
         kernel.conditions = cuda.graphs.conditions

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from edgekd.artifact import MANIFEST, Exit, put_card, read_manifest, read_onnx, write_manifest
+from edgekd.artifact import MANIFEST, Exit, put_card, read_card, read_manifest, read_onnx, write_manifest
 from edgekd.engines import Recipe, compile_engine, open_engine
 from edgekd.engines.backends import find_backend, shares
 from edgekd.engines.host import exact_int8
@@ -138,12 +138,13 @@ def test_precision_is_read_back(engine_path: Path) -> None:
     assert sum(precision.values()) == pytest.approx(1)
 
 
-def test_files_damaged(copy: Path) -> None:
+def test_files_damaged(copy: Path, student_onnx: Path) -> None:
     victim = max(copy.glob("stage_1.*"), key=lambda p: p.stat().st_size)
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ArtifactError, match=rf"{victim.name} is not the file that was built"):
         open_engine(copy)
+    assert read_card(copy) == read_card(student_onnx)
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=victim.name):
         open_engine(copy)

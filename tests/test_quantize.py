@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
-from edgekd.artifact import Card, read_onnx
+from edgekd.artifact import Card, Exit, read_onnx
 from edgekd.engines import Engine, Runner, onnxruntime, open_engine
 from edgekd.engines.backends import find_backend
 from edgekd.engines.graphs import backbone, graphs
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import ConfigError
+from edgekd.export import to_onnx
+from edgekd.models import SingleExit
 from edgekd.quantize import quantize
+from edgekd.runtime.policy import Policy
+from edgekd.runtime.preprocess import Preprocess
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 
@@ -81,9 +87,10 @@ def test_stages_pass_uint8_and_equal_the_whole_bit_for_bit(
     assert np.array_equal(run(parts["final"], IMAGES)[0], whole[3])
 
 
-QUICK = ["multi-exit-shufflenet_v2_x1_0", "multi-exit-mixnet_s", "multi-exit-tf_mobilenetv3_small_100"]
-"""Channel shuffle; MixConv; squeeze-excite and hard swish."""
+QUICK = ["multi-exit-shufflenet_v2_x1_0", "multi-exit-tf_mobilenetv3_small_100"]
+"""Channel shuffle; squeeze-excite and hard swish."""
 SLOW = [
+    "multi-exit-mixnet_s",
     "multi-exit-ghostnet_100",
     "multi-exit-mobilenet_v2",
     "multi-exit-squeezenet1_1",
@@ -125,6 +132,28 @@ def loader(backend: str, parts: dict[str, onnx.ModelProto], folder: Path) -> Cal
 def of_image(logits: np.ndarray) -> np.ndarray:
     """The class that an image (N, C) is nearest to; chance weights have one that leads on all images."""
     return (logits - logits.mean(axis=0)).argmax(axis=1)
+
+
+def test_relu6_ends_the_range_of_what_it_clips() -> None:
+    """Without it in the 8-bit graph, numbers far above 6 would stretch the steps between those that count."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU6(),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    ]
+    nn.init.constant_(layers[0].bias, 60.0)
+    model = to_onnx(SingleExit(nn.Sequential(*layers)), image_size=32)
+    card = Card("relu6", tuple("abcde"), Preprocess(32), (Exit("exit_0", ()),), Policy((1.0,)))
+    clipped = quantize(model, card, IMAGES, target="cpu", heads=True)
+    values = {i.name: onnx.numpy_helper.to_array(i) for i in clipped.graph.initializer}
+    scales = [float(values[n.input[1]]) for n in clipped.graph.node if n.op_type == "QuantizeLinear"]
+    assert not [n for n in clipped.graph.node if n.op_type == "Clip"]
+    assert any(scale == pytest.approx(6 / 255) for scale in scales)
+    assert max(scales) < 0.1
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])

@@ -263,6 +263,8 @@ def test_measures_by_hand() -> None:
     assert _measured(exits, "exit_1.accuracy") == 0.7
     assert _measured({"exit_0": {"accuracy": 0.5}}, "answer.accuracy") == 0.5
     assert _measured({"exit_0": {"accuracy": 0.5}}, "ensemble.accuracy") is None
+    assert _measured({"exit_0": {"accuracy": 0.5}}, "exit_0.accuracy") is None
+    assert _measured(exits, "exit_2.accuracy") is None
     own = counted("mlp", classes=5, image_size=32)
     assert _cost("cost.parameters", own) == pytest.approx(own.parameters / 1e6)
     assert _cost("mlp/cost.macs", own) == 1

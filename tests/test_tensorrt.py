@@ -14,17 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from fakes.box import BUCKETS, IMAGES, RNG, Box, compiled, engine_of, policies, recipe, surest
 from fakes.cuda import Cuda
 from fakes.tensorrt import FAMILIES
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.artifact import read_onnx
 from edgekd.engines import open_engine
+from edgekd.engines.doctor import report
+from edgekd.engines.graphs import graphs
 from edgekd.engines.recipe import TensorRT
-from edgekd.engines.trt_build import timing_cache_path
+from edgekd.engines.rows import moves
+from edgekd.engines.trt_build import timing_cache, timing_cache_path
 from edgekd.engines.trt_graphs import to_fp16, without_qdq
-from edgekd.engines.trt_run import moves
+from edgekd.engines.trt_library import logger
 from edgekd.errors import ArtifactError, BackendError, DataError
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.policy import Policy
@@ -264,6 +269,12 @@ def test_timing_cache(
     compiled(small_student, tmp_path / "e.engine", recipe())
     assert "damaged, or from another TensorRT" in caplog.text
     assert machine.trt.built[-1][1].create_timing_cache(path.read_bytes())._kernels == everything
+    config = machine.trt.Builder(logger()).create_builder_config()
+    with timing_cache(config, recipe()):  # a build, while another one ends
+        other = config.create_timing_cache(b"")
+        other._kernels = {"other"}
+        path.write_bytes(other.serialize())
+    assert config.create_timing_cache(path.read_bytes())._kernels == {"other", *everything}
     path.unlink()
     compiled(small_student, tmp_path / "e.engine", recipe(tensorrt=TensorRT(timing_cache=False)))
     assert not path.exists()
@@ -334,3 +345,25 @@ def test_ranges_for_the_q_dq_pairs(small_student: Path) -> None:
     assert [n.op_type for n in model.graph.node] == ["Conv", "Identity"]
     assert {c.name: numpy_helper.to_array(c).ravel().tolist() for c in model.graph.initializer} == {"v": [20, 300]}
     onnx.checker.check_model(model, full_check=True)
+
+
+def test_doctor_tries_tensorrt(box: Callable[..., Box]) -> None:
+    box("10.3")
+    lines, healthy = report()
+    assert "tensorrt: 10.3.0 works on Orin" in lines
+    assert healthy
+
+
+def test_fp16_stages_of_multi_exit_resnet18(student_onnx: Path) -> None:
+    model, card = read_onnx(student_onnx)
+    images = RNG.normal(size=(4, 3, 32, 32)).astype(np.float32)
+    want, feeds = open_engine(student_onnx).logits(images), {"images": images}
+    parts = graphs(model, card)
+    for k in range(4):
+        half = to_fp16(parts[f"stage_{k}"])
+        onnx.checker.check_model(half, full_check=True)
+        session = onnxruntime.InferenceSession(half.SerializeToString(), providers=["CPUExecutionProvider"])
+        names = [o.name for o in session.get_outputs()]
+        feeds = dict(zip(names, session.run(names, feeds)))
+        assert np.abs(feeds.pop(f"exit_{k}") - want[k]).max() <= 5e-3 * np.abs(want).max()
+        assert {x.dtype.type for x in feeds.values()} <= {np.float16}

@@ -17,7 +17,7 @@ from fakes.cuda import Cuda
 
 from edgekd.engines import compile_engine, open_engine
 from edgekd.engines.backends import find_backend
-from edgekd.engines.cuda import device
+from edgekd.engines.cuda import device, find
 from edgekd.errors import ArtifactError, BackendError
 
 
@@ -113,7 +113,7 @@ def test_another_gpu_of_the_same_kind_is_said(
     machine = box("10.3")
     engine_of(small_student, tmp_path)
     machine.cuda.name = "Orin NX"
-    device.cache_clear()
+    find.cache_clear()
     open_engine(tmp_path / "student.engine")
     assert "built on Orin; here is Orin NX" in caplog.text
 
@@ -151,3 +151,8 @@ def test_auto_goes_on_without_a_gpu(box: Callable[..., Box], small_student: Path
     )
     said = {a.backend: a.note for a in attempts if not a.ok}
     assert said == {"tensorrt": "there is no NVIDIA driver here"}
+
+
+def test_sixteen_bit_floats_beside_int8_where_there_are_none(small_student: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="onnxruntime has no fp16 kernels"):
+        compiled(small_student, tmp_path / "e.engine", recipe("int8-fp16"), backend="onnxruntime")

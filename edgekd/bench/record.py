@@ -140,8 +140,8 @@ def refuse_existing(path: Path) -> None:
         raise ArtifactError(f"{path} exists, and records are never changed", fix="give another --out, or delete it")
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write record.json, each list of numbers on a line of its own.
+def write_record(path: Path, record: Record | dict[str, Any]) -> None:
+    """Write record.json (or another table of samples), each list of numbers on a line of its own.
 
     Raises:
         ArtifactError: there is a file at `path` already.

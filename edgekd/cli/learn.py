@@ -249,7 +249,7 @@ def evaluate(
 
 
 def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], Any], str]:
-    """(card or header, images to logits (E, N, C), device) of a run folder, student.onnx or engine."""
+    """(card or header, images to logits (E, N, C), what runs it) of a run folder, student.onnx or engine."""
     if (target / "model.safetensors").is_file() or (target / "protocol.toml").is_file():
         from edgekd.training.evaluate import load, logits
 

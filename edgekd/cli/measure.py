@@ -28,19 +28,18 @@ def bench(
 ) -> None:
     """Latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
     from edgekd import specs
-    from edgekd.artifact import atomic_write
+    from edgekd.artifact import atomic_write, read_card
     from edgekd.bench.record import refuse_existing, write_record
     from edgekd.bench.suite import Suite
     from edgekd.bench.suite import bench as measure
     from edgekd.bench.tables import markdown, to_csv
-    from edgekd.engines import open_engine
 
     if report and find_spec("matplotlib") is None:
         raise ConfigError("the HTML page needs matplotlib", fix="pip install 'edgekd[report]', or give --no-report")
     refuse_existing(out)
     asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
-    chosen = read_or_scan(data, split, open_engine(engine).card.classes)
+    chosen = read_or_scan(data, split, read_card(engine).classes)
     with bar("bench") as progress:
         record = measure(
             engine, suite=asked, data=data, split=chosen, against=others, command=_command(), progress=progress

@@ -33,7 +33,6 @@ from edgekd.engines.graphs import graphs
 from edgekd.engines.host import default_threads, host
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
-from edgekd.quantize import quantize
 from edgekd.runtime.preprocess import Array
 
 log = logging.getLogger(__name__)
@@ -81,6 +80,7 @@ def compile_engine(
     backend: str = "auto",
     calibration: Array | None,
     validation: tuple[Array, Labels] | None,
+    reference: Array | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Manifest, list[Attempt]]:
@@ -91,6 +91,8 @@ def compile_engine(
     calibration: preprocessed images (N, 3, H, W) of the training split, for int8.
     validation: preprocessed images and labels of the validation split; None leaves accuracy unchecked, which the
         manifest then says.
+    reference: student.onnx's logits (E, N, C) on the validation images, for devices without ONNX Runtime, which
+        otherwise computes them.
 
     Raises:
         ConfigError: int8 without calibration images; `out` is something else than an engine.
@@ -100,7 +102,9 @@ def compile_engine(
     if out.exists() and not (out / MANIFEST).is_file():
         raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
     names = installed() if backend == "auto" else [backend]
-    job = _job(source, recipe, calibration, validation, threads or default_threads())
+    if validation and reference is None:
+        reference = open_engine(source, threads=threads).logits(validation[0])
+    job = _job(source, recipe, calibration, validation, reference, threads or default_threads())
     built: dict[str, Manifest] = {}
     attempts: list[Attempt] = []
     errors: list[EdgekdError] = []
@@ -127,7 +131,12 @@ def _step(progress: Progress | None, done: float, *, before: int, total: int) ->
 
 
 def _job(
-    source: Path, recipe: Recipe, calibration: Array | None, validation: tuple[Array, Labels] | None, threads: int
+    source: Path,
+    recipe: Recipe,
+    calibration: Array | None,
+    validation: tuple[Array, Labels] | None,
+    reference: Array | None,
+    threads: int,
 ) -> _Job:
     model, card = read_onnx(source)
     if recipe.precision == "int8" and (calibration is None or not len(calibration)):
@@ -135,6 +144,8 @@ def _job(
 
     @functools.cache
     def quantised(target: str, heads: bool) -> onnx.ModelProto:
+        from edgekd.quantize import quantize  # it reads this package's graphs
+
         assert calibration is not None  # asked for above
         return quantize(model, card, calibration, target=target, heads=heads, method=recipe.calibration_method)
 
@@ -149,9 +160,7 @@ def _job(
         "calibration": calibrated,
         "edgekd": edgekd.__version__,
     }
-    reference = open_engine(source, threads=threads)
-    logits = reference.logits(validation[0]) if validation else None
-    return _Job(model, card, recipe, validation, logits, quantised, threads, common)
+    return _Job(model, card, recipe, validation, reference, quantised, threads, common)
 
 
 def _fastest(attempts: list[Attempt], errors: list[EdgekdError]) -> str:

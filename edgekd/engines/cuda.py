@@ -232,13 +232,22 @@ class CudaPython(Device):
         self.do(self.runtime.cudaGraphLaunch(graph.handle, self.stream))
 
 
-@functools.cache
+_finding = threading.Lock()
+
+
 def device() -> Device:
     """The GPU, through the bindings that EDGEKD_CUDA names, or cuda-python, or pycuda if that is the only one there.
 
     Raises:
         BackendError: no bindings, no driver, no GPU. ConfigError: EDGEKD_CUDA names something else.
     """
+    with _finding:  # or two threads that ask at once get two
+        return find()
+
+
+@functools.cache
+def find() -> Device:
+    """`device`, but for one thread."""
     makers: dict[str, Callable[[], Device | None]] = {"cuda-python": _cuda_python, "pycuda": _pycuda}
     asked = os.environ.get(CHOICE)
     if asked and asked not in makers:

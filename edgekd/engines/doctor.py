@@ -28,6 +28,7 @@ EXTRAS = {
     ),
     "cpu": ("onnxruntime", "openvino"),
     "tensorrt": ("tensorrt", "cuda-python"),
+    "pycuda": ("pycuda",),
     "report": ("matplotlib",),
 }
 
@@ -56,14 +57,18 @@ def _try(name: str) -> tuple[str, bool]:
     except BackendError as error:
         return error.what, True
     with tempfile.TemporaryDirectory() as folder:
-        path, recipe = Path(folder) / f"stage_0{backend.SUFFIX}", Recipe("fp32", static_batch_sizes=(1,))
+        path, recipe = (
+            Path(folder) / f"stage_0{backend.SUFFIX}",
+            Recipe("fp32", batch_sizes=(1,), static_batch_sizes=(1,)),
+        )
         try:
             backend.build(_convolution(), path, recipe=recipe)
             answer = backend.load(path, recipe=recipe, threads=1)(np.ones((1, 3, 8, 8), np.float32))[0]
         except BackendError as error:
             return error.what, False
     works = np.allclose(answer, 3.0)
-    return f"{backend.version()} {'works' if works else 'answers wrongly'}", works
+    here = f" on {backend.here()['gpu']}" if hasattr(backend, "here") else ""
+    return f"{backend.version()} {'works' if works else 'answers wrongly'}{here}", works
 
 
 def _convolution() -> onnx.ModelProto:

@@ -48,7 +48,7 @@ def build_plan(
     monitor = _monitor(progress) if progress and hasattr(config, "progress_monitor") else None
     if monitor:
         config.progress_monitor = monitor
-    with _timing_cache(config, recipe):
+    with timing_cache(config, recipe):
         plan = builder.build_serialized_network(network, config)
     if monitor and monitor.interrupted:
         raise KeyboardInterrupt
@@ -217,7 +217,7 @@ def _monitor(progress: Callable[[float], None]) -> Any:
 
 
 @contextlib.contextmanager
-def _timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
+def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
     """Kernels measured before, and afterwards those measured now, added to what others have written meanwhile."""
     if not recipe.tensorrt.timing_cache:
         yield

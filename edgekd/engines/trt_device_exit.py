@@ -24,15 +24,13 @@ import numpy.typing as npt
 
 from edgekd.engines.cuda import CudaPython, Graph, device
 from edgekd.engines.trt_library import number
-from edgekd.engines.trt_run import Opened, walker
+from edgekd.engines.trt_run import Opened, enqueue, walker
 from edgekd.errors import BackendError
 from edgekd.runtime.policy import Policy
 
 NEEDED = (12, 4)
 """The first CUDA with conditional nodes."""
 MEASURES = ("max_probability", "margin", "entropy")
-ASSIGN_DEFAULT = 1
-"""cudaGraphCondAssignDefault: every launch starts with the condition that was given at creation, here: do not go on."""
 SOURCE = r"""
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
@@ -88,7 +86,7 @@ class DeviceCascade:
             self._kernel = _compiled(self._gpu)
             self._contexts = [stage.prepared(1) for stage in stages]
             for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
-                stage.enqueue(context)
+                enqueue(context, name=stage.name)
             gpu.synchronize()
             self._graph = self._built()
 
@@ -110,7 +108,7 @@ class DeviceCascade:
         """A stage with its decision, and behind it, on condition, the next one."""
         runtime, do = self._gpu.runtime, self._gpu.do
         is_last = exit == len(self._stages) - 1
-        handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, ASSIGN_DEFAULT))
+        handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
         stage = self._gpu.record(lambda: self._stage(exit, int(handle)))
         node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
         do(runtime.cudaGraphDestroy(stage))  # the node has a copy
@@ -131,7 +129,7 @@ class DeviceCascade:
 
     def _stage(self, exit: int, handle: int) -> None:
         stage, policy = self._stages[exit], self._policy
-        stage.enqueue(self._contexts[exit])
+        enqueue(self._contexts[exit], name=stage.name)
         values = (
             stage.tensors[stage.answers[0]].address,
             self._total.address,

@@ -104,7 +104,7 @@ def without_qdq(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, floa
         if source in constants and constants[source].dtype == np.int8:
             graph.initializer.append(_dequantised(node, constants))
             continue
-        if scale.size == 1:
+        if not scale.ndim:  # else it is for weights
             ranges[source] = 127 * float(scale)
         float_of[node.output[0]] = source
     for value in graph.output:

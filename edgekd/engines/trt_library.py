@@ -34,7 +34,7 @@ def version() -> str | None:
     try:
         return str(library().__version__)
     except (EdgekdError, ImportError):
-        return _recorded() or "of unknown version"
+        return _recorded() or "unknown"
 
 
 def _recorded() -> str | None:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from edgekd.engines.cuda import Graph, Memory, device
 from edgekd.engines.recipe import Recipe
+from edgekd.engines.rows import Tensor
 from edgekd.engines.trt_graphs import is_seam
 from edgekd.engines.trt_library import failed, library, logger, make
 from edgekd.errors import BackendError, DataError
@@ -27,59 +27,6 @@ log = logging.getLogger(__name__)
 def say_once(text: str) -> None:
     """A warning that is not repeated in this process."""
     log.warning("%s", text)
-
-
-def moves(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(to, from, count): copies in this order that bring rising `rows` to the front in place, none onto itself.
-
-    Neighbours go together, as many as lie apart: [0, 3, 4, 9] -> (1, 3, 2), (3, 9, 1).
-    """
-    start = 0
-    while start < len(rows):
-        end = start + 1
-        apart = rows[start] - start
-        while end < len(rows) and rows[end] == rows[end - 1] + 1 and end - start < apart:
-            end += 1
-        if apart:
-            yield start, rows[start], end - start
-        start = end
-
-
-class Tensor:
-    """Rows of an input or output: device memory for the largest batch, and pinned memory to copy them through."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int) -> None:
-        self.shape = shape
-        self.dtype = np.dtype(dtype)
-        self._rows = rows
-        self._row_bytes = math.prod(shape) * self.dtype.itemsize
-
-    @functools.cached_property
-    def _memory(self) -> Memory:
-        return device().allocate(self._rows * self._row_bytes)
-
-    @property
-    def address(self) -> int:
-        return self._memory.address
-
-    @functools.cached_property
-    def host(self) -> npt.NDArray[Any]:
-        return device().pinned((self._rows, *self.shape), self.dtype)
-
-    def put(self, rows: npt.NDArray[Any]) -> None:
-        """Enqueue a copy of these rows to the front."""
-        self.host[: len(rows)] = rows
-        device().upload(self.address, self.host[: len(rows)])
-
-    def fetch(self, count: int) -> None:
-        """Enqueue a copy of the first rows into `host`."""
-        device().download(self.host[:count], self.address)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Enqueue bringing rising `rows` to the front; those behind them are left as they are."""
-        for to, source, count in moves(rows):
-            start = self.address
-            device().move(start + to * self._row_bytes, start + source * self._row_bytes, count * self._row_bytes)
 
 
 class Opened:
@@ -161,11 +108,6 @@ class Opened:
                 raise failed(f"TensorRT refuses the memory of {name}")
         return context
 
-    def enqueue(self, context: Any) -> None:
-        """Enqueue a run in a prepared context."""
-        if not context.execute_async_v3(device().stream):
-            raise failed(f"TensorRT cannot run {self.name}")
-
     def read_from(self, before: Opened) -> None:
         """Take the inputs from where the stage before writes them."""
         for name in self.inputs:
@@ -231,6 +173,12 @@ class Opened:
             raise DataError(what, fix=f"give {tensor.dtype} (N, {shape})")
 
 
+def enqueue(context: Any, *, name: str) -> None:
+    """Enqueue a run in a prepared context. name: for the error."""
+    if not context.execute_async_v3(device().stream):
+        raise failed(f"TensorRT cannot run {name}")
+
+
 def _refit(engine: Any, path: Path) -> None:
     """Put in the weights that the engine was built without."""
     trt = library()
@@ -245,7 +193,7 @@ class _Batch:
 
     def __init__(self, opened: Opened, size: int) -> None:
         self._context = opened.prepared(size)
-        self._run = opened.enqueue
+        self._name = opened.name
         self._answers = [opened.tensors[name] for name in opened.answers]
         self._size = size
         self._enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
@@ -253,7 +201,7 @@ class _Batch:
         self._graph = self._captured()
 
     def _enqueue(self) -> None:
-        self._run(self._context)
+        enqueue(self._context, name=self._name)
         for tensor in self._answers:
             tensor.fetch(self._size)
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def decide(
         raise TrainingError(
             "no job of this table could be tried", fix=f"give more time, or see the logs in {request.runs / PROBES}"
         )
-    cuts = fit(work, budget_s, repeats=len(members), at_once=at_once)
+    cuts = fit(work, until - time.monotonic(), repeats=len(members), at_once=at_once)
     atomic_write(kept, to_json(cuts))
     return cuts
 
@@ -197,11 +198,14 @@ def _measured(
     unknown = [name for name, one in planned.items() if key(one) not in speeds]
     if not unknown:
         return speeds
-    data = request.runs / PROBES / f"images-{checked.fingerprint[:12]}"
+    batch_size = max(one.protocol.batch_size for one in planned.values())
+    few = f"{checked.fingerprint[:12]}-{batch_size}"
+    data = request.runs / PROBES / f"images-{few}"
     if not data.is_dir():
-        few_images(checked.folder, data, batch_size=max(one.protocol.batch_size for one in planned.values()))
-    cut = dataclasses.replace(request, epochs=2, pixels=PROBE_PIXELS, group="none", weights=None)
-    probe = dataclasses.replace(cut, data=data, fingerprint=f"few of {checked.fingerprint}", runs=data.parent)
+        few_images(checked.folder, data, batch_size=batch_size)
+    two = {**request.overrides, "epochs": 2}
+    cut = dataclasses.replace(request, overrides=two, pixels=PROBE_PIXELS, group="none", weights=None)
+    probe = dataclasses.replace(cut, data=data, fingerprint=f"few of {few}", runs=data.parent)
     tried = plan(table, probe)
     jobs = tasks([each for name in unknown for each in tried[name].needed()], [Member(0, 0)], probe)
     say(f"measuring speed: {len(jobs)} short runs")

@@ -148,7 +148,8 @@ def settings(table: Table, job: Job, request: Request) -> Protocol:
     asked = {k: v for k, v in request.overrides.items() if k != "epochs"}
     overrides |= {"network": network, "method": job.method, "group": request.group, "weights": "none"} | asked
     made = specs.load(Protocol, "protocols", table.protocol, overrides=overrides)
-    made = scaled(made, request.epochs or request.overrides.get("epochs", made.epochs), keep=asked)
+    epochs = request.overrides.get("epochs", made.epochs)
+    made = scaled(made, min(epochs, request.epochs) if request.epochs else epochs, keep=asked)
     size = min(made.preprocess.image_size, request.pixels or made.preprocess.image_size)
     return dataclasses.replace(made, preprocess=dataclasses.replace(made.preprocess, image_size=size))
 

@@ -91,25 +91,31 @@ def write(out: Path, name: str, result: Result) -> None:
     atomic_write(out / f"{name}.md", markdown(result).encode())
 
 
+def _sides(result: Result) -> dict[str, bool]:
+    """The columns, and whether the paper has numbers in them."""
+    columns = result.lines[0].cells
+    return {c: any(line.cells[c].printed is not None for line in result.lines) for c in columns}
+
+
 def _header(result: Result) -> list[str]:
-    columns = list(result.lines[0].cells)
-    pairs = [side for c in columns for side in (f"{c}: paper", "ours")]
+    pairs = [side for c, both in _sides(result).items() for side in ((f"{c}: paper", "ours") if both else (c,))]
     return ["", *pairs, "n", "state"]
 
 
 def _rows(result: Result) -> list[list[str]]:
     """Label, paper and ours for each column, n, and the state with what is the row's own."""
-    common = _common(result)
+    common, sides = _common(result), _sides(result)
     rows = []
     for line in result.lines:
-        cells = [text for cell in line.cells.values() for text in (_number(cell.printed, cell.spread), _ours(cell))]
+        cells = [text for column, both in sides.items() for text in _texts(line.cells[column], both)]
         own = "; ".join(part for part in line.why.split("; ") if part and part not in common)
         rows.append([line.label, *cells, str(len(line.runs) or ""), line.state + (f": {own}" if own else "")])
     return rows
 
 
-def _ours(cell: Cell) -> str:
-    return _number(cell.mean, cell.sd)
+def _texts(cell: Cell, both: bool) -> list[str]:
+    ours = _number(cell.mean, cell.sd)
+    return [_number(cell.printed, cell.spread), ours] if both else [ours]
 
 
 def _number(value: float | None, sd: float | None) -> str:
@@ -151,10 +157,11 @@ def _said(result: Result) -> Iterator[str]:
     yield from result.notes
     asked = "; ".join(f"{name} {value}" for name, value in result.asked.items() if value)
     yield f"Asked for: {asked}"
-    for host in result.hosts:
+    for at, host in enumerate(result.hosts):
+        devices = sorted({run.device for line in result.lines for run in line.runs if run.host == at})
         versions = ", ".join(f"{name} {version}" for name, version in host.versions.items())
         machine = f"{host.cpu}, {host.cores} cores, {host.memory_mib} MiB, {host.os}"
-        yield f"Made on {machine}, Python {host.python}, {versions}"
+        yield f"Made on {' and '.join(devices)}; {machine}, Python {host.python}, {versions}"
     yield f"edgekd {result.edgekd}, {result.created}"
 
 

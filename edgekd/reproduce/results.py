@@ -108,10 +108,12 @@ def _percent(fraction: float | None) -> float | None:
 
 
 def _measured(scores: sweep.Scores, measure: str) -> float | None:
-    """`exit_0.accuracy` of a run; `answer` is the ensemble, or the only exit; None where there is no such exit."""
+    """`exit_0.accuracy` of a run; `answer` is the ensemble, or the only exit, which is called nothing else; None where
+    there is no such exit."""
     exit_, _, metric = measure.partition(".")
-    name = list(scores)[-1] if exit_ == "answer" else exit_
-    return scores.get(name, {}).get(metric)
+    if exit_ == "answer":
+        return list(scores.values())[-1][metric]
+    return scores[exit_][metric] if len(scores) > 1 and exit_ in scores else None
 
 
 def _cost(measure: str, own: Cost) -> float:

@@ -13,11 +13,11 @@ from edgekd.training.run import Header, load_model
 
 
 def load(run: Path) -> tuple[nn.Module, Header, str]:
-    """The trained network of a run folder on the GPU if there is one, its header, and the device's name."""
+    """The trained network of a run folder on the GPU if there is one, its header, and what runs it."""
     network, header = load_model(run)
     if torch.cuda.is_available():
-        return network.cuda(), header, torch.cuda.get_device_name()
-    return network, header, "cpu"
+        return network.cuda(), header, f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return network, header, f"CPU, torch {torch.__version__}"
 
 
 @torch.no_grad()

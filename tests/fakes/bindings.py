@@ -29,9 +29,8 @@ class Graphs:
         self._cuda = cuda
         self._parts: dict[int, list[Part]] = {}
         self._nodes: dict[int, int] = {}  # node to its graph
-        self._defaults: dict[int, int | None] = {}
         self._owners: dict[int, int] = {}  # condition to the graph that it was made for
-        self.conditions: dict[int, int | None] = {}
+        self.conditions: dict[int, int] = {}
 
     def create(self, parts: list[Part]) -> int:
         handle = self._cuda.handle()
@@ -54,9 +53,9 @@ class Graphs:
         self._nodes[node] = graph
         return node
 
-    def condition(self, graph: int, default: int | None) -> int:
+    def condition(self, graph: int) -> int:
         handle = self._cuda.handle()
-        self._defaults[handle], self._owners[handle] = default, graph
+        self._owners[handle] = graph
         return handle
 
     def launch(self, parts: list[Part], stream: int) -> None:
@@ -69,7 +68,7 @@ class Graphs:
         self._cuda.enqueue(lambda: self._run(parts), stream)
 
     def _run(self, parts: list[Part]) -> None:
-        self.conditions.update(self._defaults)
+        self.conditions.clear()  # undefined until a kernel sets them
         self._go(parts)
 
     def _go(self, parts: list[Part]) -> None:
@@ -78,10 +77,9 @@ class Graphs:
                 part.op.at_once()
                 part.op.act()
                 continue
-            value = self.conditions[part.condition]
-            if value is None:
-                raise RuleBroken("a condition has no value")
-            if value:
+            if part.condition not in self.conditions:
+                raise RuleBroken("a condition is asked for that nothing has set")
+            if self.conditions[part.condition]:
                 self._go(self._parts[part.body])
 
 
@@ -203,7 +201,7 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
 
     @offer
     def cudaGraphConditionalHandleCreate(graph: int, default: int, flags: int) -> Any:
-        return Error.cudaSuccess, graphs.condition(graph, default if flags == 1 else None)
+        return Error.cudaSuccess, graphs.condition(graph)
 
     @offer
     def cudaGraphAddNode(graph: int, after: list[int], count: int, asked: Any) -> Any:

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifact import Card, Exit, Manifest, put_card
 from edgekd.engines import Engine, Recipe, compile_engine, open_engine
-from edgekd.engines.cuda import device
+from edgekd.engines.cuda import find
 from edgekd.engines.trt_library import library, logger
 from edgekd.engines.trt_run import say_once
 from edgekd.runtime.policy import Array, Policy
@@ -66,7 +66,7 @@ def _package() -> types.ModuleType:
 
 def forget() -> None:
     """As if nothing had been imported."""
-    for cached in (device, library, logger, say_once):
+    for cached in (find, library, logger, say_once):
         cached.cache_clear()
     for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda", "pycuda")]:
         del sys.modules[name]

@@ -109,6 +109,7 @@ def offer_engine(world: World) -> None:
             if self._session is None:
                 options = onnxruntime.SessionOptions()
                 options.log_severity_level, options.intra_op_num_threads = 3, 1
+                options.add_session_config_entry("session.disable_quant_qdq", "1")  # it fuses what 16 bits have not
                 data = self._model.SerializeToString()
                 self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             wanted = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}

@@ -1,0 +1,86 @@
+"""The GPU's own clock, and its power through NVML, which comes with the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Any
+
+MILLI = 1e-3
+
+
+class NotMeasured(Exception):
+    """Why a number is missing."""
+
+
+def spans(gpu: Any, work: Callable[[], object], *, seconds: float, least: int = 20) -> list[float]:
+    """Milliseconds between two CUDA events around `work`, again and again; the first tenth of the time warms up."""
+    if not hasattr(gpu, "runtime"):
+        raise NotMeasured(f"{gpu.bindings} is not asked for events here: use cuda-python")
+    start, stop = (gpu.do(gpu.runtime.cudaEventCreate()) for _ in range(2))
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < least or time.perf_counter() < began + 1.1 * seconds:
+        gpu.do(gpu.runtime.cudaEventRecord(start, gpu.stream))
+        work()
+        gpu.do(gpu.runtime.cudaEventRecord(stop, gpu.stream))
+        gpu.synchronize()
+        elapsed = gpu.do(gpu.runtime.cudaEventElapsedTime(start, stop))
+        if time.perf_counter() > began + 0.1 * seconds:
+            found.append(float(elapsed))
+    return found
+
+
+def facts(gpu: Any) -> dict[str, Any]:
+    """Which GPU and CUDA."""
+    return {"gpu": gpu.name, "sm": gpu.sm, "cuda": gpu.cuda, "bindings": gpu.bindings}
+
+
+class Meter:
+    """NVML's view of the GPU that CUDA uses.
+
+    Raises:
+        NotMeasured: no NVML (Jetsons have none), or it does not tell power.
+    """
+
+    def __init__(self, gpu: Any) -> None:
+        try:
+            self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError:
+            raise NotMeasured("no NVML here") from None
+        self._do("nvmlInit_v2")
+        bus = gpu.do(gpu.runtime.cudaDeviceGetPCIBusId(32, 0))
+        bus = bus if isinstance(bus, bytes) else bytes(bus)
+        self._device = ctypes.c_void_p()
+        self._do("nvmlDeviceGetHandleByPciBusId_v2", bus.split(b"\0")[0], ctypes.byref(self._device))
+        self._millijoules()
+
+    def _do(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._nvml, name)(*arguments)
+        if code:
+            raise NotMeasured(f"NVML: {name} gives {code}")
+
+    def _asked(self, name: str, kind: Any, *before: Any) -> Any:
+        value = kind()
+        self._do(name, self._device, *before, ctypes.byref(value))
+        return value.value
+
+    def _millijoules(self) -> int:
+        return int(self._asked("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong))
+
+    def watts(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Mean power while `work` runs, and how many seconds that took."""
+        before, began = self._millijoules(), time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+        return MILLI * (self._millijoules() - before) / seconds, seconds
+
+    def state(self) -> dict[str, Any]:
+        """Clocks in MHz, temperature in degrees Celsius, the power limit in watts."""
+        return {
+            "sm_mhz": self._asked("nvmlDeviceGetClockInfo", ctypes.c_uint, 1),
+            "memory_mhz": self._asked("nvmlDeviceGetClockInfo", ctypes.c_uint, 2),
+            "celsius": self._asked("nvmlDeviceGetTemperature", ctypes.c_uint, 0),
+            "limit_watts": MILLI * self._asked("nvmlDeviceGetEnforcedPowerLimit", ctypes.c_uint),
+        }

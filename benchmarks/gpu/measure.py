@@ -1,0 +1,141 @@
+"""The steps of benchmarks/gpu/run.sh, each in a process of its own, so that a crash costs one step and not the rest.
+
+Steps come in the order of what matters most; none begins once the time is up, and the table says what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import steps
+from table import table
+
+from edgekd.artifact import atomic_write, to_json
+from edgekd.errors import EdgekdError
+
+ORDER = ("fp16", "int8-fp16", "fp32", "int8")
+"""Recipes, the most important first."""
+STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "build": steps.build,
+    "records": steps.records,
+    "device": steps.on_device,
+    "short": steps.short,
+}
+
+
+def main() -> int:
+    asked = _arguments()
+    if asked.step:
+        return _child(asked)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    cache = asked.out / "cache"
+    shutil.copytree(asked.models / "calibration", cache / "edgekd" / "calibration", dirs_exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(cache.resolve())
+    done = _all(asked, time.monotonic() + asked.budget)
+    atomic_write(asked.out / "steps.json", to_json({"steps": done}))
+    text = table(done, asked.out, dry_run=asked.dry_run)
+    atomic_write(asked.out / "table.md", text.encode())
+    sys.stdout.write(text)
+    return 1 if any(step["outcome"] == "failed" for step in done) else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.sh", description="TensorRT engines from prepared folders to a table.")
+    parser.add_argument("models", type=Path)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--budget", type=float, default=450, help="seconds after which no step begins")
+    parser.add_argument("--recipes", default=",".join(ORDER), help="of " + ", ".join(ORDER))
+    parser.add_argument("--batch-sizes", default="1,8,64", help="1 first; fp32 and int8 take the first and the last")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long each thing is measured")
+    parser.add_argument("--no-library-tactics", action="store_true", help="without cuBLAS, cuBLASLt and cuDNN")
+    parser.add_argument("--dry-run", action="store_true", help="ONNX Runtime on the CPU in place of TensorRT")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--network", help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    asked.batch_sizes = tuple(map(int, asked.batch_sizes.split(",")))
+    asked.recipes = tuple(asked.recipes.split(","))
+    return asked
+
+
+def _all(asked: argparse.Namespace, end: float) -> list[dict[str, Any]]:
+    networks = [name for name in ("student", "plain", "light") if (asked.models / f"{name}.onnx").is_file()]
+    done: list[dict[str, Any]] = []
+    for group in (["student", "plain"], ["light"]):
+        for recipe in asked.recipes:
+            for name in (n for n in group if n in networks):
+                done.append(_run(asked, "build", name, recipe, end))
+            for name in (n for n in group if _built(done, n, recipe)):
+                if name != "plain":
+                    done.append(_run(asked, "records", name, recipe, end))
+                done.append(_run(asked, "device", name, recipe, end))
+            if recipe == "fp16" and _built(done, "student", recipe) and group[0] == "student":
+                done.append(_run(asked, "short", "student", recipe, end, before=_sanitizer()))
+    return done
+
+
+def _built(done: list[dict[str, Any]], network: str, recipe: str) -> bool:
+    return any((s["step"], s["network"], s["recipe"], s["outcome"]) == ("build", network, recipe, "done") for s in done)
+
+
+def _sanitizer() -> list[str] | None:
+    """None where compute-sanitizer is not installed."""
+    path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    return [path, "--error-exitcode=9", "--target-processes=all"] if path else None
+
+
+def _run(
+    asked: argparse.Namespace, step: str, network: str, recipe: str, end: float, *, before: Sequence[str] | None = ()
+) -> dict[str, Any]:
+    """One step in a process of its own, begun by the words `before`; what came of it."""
+    began = time.monotonic()
+    fact = {"step": step, "network": network, "recipe": recipe, "seconds": 0.0}
+    if before is None:
+        return {**fact, "outcome": "skipped", "why": "compute-sanitizer is not installed"}
+    if began > end:
+        return {**fact, "outcome": "skipped", "why": "no time was left"}
+    words = ["--step", step, "--network", network, "--recipe", recipe]
+    command = [*before, sys.executable, *sys.argv, *words]
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    fact["seconds"] = round(time.monotonic() - began, 1)
+    path = _result(asked, step, network, recipe)
+    if path.is_file() and code in (0, 1):
+        fact.update(json.loads(path.read_text()))
+    else:
+        why = f"ended by signal {-code}" if code < 0 else f"exit code {code}" + (", errors above" if code == 9 else "")
+        fact.update(outcome="failed", why=why)
+    sys.stderr.write(f"{step} {network} {recipe}: {fact['outcome']} in {fact['seconds']} s {fact.get('why', '')}\n")
+    return fact
+
+
+def _result(asked: argparse.Namespace, step: str, network: str, recipe: str) -> Path:
+    return Path(asked.out / "steps" / f"{step}-{network}-{recipe}.json")
+
+
+def _child(asked: argparse.Namespace) -> int:
+    """Do a step and leave its outcome beside the others."""
+    try:
+        found = {"outcome": "done", **STEPS[asked.step](asked)}
+    except steps.NotMeasured as error:
+        found = {"outcome": "skipped", "why": str(error)}
+    except EdgekdError as error:
+        found = {"outcome": "refused", "why": error.what, "fix": error.fix}
+    except Exception:
+        found = {"outcome": "failed", "why": traceback.format_exc()}
+    atomic_write(_result(asked, asked.step, asked.network, asked.recipe), to_json(found))
+    return 1 if found["outcome"] == "failed" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

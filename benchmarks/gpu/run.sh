@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# TensorRT engines on this machine's GPU, from two prepared folders to records and a table, within 8 minutes.
+#
+#   benchmarks/gpu/run.sh MODELS IMAGES OUT [OPTIONS]
+#
+# MODELS and IMAGES: what benchmarks/gpu/prepare.py has made. OUT: a folder for engines, records and table.md.
+# Needs Python 3.10 or newer ($PYTHON, python3 if not set) with TensorRT 8.5 or newer, cuda-python, numpy, Pillow, onnx.
+# OPTIONS: --no-library-tactics where cuBLAS and cuDNN are missing (shared/gpu/pack.sh), --budget SECONDS,
+# --dry-run to go the same way with ONNX Runtime on the CPU; all: benchmarks/gpu/run.sh --help
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" "$here/measure.py" "$@"

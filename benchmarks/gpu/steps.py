@@ -1,0 +1,242 @@
+"""Building, recording and measuring one engine; written against what edgekd gives to everybody."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu import Meter, NotMeasured, facts, spans
+
+from edgekd.artifact import read_split
+from edgekd.bench.latency import rotate
+from edgekd.bench.record import summary, write_record
+from edgekd.bench.suite import Suite, bench
+from edgekd.bench.variants import answerer
+from edgekd.engines import Recipe, compile_engine, open_engine
+from edgekd.engines.cuda import device
+from edgekd.engines.recipe import TensorRT
+from edgekd.errors import BackendError, ConfigError, GateError
+from edgekd.runtime.images import load_part
+from edgekd.runtime.policy import step as decide
+from edgekd.runtime.tune import save_tuned, tune
+
+__all__ = ["NotMeasured", "build", "on_device", "records", "short"]
+
+DROP = 0.5
+"""Points of accuracy that an exit, and the cascade, may lose."""
+PRECISION = {
+    "fp16": ("fp16", "fp32"),
+    "fp32": ("fp32", "fp32"),
+    "int8": ("int8", "fp32"),
+    "int8-fp16": ("int8", "fp16"),
+}
+
+
+def recipe_of(asked: argparse.Namespace, *, method: str = "minmax") -> Recipe:
+    """The recipe by name, for the batch sizes and tactics that are asked for."""
+    precision, floats = PRECISION[asked.recipe]
+    sizes = asked.batch_sizes if asked.recipe.endswith("fp16") else tuple(sorted({1, asked.batch_sizes[-1]}))
+    return Recipe(
+        precision,  # type: ignore[arg-type]
+        float_layers=floats,  # type: ignore[arg-type]
+        max_accuracy_drop=DROP,
+        calibration_method=method,  # type: ignore[arg-type]
+        batch_sizes=sizes,
+        tensorrt=TensorRT(library_tactics=not asked.no_library_tactics),
+    )
+
+
+def engine_path(asked: argparse.Namespace, network: str) -> Path:
+    return Path(asked.out / "engines" / f"{network}-{asked.recipe}.engine")
+
+
+def images_of(asked: argparse.Namespace, part: Any) -> tuple[Any, Any]:
+    """Images (N, 3, H, W) and labels (N,) of a part."""
+    from edgekd.artifact import read_onnx
+
+    preprocess = read_onnx(asked.models / f"{asked.network}.onnx")[1].preprocess
+    return load_part(read_split(asked.images), part, data=asked.images, preprocess=preprocess)
+
+
+def build(asked: argparse.Namespace) -> dict[str, Any]:
+    """Compile with parity and accuracy of every exit against ONNX Runtime's answers, then tune the cascade."""
+    began, out = time.monotonic(), engine_path(asked, asked.network)
+    validation = images_of(asked, "val")
+    reference = np.load(asked.models / f"{asked.network}.npz")["val"]
+    refusals = []
+    for method in ("minmax", "entropy") if asked.recipe.startswith("int8") else ("minmax",):
+        try:
+            manifest, attempts = compile_engine(
+                asked.models / f"{asked.network}.onnx",
+                out,
+                recipe=recipe_of(asked, method=method),
+                backend="onnxruntime" if asked.dry_run else "tensorrt",
+                calibration=images_of(asked, "train")[0],
+                validation=validation,
+                reference=reference,
+            )
+            break
+        except GateError as error:
+            refusals.append(f"{method}: {error.what}")
+    else:
+        raise GateError("\n".join(refusals), fix="train longer, or quantise less")
+    seconds = round(time.monotonic() - began, 1)
+    return {
+        "build_seconds": seconds,
+        "calibration_method": method,
+        "refusals": refusals,
+        "batch1_ms": attempts[0].batch1_ms,
+        "precision": manifest.precision,
+        "parity": manifest.parity,
+        "accuracy": manifest.accuracy,
+        "stage_ms": manifest.stage_ms,
+        "host": manifest.host,
+        "backend_version": manifest.backend_version,
+        "notes": manifest.notes,
+        "bytes": {name: file.bytes for name, file in manifest.files.items()},
+        "tuned": _tuned(asked, out, validation),
+    }
+
+
+def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) -> dict[str, Any] | str:
+    engine = open_engine(out)
+    if len(engine.card.exits) == 1:
+        return "one exit"
+    try:
+        tuned = tune(engine, *validation, max_accuracy_drop=DROP)
+    except ConfigError as error:
+        return error.what
+    save_tuned(out, tuned, {"asked": {"max_accuracy_drop": DROP}, "images": len(validation[1])})
+    return {k: v for k, v in dataclasses.asdict(tuned).items() if k != "curve"}
+
+
+def records(asked: argparse.Namespace) -> dict[str, Any]:
+    """An edgekd record: cascade, cascade that nobody leaves, all exits at once, the last one, and the plain network."""
+    sizes = recipe_of(asked).batch_sizes
+    main = asked.recipe.endswith("fp16") and asked.network == "student"
+    suite = Suite(
+        batch_sizes=sizes,
+        min_count=tuple(max(400 // size, 10) for size in sizes) if not asked.dry_run else (20,) * len(sizes),
+        min_seconds=asked.seconds / 2,
+        warmup_seconds=asked.seconds / 4,
+        rounds=2 if main and not asked.dry_run else 1,
+        pool=256,
+        variants=("cascade", "no-leaving", "full", "final"),
+    )
+    plain = engine_path(asked, "plain")
+    record = bench(
+        engine_path(asked, asked.network),
+        suite=suite,
+        data=asked.images,
+        split=read_split(asked.images),
+        against={"plain": plain} if plain.is_dir() else {},
+        command="benchmarks/gpu/run.sh",
+    )
+    path = asked.out / "records" / f"{asked.network}-{asked.recipe}.json"
+    path.unlink(missing_ok=True)
+    write_record(path, record)
+    rows = {
+        v.name: {
+            "mean_ms": {str(t.batch): summary(t).mean for t in v.timings},
+            "p50_ms": {str(t.batch): summary(t).p50 for t in v.timings},
+            "accuracy": v.metrics.accuracy,
+            "shares": v.shares,
+            "overhead_ms": v.overhead_ms,
+            "memory_mib": v.memory_mib,
+            "size_mib": v.size_mib,
+        }
+        for v in record.variants
+    }
+    return {"record": str(path.relative_to(asked.out)), "variants": rows, "warnings": record.warnings}
+
+
+def on_device(asked: argparse.Namespace) -> dict[str, Any]:
+    """On the device's own clock: each graph at each batch size, the cascade's gaps; memory; energy."""
+    try:
+        gpu = device()
+    except BackendError as error:
+        if not asked.dry_run:
+            raise
+        raise NotMeasured(f"dry run: {error.what}") from None
+    images, _ = images_of(asked, "test")
+    free = gpu.free_bytes()
+    engine = open_engine(engine_path(asked, asked.network))
+    exits = len(engine.card.exits)
+    graphs = {"monolithic": engine.monolithic}
+    if exits > 1:
+        engine.walker()  # links the stages: each reads what the one before wrote
+        graphs |= {"final": engine.final, **{f"stage_{k}": engine.stage(k) for k in range(exits)}}
+    clocks: dict[str, dict[str, float]] = {}
+    with gpu:
+        for name, graph in graphs.items():
+            for size in recipe_of(asked).batch_sizes:
+                _feed(graph, images[:size])
+                times = spans(gpu, lambda graph=graph, size=size: graph.launch(size), seconds=asked.seconds / 4)
+                clocks.setdefault(name, {})[str(size)] = float(np.median(times))
+    found = {"device_ms": clocks, "device_mib": (free - gpu.free_bytes()) / 2**20, **facts(gpu)}
+    if exits > 1:
+        found["gap_us"] = _gap_us(engine, images, clocks, seconds=asked.seconds)
+    return {**found, "energy": _energy(asked, engine, images)}
+
+
+def _feed(graph: Any, images: Any) -> None:
+    for name in graph.inputs:
+        if name == "images":
+            graph.tensors[name].put(images)
+
+
+def _gap_us(engine: Any, images: Any, clocks: dict[str, dict[str, float]], *, seconds: float) -> float:
+    """Between the end of a stage and the start of the next while nobody leaves, in the middle; host work and launch."""
+    gpu, policy, exits = device(), engine.card.policy, len(engine.card.exits)
+    never = dataclasses.replace(policy, thresholds=(2.0,) * (exits - 1))
+    walker, total = engine.walker(), np.zeros((1, len(engine.card.classes)), np.float32)
+
+    def walk() -> None:
+        with walker(images[:1]) as way:
+            for exit in range(exits):
+                decide(never, exit, way.next(), total)
+
+    whole = float(np.median(spans(gpu, walk, seconds=seconds)))
+    stages = sum(clocks[f"stage_{k}"]["1"] for k in range(exits))
+    return 1e3 * (whole - stages) / exits  # the first gap is the upload of the image
+
+
+def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, Any]:
+    """Millijoules an image above idle at batch 1, by NVML."""
+    try:
+        meter = Meter(device())
+    except NotMeasured as error:
+        return {"not measured": str(error)}
+    idle = meter.watts(lambda: time.sleep(asked.seconds))[0]
+    found: dict[str, Any] = {"idle_watts": idle, **meter.state()}
+    for kind in (
+        ("cascade", "full", "final") if engine.card.policy.is_tuned and len(engine.card.exits) > 1 else ("final",)
+    ):
+        answer = answerer(engine, kind)
+        count = 0
+
+        def work(answer: Any = answer) -> None:
+            nonlocal count
+            queries = [images[i : i + 1] for i in range(min(len(images), 64))]
+            count = len(rotate(lambda x: int(answer(x).exits[0]), queries, seconds=2 * asked.seconds, count=10)[0])
+
+        watts, seconds = meter.watts(work)
+        found[kind] = {"watts": watts, "mj_an_image": 1e3 * (watts - idle) * seconds / count, "images": count}
+    return found
+
+
+def short(asked: argparse.Namespace) -> dict[str, Any]:
+    """A few images through everything, for compute-sanitizer to watch."""
+    if asked.dry_run:
+        raise NotMeasured("dry run: nothing for compute-sanitizer to watch")
+    images, _ = images_of(asked, "test")
+    engine = open_engine(engine_path(asked, asked.network))
+    for kind in ("no-leaving", "full", "final"):
+        answer = answerer(engine, kind)
+        for size in recipe_of(asked).batch_sizes[:2]:
+            answer(images[:size])
+    return {"images": len(images[:1])}

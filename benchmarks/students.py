@@ -1,0 +1,271 @@
+"""What int8 costs each student: latency at batch 1 and answers, fp32 beside int8, in ONNX Runtime and OpenVINO.
+
+    python benchmarks/students.py DATA [RUN ...] --weights FOLDER --out benchmarks/results/students-int8
+
+Writes OUT.json, with every sample, and OUT.md. Nothing is trained here; where a network's weights come from says what
+its row is worth:
+
+- a run folder (edgekd train or distill on DATA): accuracy on its test images. Calibrated on its training images.
+- FOLDER/NAME.safetensors, ImageNet's: how often int8 answers as float does, out of 1,000 classes, on images of DATA.
+- chance, batch norm measured on images of DATA: the same, but one class may lead on all images. Only its time counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from edgekd.artifact import Card, Item, Split, atomic_write, read_split
+from edgekd.bench.accuracy import percent
+from edgekd.bench.host import host, load_average
+from edgekd.bench.latency import rotate, summarise
+from edgekd.bench.record import refuse_existing, write_record
+from edgekd.bench.tables import pipe_table
+from edgekd.data.folders import scan
+from edgekd.engines import Engine, Recipe, Runner, compile_engine, open_engine
+from edgekd.export import exits_of, export
+from edgekd.models import build
+from edgekd.models.weights import load_state, read_state
+from edgekd.runtime.images import load_part
+from edgekd.runtime.policy import Policy, ensemble
+from edgekd.runtime.preprocess import Array, Preprocess
+from edgekd.training.run import load_model, read_header
+
+log = logging.getLogger("students")
+
+PLAIN = (
+    "resnet18",
+    "resnet50",
+    "mixnet_s",
+    "shufflenet_v2_x1_0",
+    "ghostnet_100",
+    "squeezenet1_1",
+    "mobilenet_v2",
+    "tf_mobilenetv3_small_100",
+    "densenet121",
+)
+NAMES = (*PLAIN, *(f"multi-exit-{name}" for name in PLAIN[:-2]), "scan-resnet18", "msdnet")
+HALF = {"tf_mobilenetv3_small_100": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+"""Mean and standard deviation of the images that ImageNet weights expect, where they are not the usual ones."""
+BACKENDS = ("onnxruntime", "openvino")
+PRECISIONS = ("fp32", "int8")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network. weights: where they come from, for the table. labels: (N,), of a network that was trained."""
+
+    network: nn.Module
+    card: Card
+    weights: str
+    calibration: Array
+    images: Array
+    labels: npt.NDArray[np.int64] | None
+
+
+def trained(run: Path, asked: argparse.Namespace) -> Subject:
+    """The network of a run folder, its training images for calibration, and its test images."""
+    network, header = load_model(run)
+    split, p = read_split(run), header.preprocess
+    calibration, _ = load_part(split, "train", data=asked.data, preprocess=p, limit=asked.calibration)
+    images, labels = load_part(split, "test", data=asked.data, preprocess=p, limit=asked.images)
+    card = header.card(_answer(network, images))
+    return Subject(network, card, f"trained ({split.method}, {split.group})", calibration, images, labels)
+
+
+def untrained(name: str, asked: argparse.Namespace) -> Subject:
+    """The network with ImageNet weights, where there are some, else by chance; every other image calibrates."""
+    file = Path(asked.weights or ".") / f"{name}.safetensors"
+    pretrained = bool(asked.weights) and file.is_file()
+    preprocess = Preprocess(asked.image_size, *(HALF.get(name, ()) if pretrained else ()))
+    items = tuple(Item(found.path, found.label) for found in scan(asked.data).items)
+    split = Split((), {"train": items[::2], "test": items[1::2]}, "every other", 0, "none", 0, 0, "")
+    calibration, _ = load_part(split, "train", data=asked.data, preprocess=preprocess, limit=asked.calibration)
+    images, _ = load_part(split, "test", data=asked.data, preprocess=preprocess, limit=asked.images)
+    classes = tuple(f"class {i}" for i in range(1000 if pretrained else 5))
+    torch.manual_seed(0)
+    network = build(name, classes=len(classes), image_size=asked.image_size)
+    if pretrained:
+        log.info("%s: %s", name, load_state(network, read_state(file), source=str(file)).summary())
+    else:
+        measure_norms(network, calibration[:32])
+    out = _answer(network, images)
+    card = Card(name, classes, preprocess, exits_of(out), Policy((1.0,) * len(out.logits)))
+    return Subject(network, card, "ImageNet" if pretrained else "chance", calibration, images, None)
+
+
+def measure_norms(network: nn.Module, images: Array) -> None:
+    """Batch norm's statistics from one batch, without which chance weights let signals die out."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.from_numpy(images))
+
+
+@torch.no_grad()
+def _answer(network: nn.Module, images: Array) -> Any:
+    return network.eval()(torch.from_numpy(images[:1]))
+
+
+def measure(subject: Subject, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Export, compile for both backends in both precisions, time them in turns, and compare their answers."""
+    source = folder / "student.onnx"
+    names = [f"image {i}" for i in range(32)]
+    difference = export(subject.network, subject.card, out=source, images=subject.images[:32], names=names)
+    ways = list(itertools.product(BACKENDS, PRECISIONS))
+    engines = [_engine(subject, source, *way, threads=asked.threads) for way in ways]
+    samples = _timed(engines, subject.images, asked)
+    return {
+        "network": subject.card.network,
+        "weights": subject.weights,
+        "exits": len(subject.card.exits),
+        "image_size": subject.card.preprocess.image_size,
+        "parameters": sum(p.numel() for p in subject.network.parameters()),
+        "difference_from_torch": difference,
+        "calibration_images": len(subject.calibration),
+        "labels": None if subject.labels is None else subject.labels.tolist(),
+        "provenance": subject.card.provenance,
+        "results": [_result(*way, e, ms, subject.images) for way, e, ms in zip(ways, engines, samples)],
+    }
+
+
+def _engine(subject: Subject, source: Path, backend: str, precision: str, *, threads: int | None) -> Engine:
+    """Compiled without a gate: the table is to show what int8 costs."""
+    out = source.with_name(f"{backend}-{precision}.engine")
+    recipe = Recipe(precision, batch_sizes=(1,), static_batch_sizes=(1,))  # type: ignore[arg-type]
+    images = subject.calibration if precision == "int8" else None
+    compile_engine(source, out, recipe=recipe, backend=backend, calibration=images, validation=None, threads=threads)
+    return open_engine(out, threads=threads)
+
+
+def _timed(engines: list[Engine], images: Array, asked: argparse.Namespace) -> list[list[list[float]]]:
+    """Milliseconds a query, for each engine and round; engines take turns."""
+    queries = [images[i : i + 1] for i in range(min(len(images), 64))]
+    samples: list[list[list[float]]] = [[] for _ in engines]
+    for _, (at, engine) in itertools.product(range(asked.rounds), enumerate(engines)):
+        graph = engine.monolithic
+
+        def query(x: Array, graph: Runner = graph) -> int:
+            return len(graph(x))
+
+        rotate(query, queries, seconds=asked.seconds / 4, count=3)
+        found, _ = rotate(query, queries, seconds=asked.seconds, count=10)
+        samples[at].append([round(ms, 4) for ms in found])
+    return samples
+
+
+def _result(backend: str, precision: str, engine: Engine, samples: list[list[float]], images: Array) -> dict[str, Any]:
+    assert engine.manifest is not None
+    files = [f for f in engine.manifest.files.values() if f.graph == "monolithic"]
+    return {
+        "backend": backend,
+        "precision": precision,
+        "ran": engine.manifest.precision,
+        "size_mib": sum(file.bytes for file in files) / 2**20,
+        "samples_ms": samples,
+        "answers": ensemble(engine.logits(images, batch_size=1)).argmax(axis=1).tolist(),
+    }
+
+
+def rows(network: dict[str, Any]) -> list[list[str]]:
+    """The table's rows of one network, one a backend."""
+    found = []
+    for backend in BACKENDS:
+        float_, int8 = (r for r in network["results"] if r["backend"] == backend)
+        ms = [summarise(r["samples_ms"]).p50 for r in (float_, int8)]
+        answers = [np.array(r["answers"]) for r in (float_, int8)]
+        same = float((answers[0] == answers[1]).mean())
+        cells = [network["network"], network["weights"], backend, *(f"{m:.2f}" for m in ms), f"{ms[0] / ms[1]:.2f}"]
+        cells += [f"{r['size_mib']:.1f}" for r in (float_, int8)]
+        found.append([*cells, *_accuracy(answers, network["labels"]), percent(same, digits=1)])
+    return found
+
+
+def _accuracy(answers: list[npt.NDArray[np.int64]], labels: list[int] | None) -> list[str]:
+    """Accuracy of both and their difference in points, with the standard error of a difference between pairs."""
+    if labels is None:
+        return ["–"] * 3
+    right = [a == np.array(labels) for a in answers]
+    points = 100 * (right[1].mean() - right[0].mean())
+    error = 100 * np.sqrt((right[0] != right[1]).sum()) / len(labels)
+    return [*(percent(float(r.mean())) for r in right), f"{points:+.2f} ± {error:.2f}"]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table, what its columns mean, and how it was measured."""
+    head = ["network", "weights", "backend", "fp32 ms", "int8 ms", "× faster", "fp32 MiB", "int8 MiB"]
+    head += ["fp32 accuracy %", "int8 accuracy %", "points", "same answer %"]
+    h, s = record["host"], record["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in h["versions"].items())
+    return (
+        "## What int8 costs each student\n\n"
+        + pipe_table((head, [row for network in record["networks"] for row in rows(network)]))
+        + "\n\nMedian latency of the whole graph, all exits, at batch 1; size of its files; answers: all exits "
+        "together. Trained: accuracy on the run's test images, and the difference with its standard error. ImageNet: "
+        "the same answer out of 1,000 classes, on images unlike those it was trained on, so that many are close "
+        "calls. Chance: only the times mean something. Nothing was refused here; `edgekd compile` refuses what loses "
+        f"over 0.5 points.\n\n{record['created']}. {h['cpu']}, {s['threads'] or h['cores']} threads, {h['os']}, Python "
+        f"{h['python']}, {versions}. Load average {record['load_before'][0]:g} before, {record['load_after'][0]:g} "
+        f"after. {s['image_size']} pixels if not trained otherwise, {s['images']} images at most, "
+        f"{s['calibration']} for calibration, {s['rounds']} rounds of {s['seconds']:g} s in turns in one process.\n"
+    )
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of class folders of images")
+    parser.add_argument("runs", type=Path, nargs="*", help="run folders of trained students")
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    parser.add_argument("--weights", type=Path, help="folder of ImageNet weights, NAME.safetensors")
+    parser.add_argument("--names", nargs="*", default=NAMES, help="networks to measure that have no run")
+    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--images", type=int, default=400, help="answers compared, at most")
+    parser.add_argument("--calibration", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--threads", type=int)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    asked = parsed(arguments)
+    record_file = asked.out.with_suffix(".json")
+    refuse_existing(record_file)
+    before, networks = load_average(), []
+    done = {read_header(run).network for run in asked.runs}
+    rest = [name for name in asked.names if name not in done]
+    subjects = itertools.chain((trained(run, asked) for run in asked.runs), (untrained(name, asked) for name in rest))
+    for subject in subjects:
+        log.info("%s, %s weights", subject.card.network, subject.weights)
+        with tempfile.TemporaryDirectory(prefix="edgekd-students-") as folder:
+            networks.append(measure(subject, Path(folder), asked))
+    kept = ("image_size", "images", "calibration", "rounds", "seconds", "threads")
+    record = {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": {key: getattr(asked, key) for key in kept},
+        "host": dataclasses.asdict(host()),
+        "load_before": before,
+        "load_after": load_average(),
+        "networks": networks,
+    }
+    write_record(record_file, record)
+    atomic_write(asked.out.with_suffix(".md"), markdown(record).encode())
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(sys.argv[1:])
