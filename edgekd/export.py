@@ -40,7 +40,7 @@ class _Flat(nn.Module):
 
 
 def _tensors(boundary: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (boundary,) if isinstance(boundary, Tensor) else tuple(boundary)
+    return (boundary,) if isinstance(boundary, Tensor) else boundary
 
 
 def exits_of(out: Outputs) -> tuple[Exit, ...]:
@@ -101,7 +101,7 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
         GateError: an exit differs by more than `TOLERANCE` on an image; both are named and nothing is written.
     """
     model = to_onnx(network, image_size=card.preprocess.image_size)
-    check_cuts(model, card, at=getattr(network, "exit_at", ()))
+    _check_cuts(model, card, at=getattr(network, "exit_at", ()))
     put_card(model, card)
     data = model.SerializeToString()
     worst = check_parity(network, data, images, names=names)
@@ -109,12 +109,8 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
     return worst
 
 
-def check_cuts(model: onnx.ModelProto, card: Card, *, at: Sequence[object] = ()) -> None:
-    """Whether each stage can be made of the boundary before it alone. at: where the exits are, for the error.
-
-    Raises:
-        ConfigError: a skip connection leads around one.
-    """
+def _check_cuts(model: onnx.ModelProto, card: Card, *, at: Sequence[object]) -> None:
+    """Whether each stage can be made of the boundary before it alone. at: where the exits are, if the network tells."""
     shaped = with_shapes(model)
     for k in range(1, len(card.exits)):
         try:

@@ -39,8 +39,8 @@ def main() -> int:
     parser.add_argument("--split", type=Path, help="split.json; the student's run folder's if not given")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=128, help="images to calibrate on")
-    parser.add_argument("--val", type=int, default=256, help="images to check and tune on")
-    parser.add_argument("--test", type=int, default=256, help="images to measure on")
+    parser.add_argument("--val", type=int, default=400, help="images to check and tune on")
+    parser.add_argument("--test", type=int, default=400, help="images to measure on")
     asked = parser.parse_args()
     try:
         prepare(asked)

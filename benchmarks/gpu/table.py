@@ -154,8 +154,14 @@ def _gap(steps: Steps) -> float | None:
 
 
 def _missing(steps: Steps) -> str:
-    left = [s for s in steps if s["outcome"] != "done"]
     lines = [
-        f"- {s['step']} {s['network']} {s['recipe']}: {s['outcome']}: {s['why'].strip().splitlines()[-1]}" for s in left
+        f"- {s['step']} {s['network']} {s['recipe']}: {s['outcome']}: {_line(s)}"
+        for s in steps
+        if s["outcome"] != "done"
     ]
     return "## Not done\n\n" + "\n".join(lines) if lines else ""
+
+
+def _line(step: dict[str, Any]) -> str:
+    """The line that says most: the last of a traceback, else the first."""
+    return str(step["why"]).strip().splitlines()[-1 if step["outcome"] == "failed" else 0]

@@ -101,8 +101,8 @@ def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
         inspector = opened.engine.create_engine_inspector()
         inspector.execution_context = opened.context(opened.sizes[0])  # without one, formats are unknown
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    try:
-        layers = [layer for layer in json.loads(text)["Layers"] if isinstance(layer, dict)]
+    try:  # names are joined by control characters, which strict JSON forbids
+        layers = [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
     except (ValueError, KeyError, TypeError) as error:
         raise failed(f"TensorRT's inspector gives no layers of {path}: {error}") from error
     found = shares([_type(layer) for layer in layers if _is_weighted(layer)])

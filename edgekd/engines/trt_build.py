@@ -50,8 +50,8 @@ def build_plan(
         config.progress_monitor = monitor
     with timing_cache(config, recipe):
         plan = builder.build_serialized_network(network, config)
-    if monitor and monitor.interrupted:
-        raise KeyboardInterrupt
+    if monitor and monitor.error:
+        raise monitor.error
     if plan is None:
         raise failed(f"TensorRT cannot build {name} as {recipe.name}")
     logger().errors.clear()
@@ -193,7 +193,7 @@ def _monitor(progress: Callable[[float], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]  # TensorRT has no types
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
+            self.error: BaseException | None = None
             self._phases: dict[str, list[int]] = {}  # outermost first: steps done, steps in all
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -206,9 +206,9 @@ def _monitor(progress: Callable[[float], None]) -> Any:
                 for done, steps in reversed(self._phases.values()):
                     share = min((done + share) / steps, 1.0)
                 progress(share)
-            except KeyboardInterrupt:  # must not travel through TensorRT: ask it to stop
-                self.interrupted = True
-            return not self.interrupted
+            except BaseException as error:  # nothing may travel through TensorRT; it is asked to stop
+                self.error = error
+            return self.error is None
 
         def phase_finish(self, phase_name: str) -> None:
             self._phases.pop(phase_name, None)

@@ -23,8 +23,7 @@ LESS_MEMORY = (
 )
 MEMORY = r"out of memory|outofmemory|failed_allocation|insufficient memory|allocation fail"
 WORKSPACE = r"insufficient workspace|workspace size|increas\w+ (the )?workspace"
-UNKNOWN_GPU = r"\bsm\b.*(support|version)|(unsupported|not support).*(\bsm\b|compute capab|gpu)"
-OTHER_ENGINE = r"version tag|not compatible|different (version|device|model)|plan file|magic tag"
+UNKNOWN_GPU = r"\bsm\b.*(support|version)|(unsupported|not support).*(\bsm\b|compute capab|this gpu)"
 
 
 def version() -> str | None:
@@ -108,13 +107,11 @@ def _advice(said: str, fix: str) -> str:
     if re.search(UNKNOWN_GPU, said, re.IGNORECASE):
         gpu, ours = device(), library().__version__
         return f"TensorRT {ours} may not know {gpu.name} (SM {gpu.sm}): take the version that its makers name for it"
-    if re.search(OTHER_ENGINE, said, re.IGNORECASE):
-        return "compile it again on this machine with edgekd compile"
     return fix
 
 
 def make(kind: Any, *parts: Any) -> Any:
-    """`kind(*parts, logger)`: builders, runtimes and parsers are None-like when TensorRT cannot start.
+    """`kind(*parts, logger)`, for what TensorRT cannot make when it cannot start: builders, runtimes, parsers.
 
     Raises:
         BackendError: with TensorRT's reason.
