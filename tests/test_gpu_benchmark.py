@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,14 @@ def prepared(small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def asked(prepared: Path, out: Path, recipe: str, **more: Any) -> argparse.Namespace:
-    plain = {"batch_sizes": (1, 4), "seconds": 0.02, "no_library_tactics": True, "dry_run": False, "network": "student"}
+    plain = {
+        "batch_sizes": (1, 4),
+        "seconds": 0.02,
+        "optimization_level": 3,
+        "no_library_tactics": True,
+        "dry_run": False,
+        "network": "student",
+    }
     return argparse.Namespace(
         models=prepared / "models", images=prepared / "images", out=out, recipe=recipe, **plain | more
     )
@@ -107,6 +116,7 @@ def test_steps_on_a_fake_gpu(
         return [1.0]
 
     monkeypatch.setattr(steps, "spans", spans)
+    monkeypatch.setattr(steps, "gaps", lambda gpu, stages, walk, *, seconds: [walk() or 0.01 for _ in stages])
     monkeypatch.setattr(steps, "Meter", lambda gpu: (_ for _ in ()).throw(steps.NotMeasured("no NVML here")))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # a machine that cannot install anything
     box("8.6")
@@ -118,10 +128,10 @@ def test_steps_on_a_fake_gpu(
     assert found["tuned"]["accuracy"] > 0.5
     clocks = steps.on_device(asked(prepared, tmp_path, "fp16"))
     assert set(clocks["device_ms"]) == {"monolithic", "final", "stage_0", "stage_1", "stage_2"}
-    assert clocks["gap_us"] == pytest.approx(1e3 * (1 - 3) / 3)
+    assert clocks["gap_us"] == pytest.approx(10)
     assert clocks["energy"] == {"not measured": "no NVML here"}
     assert clocks["gpu"] == "Orin"
-    assert steps.short(asked(prepared, tmp_path, "fp16")) == {"images": 1}
+    assert steps.short(asked(prepared, tmp_path, "fp16")) == {}
 
 
 def test_int8_on_a_fake_gpu_needs_no_onnxruntime(
@@ -185,10 +195,75 @@ def test_no_step_begins_when_the_time_is_up_and_a_crash_is_one_steps(
     (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "dies.py")])
     space = asked(prepared, tmp_path, "fp16")
-    crashed = measure._run(space, "build", "student", "fp16", float("inf"))
+    crashed = measure._run(space, "build", "student", "fp16", time.monotonic() + 60)
     assert (crashed["outcome"], crashed["why"]) == ("failed", "ended by signal 11")
     assert measure._run(space, "build", "student", "fp16", 0.0)["why"] == "no time was left"
     assert measure._run(space, "short", "student", "fp16", 0.0, before=None)["why"].startswith("compute-sanitizer")
+
+
+def test_gaps_and_spans_by_a_clock_of_its_own() -> None:
+    """Events of a GPU on which every launch takes 2 ms and all between two takes 0.5."""
+    import gpu as module
+
+    class Runtime:
+        now, marks = 0.0, {}
+
+        def cudaEventCreate(self) -> object:
+            return object()
+
+        def cudaEventRecord(self, event: object, stream: int) -> None:
+            self.marks[event] = self.now
+
+        def cudaEventElapsedTime(self, start: object, stop: object) -> float:
+            return self.marks[stop] - self.marks[start]
+
+    class Stage:
+        def launch(self, count: int) -> None:
+            runtime.now += 2
+
+    runtime, stages = Runtime(), [Stage(), Stage(), Stage()]
+    device = argparse.Namespace(runtime=runtime, stream=0, do=lambda value: value, synchronize=lambda: None)
+
+    def walk() -> None:
+        for stage in stages:
+            runtime.now += 0.5
+            stage.launch(1)
+
+    assert set(module.gaps(device, stages, walk, seconds=0.01)) == {0.5}
+    assert set(module.spans(device, walk, seconds=0.0)) == {7.5}
+    assert "launch" not in vars(stages[0])
+    with pytest.raises(module.NotMeasured, match="use cuda-python"):
+        module.spans(argparse.Namespace(bindings="pycuda"), walk, seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--recipes=fp17"], "no recipe fp17; known: fp16"), ([], "make both folders with benchmarks/gpu/prepare.py")],
+)
+def test_clear_errors(words: list[str], said: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(FOLDER / "run.sh"), str(tmp_path), str(tmp_path), str(tmp_path / "out"), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_tensorrt_or_python(prepared: Path, tmp_path: Path) -> None:
+    words = [str(FOLDER / "run.sh"), str(prepared / "models"), str(prepared / "images"), str(tmp_path / "out")]
+    if find_spec("tensorrt") is None:
+        environment = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 1
+        assert "check student fp16: refused" in done.stderr
+        assert "tensorrt is not installed\n  fix: pip install 'edgekd[tensorrt]'" in done.stderr
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHON": "false"}, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: false is not Python 3.10 or newer")
 
 
 def test_verdicts_by_hand() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 MILLI = 1e-3
@@ -16,9 +16,7 @@ class NotMeasured(Exception):
 
 def spans(gpu: Any, work: Callable[[], object], *, seconds: float, least: int = 20) -> list[float]:
     """Milliseconds between two CUDA events around `work`, again and again; the first tenth of the time warms up."""
-    if not hasattr(gpu, "runtime"):
-        raise NotMeasured(f"{gpu.bindings} is not asked for events here: use cuda-python")
-    start, stop = (gpu.do(gpu.runtime.cudaEventCreate()) for _ in range(2))
+    start, stop = _events(gpu, 2)
     found: list[float] = []
     began = time.perf_counter()
     while len(found) < least or time.perf_counter() < began + 1.1 * seconds:
@@ -30,6 +28,41 @@ def spans(gpu: Any, work: Callable[[], object], *, seconds: float, least: int = 
         if time.perf_counter() > began + 0.1 * seconds:
             found.append(float(elapsed))
     return found
+
+
+def gaps(gpu: Any, stages: Sequence[Any], walk: Callable[[], object], *, seconds: float) -> list[float]:
+    """Milliseconds that the GPU waits between one stage's end and the next one's start, while `walk` runs them all.
+
+    That is waking up, deciding and launching, and about a microsecond for the events themselves.
+    """
+    starts, stops = _events(gpu, len(stages)), _events(gpu, len(stages))
+    for stage, start, stop in zip(stages, starts, stops):
+        stage.launch = _watched(gpu, stage.launch, start, stop)
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        walk()
+        gpu.synchronize()
+        pairs = zip(stops, starts[1:])
+        found += [float(gpu.do(gpu.runtime.cudaEventElapsedTime(stop, start))) for stop, start in pairs]
+    for stage in stages:
+        del stage.launch  # the method is itself again
+    return found
+
+
+def _watched(gpu: Any, launch: Callable[[int], None], start: Any, stop: Any) -> Callable[[int], None]:
+    def watched(count: int) -> None:
+        gpu.do(gpu.runtime.cudaEventRecord(start, gpu.stream))
+        launch(count)
+        gpu.do(gpu.runtime.cudaEventRecord(stop, gpu.stream))
+
+    return watched
+
+
+def _events(gpu: Any, count: int) -> list[Any]:
+    if not hasattr(gpu, "runtime"):
+        raise NotMeasured(f"CUDA events are not asked of {gpu.bindings} here: use cuda-python")
+    return [gpu.do(gpu.runtime.cudaEventCreate()) for _ in range(count)]
 
 
 def facts(gpu: Any) -> dict[str, Any]:

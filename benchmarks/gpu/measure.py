@@ -26,6 +26,7 @@ from edgekd.errors import EdgekdError
 ORDER = ("fp16", "int8-fp16", "fp32", "int8")
 """Recipes, the most important first."""
 STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "check": steps.check,
     "build": steps.build,
     "records": steps.records,
     "device": steps.on_device,
@@ -41,7 +42,12 @@ def main() -> int:
     cache = asked.out / "cache"
     shutil.copytree(asked.models / "calibration", cache / "edgekd" / "calibration", dirs_exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(cache.resolve())
-    done = _all(asked, time.monotonic() + asked.budget)
+    end = time.monotonic() + asked.budget
+    able = _run(asked, "check", "student", "fp16", end)
+    if able["outcome"] != "done":
+        sys.stderr.write(f"  fix: {able['fix']}\n" if able.get("fix") else "")
+        return 1
+    done = _all(asked, end)
     atomic_write(asked.out / "steps.json", to_json({"steps": done}))
     text = table(done, asked.out, dry_run=asked.dry_run)
     atomic_write(asked.out / "table.md", text.encode())
@@ -54,10 +60,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("models", type=Path)
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--budget", type=float, default=450, help="seconds after which no step begins")
+    parser.add_argument("--budget", type=float, default=450, help="seconds; no step begins later, or takes 30 longer")
     parser.add_argument("--recipes", default=",".join(ORDER), help="of " + ", ".join(ORDER))
     parser.add_argument("--batch-sizes", default="1,8,64", help="1 first; fp32 and int8 take the first and the last")
     parser.add_argument("--seconds", type=float, default=1.0, help="how long each thing is measured")
+    parser.add_argument("--optimization-level", type=int, default=3, help="0 builds fastest, 5 searches longest")
     parser.add_argument("--no-library-tactics", action="store_true", help="without cuBLAS, cuBLASLt and cuDNN")
     parser.add_argument("--dry-run", action="store_true", help="ONNX Runtime on the CPU in place of TensorRT")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
@@ -66,6 +73,11 @@ def _arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     asked.batch_sizes = tuple(map(int, asked.batch_sizes.split(",")))
     asked.recipes = tuple(asked.recipes.split(","))
+    if unknown := set(asked.recipes) - set(ORDER):
+        parser.error(f"no recipe {', '.join(unknown)}; known: {', '.join(ORDER)}")
+    for path in (asked.models / "student.onnx", asked.models / "calibration", asked.images / "split.json"):
+        if not path.exists():
+            parser.error(f"no {path}: make both folders with benchmarks/gpu/prepare.py")
     return asked
 
 
@@ -106,11 +118,15 @@ def _run(
     if began > end:
         return {**fact, "outcome": "skipped", "why": "no time was left"}
     words = ["--step", step, "--network", network, "--recipe", recipe]
-    command = [*before, sys.executable, *sys.argv, *words]
-    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
-    fact["seconds"] = round(time.monotonic() - began, 1)
     path = _result(asked, step, network, recipe)
-    if path.is_file() and code in (0, 1):
+    path.unlink(missing_ok=True)  # of an earlier run
+    command = [*before, sys.executable, *sys.argv, *words]
+    try:
+        code = subprocess.run(command, stdout=sys.stderr, check=False, timeout=end + 30 - began).returncode
+    except subprocess.TimeoutExpired:
+        return {**fact, "outcome": "failed", "why": "took longer than the time that was left"}
+    fact["seconds"] = round(time.monotonic() - began, 1)
+    if code in (0, 1) and path.is_file():
         fact.update(json.loads(path.read_text()))
     else:
         why = f"ended by signal {-code}" if code < 0 else f"exit code {code}" + (", errors above" if code == 9 else "")

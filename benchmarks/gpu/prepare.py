@@ -125,7 +125,7 @@ def _answers(stem: Path, split: Split, data: Path) -> None:
         part: engine.logits(load_part(split, part, data=data, preprocess=card.preprocess)[0])
         for part in ("val", "test")
     }
-    np.savez(stem.with_suffix(".npz"), **logits)
+    np.savez(stem.with_suffix(".npz"), val=logits["val"], test=logits["test"])
     train, _ = load_part(split, "train", data=data, preprocess=card.preprocess)
     for method in METHODS:
         for heads in (True, False):

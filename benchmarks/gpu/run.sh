@@ -9,5 +9,10 @@
 # --dry-run to go the same way with ONNX Runtime on the CPU; all: benchmarks/gpu/run.sh --help
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python3}
 export PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" "$here/measure.py" "$@"
+if ! "$python" -c 'import sys; assert sys.version_info >= (3, 10); import numpy, onnx, PIL' 2>/dev/null; then
+    echo "error: $python is not Python 3.10 or newer with numpy, onnx and Pillow; name another with PYTHON=…" >&2
+    exit 2
+fi
+exec "$python" "$here/measure.py" "$@"

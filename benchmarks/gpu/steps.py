@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu import Meter, NotMeasured, facts, spans
+from gpu import Meter, NotMeasured, facts, gaps, spans
 
-from edgekd.artifact import read_split
+from edgekd.artifact import read_onnx, read_split
 from edgekd.bench.latency import rotate
 from edgekd.bench.record import summary, write_record
 from edgekd.bench.suite import Suite, bench
 from edgekd.bench.variants import answerer
 from edgekd.engines import Recipe, compile_engine, open_engine
+from edgekd.engines.backends import find_backend
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import TensorRT
 from edgekd.errors import BackendError, ConfigError, GateError
 from edgekd.runtime.images import load_part
+from edgekd.runtime.policy import NEVER
 from edgekd.runtime.policy import step as decide
 from edgekd.runtime.tune import save_tuned, tune
 
-__all__ = ["NotMeasured", "build", "on_device", "records", "short"]
+__all__ = ["NotMeasured", "build", "check", "on_device", "records", "short"]
 
 DROP = 0.5
 """Points of accuracy that an exit, and the cascade, may lose."""
@@ -46,7 +49,7 @@ def recipe_of(asked: argparse.Namespace, *, method: str = "minmax") -> Recipe:
         max_accuracy_drop=DROP,
         calibration_method=method,  # type: ignore[arg-type]
         batch_sizes=sizes,
-        tensorrt=TensorRT(library_tactics=not asked.no_library_tactics),
+        tensorrt=TensorRT(library_tactics=not asked.no_library_tactics, optimization_level=asked.optimization_level),
     )
 
 
@@ -56,10 +59,16 @@ def engine_path(asked: argparse.Namespace, network: str) -> Path:
 
 def images_of(asked: argparse.Namespace, part: Any) -> tuple[Any, Any]:
     """Images (N, 3, H, W) and labels (N,) of a part."""
-    from edgekd.artifact import read_onnx
-
     preprocess = read_onnx(asked.models / f"{asked.network}.onnx")[1].preprocess
     return load_part(read_split(asked.images), part, data=asked.images, preprocess=preprocess)
+
+
+def check(asked: argparse.Namespace) -> dict[str, Any]:
+    """Whether TensorRT and a GPU are here at all."""
+    if asked.dry_run:
+        return {}
+    find_backend("tensorrt")
+    return facts(device())
 
 
 def build(asked: argparse.Namespace) -> dict[str, Any]:
@@ -163,24 +172,30 @@ def on_device(asked: argparse.Namespace) -> dict[str, Any]:
             raise
         raise NotMeasured(f"dry run: {error.what}") from None
     images, _ = images_of(asked, "test")
-    free = gpu.free_bytes()
-    engine = open_engine(engine_path(asked, asked.network))
-    exits = len(engine.card.exits)
+    with gpu:
+        free = gpu.free_bytes()
+        engine = open_engine(engine_path(asked, asked.network))
+        clocks = _clocks(gpu, engine, images, asked)
+        found = {"device_ms": clocks, "device_mib": (free - gpu.free_bytes()) / 2**20, **facts(gpu)}
+        if len(engine.card.exits) > 1:
+            found["gap_us"] = _gap_us(gpu, engine, images, seconds=asked.seconds)
+    return {**found, "energy": _energy(asked, engine, images)}
+
+
+def _clocks(gpu: Any, engine: Any, images: Any, asked: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each graph with the copy of its logits, by batch size."""
     graphs = {"monolithic": engine.monolithic}
+    exits = len(engine.card.exits)
     if exits > 1:
         engine.walker()  # links the stages: each reads what the one before wrote
         graphs |= {"final": engine.final, **{f"stage_{k}": engine.stage(k) for k in range(exits)}}
-    clocks: dict[str, dict[str, float]] = {}
-    with gpu:
-        for name, graph in graphs.items():
-            for size in recipe_of(asked).batch_sizes:
-                _feed(graph, images[:size])
-                times = spans(gpu, lambda graph=graph, size=size: graph.launch(size), seconds=asked.seconds / 4)
-                clocks.setdefault(name, {})[str(size)] = float(np.median(times))
-    found = {"device_ms": clocks, "device_mib": (free - gpu.free_bytes()) / 2**20, **facts(gpu)}
-    if exits > 1:
-        found["gap_us"] = _gap_us(engine, images, clocks, seconds=asked.seconds)
-    return {**found, "energy": _energy(asked, engine, images)}
+    found: dict[str, dict[str, float]] = {}
+    for name, graph in graphs.items():
+        for size in recipe_of(asked).batch_sizes:
+            _feed(graph, images[:size])
+            times = spans(gpu, functools.partial(graph.launch, size), seconds=asked.seconds / 4)
+            found.setdefault(name, {})[str(size)] = float(np.median(times))
+    return found
 
 
 def _feed(graph: Any, images: Any) -> None:
@@ -189,20 +204,19 @@ def _feed(graph: Any, images: Any) -> None:
             graph.tensors[name].put(images)
 
 
-def _gap_us(engine: Any, images: Any, clocks: dict[str, dict[str, float]], *, seconds: float) -> float:
-    """Between the end of a stage and the start of the next while nobody leaves, in the middle; host work and launch."""
-    gpu, policy, exits = device(), engine.card.policy, len(engine.card.exits)
-    never = dataclasses.replace(policy, thresholds=(2.0,) * (exits - 1))
+def _gap_us(gpu: Any, engine: Any, images: Any, *, seconds: float) -> float:
+    """Between two stages while nobody leaves, in the middle of all."""
+    exits = len(engine.card.exits)
+    policy = dataclasses.replace(engine.card.policy, thresholds=(NEVER,) * (exits - 1))
     walker, total = engine.walker(), np.zeros((1, len(engine.card.classes)), np.float32)
 
     def walk() -> None:
         with walker(images[:1]) as way:
             for exit in range(exits):
-                decide(never, exit, way.next(), total)
+                decide(policy, exit, way.next(), total)
 
-    whole = float(np.median(spans(gpu, walk, seconds=seconds)))
-    stages = sum(clocks[f"stage_{k}"]["1"] for k in range(exits))
-    return 1e3 * (whole - stages) / exits  # the first gap is the upload of the image
+    walk()
+    return 1e3 * float(np.median(gaps(gpu, [engine.stage(k) for k in range(exits)], walk, seconds=seconds)))
 
 
 def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, Any]:
@@ -239,4 +253,4 @@ def short(asked: argparse.Namespace) -> dict[str, Any]:
         answer = answerer(engine, kind)
         for size in recipe_of(asked).batch_sizes[:2]:
             answer(images[:size])
-    return {"images": len(images[:1])}
+    return {}

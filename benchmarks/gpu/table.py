@@ -150,7 +150,7 @@ def _against_fp16(steps: Steps, name: str) -> float | None:
 
 def _gap(steps: Steps) -> float | None:
     found = find(steps, "device", "student", "fp16")
-    return found and found.get("gap_us")
+    return found["gap_us"] if found else None
 
 
 def _missing(steps: Steps) -> str:
