@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -220,3 +221,24 @@ def test_backend_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgekd.engines.openvino.version", lambda: None)
     with pytest.raises(BackendError, match=r"pip install 'edgekd\[cpu\]'"):
         find_backend("openvino")
+
+
+def test_openvino_leaves_the_signal_stack_alone(student_onnx: Path, tmp_path: Path) -> None:
+    """It would leave one that is unmapped when the engine is gone, and the next signal would end the process."""
+
+    def signal_stack() -> bytes:
+        found = ctypes.create_string_buffer(64)
+        assert ctypes.CDLL(None).sigaltstack(None, found) == 0
+        return found.raw[:24]
+
+    before = signal_stack()
+    compile_engine(
+        student_onnx,
+        tmp_path / "out.engine",
+        recipe=Recipe("fp32"),
+        backend="openvino",
+        calibration=None,
+        validation=None,
+    )
+    open_engine(tmp_path / "out.engine").monolithic(np.zeros((1, 3, 32, 32), np.float32))
+    assert signal_stack() == before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +129,28 @@ def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> A
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _hint(recipe),
         }
-        return core.compile_model(model, "CPU", options)
+        with own_signal_stack():
+            return core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         raise refused(f"openvino cannot load {path}", error) from error
+
+
+@contextlib.contextmanager
+def own_signal_stack() -> Iterator[None]:
+    """Put back the calling thread's alternate signal stack when the block ends.
+
+    OpenVINO replaces it when it compiles and may unmap it later; Python's handlers run on it, so Ctrl-C or the end of a
+    child would then be a segmentation fault.
+    """
+    if not hasattr(libc := ctypes.CDLL(None), "sigaltstack"):
+        yield
+        return
+    kept = ctypes.create_string_buffer(64)  # a stack_t, which has 24 bytes
+    libc.sigaltstack(None, kept)
+    try:
+        yield
+    finally:
+        libc.sigaltstack(kept, None)
 
 
 def _hint(recipe: Recipe) -> str:
