@@ -125,9 +125,10 @@ def test_read_only_and_strided_inputs(engine_path: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(engine.monolithic(x), want))
 
 
-def test_threads_may_share_an_engine(engine_path: Path) -> None:
-    want = open_engine(engine_path, threads=1).logits(IMAGES, batch_size=1)
-    engine = open_engine(engine_path, threads=1)  # nothing is loaded yet: threads race for that, too
+@pytest.mark.parametrize("threads", [1, None])
+def test_threads_may_share_an_engine(engine_path: Path, threads: int | None) -> None:
+    want = open_engine(engine_path, threads=threads).logits(IMAGES, batch_size=1)
+    engine = open_engine(engine_path, threads=threads)  # nothing is loaded yet: threads race for that, too
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: engine.staged_logits(IMAGES[i % 12 : i % 12 + 1]), range(96)))
     assert all(np.array_equal(result[:, 0], want[:, i % 12]) for i, result in enumerate(results))

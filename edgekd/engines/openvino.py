@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 
 from edgekd.engines.backends import refused, shares
+from edgekd.engines.host import default_threads
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError
 
@@ -128,6 +129,8 @@ def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> A
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _hint(recipe),
+            # One pool of threads for all stages. It has all cores; threads are slow to move between pools of their own.
+            "EXCLUSIVE_ASYNC_REQUESTS": threads >= default_threads(),
         }
         with own_signal_stack():
             return core.compile_model(model, "CPU", options)
