@@ -155,6 +155,14 @@ def test_equal_jobs_of_several_tables_are_one_run() -> None:
     assert len({p["ghostnet-hybrid"].folder for p in chen}) == 1
 
 
+def test_rows_that_were_asked_for() -> None:
+    table = tables.read("gao2022-table3")
+    assert table.order(["ResNet18"]) == ["plain"]
+    assert sorted(table.order(["+ TL + KD", "ResNet18 + TL"])) == ["finetuned", "kd", "teacher"]
+    with pytest.raises(ConfigError, match="no row 'ResNet-18'"):
+        table.order(["ResNet-18"])
+
+
 def test_digests(tmp_path: Path) -> None:
     """A pinned one; what decides a result changes it, up through teachers and first weights, and nothing else does."""
     table = tables.read("gao2022-table3")
@@ -356,6 +364,9 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     assert found["hosts"][0]["versions"]["edgekd"]
     assert str(tmp_path) not in (out / "small.json").read_text() + (out / "small.md").read_text()
     assert "; 0 runs to do" in edgekd(*words)
+    text = edgekd(*words[:-2], "--seeds", "2", "--row", "teacher")
+    assert text.startswith("1 runs to do")
+    assert "student  " in text
 
 
 def test_svm_on_features(tmp_path: Path) -> None:

@@ -32,15 +32,15 @@ NO_RESULT = ("source", "data", "workers", "network", "weights", "seed", "fold")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for beside the table.
+    """What decides a table's runs beside the table.
 
-    data: the images and their fingerprint. runs: where run folders go. weights: a folder of <network>.safetensors.
-    protocol: how to train instead of the paper's way. overrides: protocol keys. instead: a network to another.
-    epochs, pixels: cut to these by the budget, 0 for not.
+    data: the images, and their fingerprint once they are read. runs: where run folders go. weights: a folder of
+    <network>.safetensors. protocol: how to train instead of the paper's way. overrides: protocol keys. instead: a
+    network to another. epochs, pixels: cut to these by the budget, 0 for not.
     """
 
     data: Path
-    fingerprint: str
+    fingerprint: str = ""
     runs: Path
     weights: Path | None = None
     protocol: str = ""

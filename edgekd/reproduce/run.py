@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgekd.data.folders import Checked, check, scan
 from edgekd.reproduce import budget, report, tables
@@ -23,22 +22,15 @@ OnEnd = Callable[[Job, State], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """The options of `edgekd reproduce`."""
+class Asked(Request):
+    """The options of `edgekd reproduce`. rows: labels of those to run, all if empty."""
 
-    data: Path
-    runs: Path
     out: Path
-    weights: Path | None = None
-    protocol: str = ""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    instead: Mapping[str, str] = field(default_factory=dict)
-    group: str = "none"
+    rows: tuple[str, ...] = ()
     seeds: str | None = None
     folds: str | None = None
     budget: str = ""
     at_once: int = 1
-    leave_out_bad: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +40,14 @@ class Work:
     name: str
     table: Table
     checked: Checked
-    request: Request
+    asked: Asked
     planned: Mapping[str, Planned]
     members: list[Member]
     cut: str = ""
+
+    def wanted(self) -> dict[str, Planned]:
+        """The jobs that the rows which were asked for need."""
+        return {name: self.planned[name] for name in self.table.order(self.asked.rows)}
 
 
 def reproduce(
@@ -70,56 +66,53 @@ def reproduce(
     work, until = work_of(name, table, asked, checked), float("inf")
     if asked.budget:
         until = started + budget.seconds(asked.budget)
-        work = within_budget(work, asked, until, say)
-    return carry_out(work, asked, until, say, on_end)
+        work = within_budget(work, until, say)
+    return carry_out(work, until, say, on_end)
 
 
 def work_of(name: str, table: Table, asked: Asked, checked: Checked) -> Work:
     """The whole of a table: three seeds, or all folds of one, unless others are asked for."""
-    request = Request(
+    asked = dataclasses.replace(
+        asked,
         data=asked.data.resolve(),
         fingerprint=checked.fingerprint,
         runs=asked.runs.resolve(),
         weights=asked.weights and asked.weights.resolve(),
-        protocol=asked.protocol,
-        overrides=asked.overrides,
-        instead=asked.instead,
-        group=asked.group,
-        leave_out_bad=asked.leave_out_bad,
     )
-    planned = plan(table, request)
+    planned = plan(table, asked)
     protocol = next(iter(planned.values())).protocol
     kfold = protocol.split.startswith("kfold")
     seeds = asked.seeds or ("0" if kfold else ",".join(map(str, range(REPEATS))))
     of = members(seeds, asked.folds or ("all" if kfold else None), protocol)
-    return Work(name=Path(name).stem, table=table, checked=checked, request=request, planned=planned, members=of)
+    return Work(name=Path(name).stem, table=table, checked=checked, asked=asked, planned=planned, members=of)
 
 
-def within_budget(work: Work, asked: Asked, until: float, say: Say) -> Work:
+def within_budget(work: Work, until: float, say: Say) -> Work:
     """The work cut to what fits into the time, as it was decided when it was first begun."""
     cuts = budget.decide(
         work.table,
-        work.planned,
+        work.wanted(),
         work.members,
-        work.request,
+        work.asked,
         checked=work.checked,
-        budget_s=budget.seconds(asked.budget),
+        budget_s=budget.seconds(work.asked.budget),
         until=until,
-        at_once=asked.at_once,
+        at_once=work.asked.at_once,
         say=say,
     )
-    request = dataclasses.replace(work.request, epochs=cuts.epochs, pixels=cuts.pixels)
+    asked = dataclasses.replace(work.asked, epochs=cuts.epochs, pixels=cuts.pixels)
     cut = (
         f"{asked.budget}: {cuts.epochs} epochs, {cuts.pixels} pixels, {cuts.repeats} of {len(work.members)} seeds and "
         f"folds, estimated at {cuts.seconds / 60:.0f} minutes in all"
     )
     members = work.members[: cuts.repeats]
-    return dataclasses.replace(work, request=request, planned=plan(work.table, request), members=members, cut=cut)
+    return dataclasses.replace(work, asked=asked, planned=plan(work.table, asked), members=members, cut=cut)
 
 
-def carry_out(work: Work, asked: Asked, until: float, say: Say, on_end: OnEnd) -> tuple[report.Result, dict[str, Path]]:
+def carry_out(work: Work, until: float, say: Say, on_end: OnEnd) -> tuple[report.Result, dict[str, Path]]:
     """Run what is missing, writing the table anew after each run."""
-    jobs, stem = tasks(list(work.planned.values()), work.members, work.request), work.name
+    asked, stem = work.asked, work.name
+    jobs = tasks(list(work.wanted().values()), work.members, asked)
     stem += "" if asked.group == "none" else f"-{asked.group}"
     say(f"{f'budget {work.cut}; ' if work.cut else ''}{len(jobs)} runs to do")
     collection = Collection(
@@ -127,14 +120,14 @@ def carry_out(work: Work, asked: Asked, until: float, say: Say, on_end: OnEnd) -
         table=work.table,
         planned=work.planned,
         members=work.members,
-        asked=_in_words(work, asked),
+        asked=_in_words(work),
         differs=_data_differs(work.table, work.checked),
         classes=len(work.checked.folder.classes),
     )
 
     def end(job: Job, state: State) -> None:
         if state == "done":  # of what would be needed to go on with a run there are two thirds of its folder
-            (work.request.runs / job.name / RESUME).unlink(missing_ok=True)
+            (asked.runs / job.name / RESUME).unlink(missing_ok=True)
         report.write(asked.out, stem, collection.result())
         on_end(job, state)
 
@@ -157,13 +150,14 @@ def _data_differs(table: Table, checked: Checked) -> list[str]:
     return [] if count == table.data.images else [f"{count} images{left}, not {table.data.images}"]
 
 
-def _in_words(work: Work, asked: Asked) -> dict[str, str]:
+def _in_words(work: Work) -> dict[str, str]:
     """What was asked for, without paths."""
-    checked = work.checked
+    asked, checked = work.asked, work.checked
     return {
         "data": f"{work.table.data.name}, {len(checked.folder.items)} images, fingerprint {checked.fingerprint[:12]}",
         "protocol": asked.protocol or work.table.protocol,
         "runs": ", ".join(m.name for m in work.members),
+        "rows": "; ".join(asked.rows),
         "group": asked.group,
         "set": ", ".join(f"{k}={v}" for k, v in asked.overrides.items()),
         "instead": ", ".join(f"{k}={v}" for k, v in asked.instead.items()),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from edgekd import shipped
-from edgekd.errors import ConfigError
+from edgekd.errors import ConfigError, nearest
 from edgekd.specs import load
 
 IMAGENET, NONE = "imagenet", "none"
@@ -90,12 +91,16 @@ class Table:
         """Whose cost a row counts."""
         return row.network or self.jobs[row.job].network
 
-    def order(self) -> list[str]:
-        """The jobs that rows ask for and those that they need, each after what it needs.
+    def order(self, labels: Collection[str] = ()) -> list[str]:
+        """The jobs that the rows with these labels, or all, ask for and those that they need, each after what it needs.
 
         Raises:
-            ConfigError: jobs that need each other.
+            ConfigError: no row has such a label; jobs that need each other.
         """
+        known = [row.label for row in self.rows]
+        for label in labels:
+            if label not in known:
+                raise ConfigError(f"no row '{label}'", fix=nearest(label, known))
         found: list[str] = []
 
         def add(name: str, above: tuple[str, ...]) -> None:
@@ -107,7 +112,7 @@ class Table:
                 found.append(name)
 
         for row in self.rows:
-            if row.job:
+            if row.job and (not labels or row.label in labels):
                 add(row.job, ())
         return found
 
