@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.artifact import atomic_write, to_json
+from edgekd.artifact import atomic_write, cache_folder, to_json
 from edgekd.errors import BackendError, ConfigError, nearest
 from edgekd.runtime.preprocess import Array
 
@@ -135,18 +134,12 @@ def ranges(
     if not len(images):
         raise ConfigError("no calibration images", fix="int8 needs images of the training split: --data and --split")
     key = calibration_key(model, tensors, images, method=method)
-    path = (folder or cache_folder()) / f"{key}.json"
+    path = (folder or cache_folder("calibration")) / f"{key}.json"
     found = _read(path, key, tensors)
     if found is None:
         found = _measure(model, tensors, images, method=method, progress=progress)
         _keep(path, {"key": key, "method": method, "images": len(images), "ranges": found})
     return found
-
-
-def cache_folder() -> Path:
-    """Where calibrations are kept: `$XDG_CACHE_HOME/edgekd/calibration`, by default under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekd" / "calibration"
 
 
 def calibration_key(model: onnx.ModelProto, tensors: Sequence[str], images: Array, *, method: str) -> str:
@@ -204,7 +197,7 @@ def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
         raise BackendError(
             "calibration runs the network in ONNX Runtime, which is not installed",
             fix=f"pip install onnxruntime, or calibrate elsewhere on the same images and bring the files to "
-            f"{cache_folder()}",
+            f"{cache_folder('calibration')}",
         ) from None
     wider = onnx.ModelProto()
     wider.CopyFrom(model)

@@ -44,7 +44,7 @@ def _cpu_settings() -> dict[str, Any]:
     }
 
 
-TARGETS: dict[str, Callable[[], dict[str, Any]]] = {"cpu": _cpu_settings}
+TARGETS = ("cpu", "dla", "tensorrt")
 """What a quantised graph is made for; a graph that is fast on one target is slow or refused on another."""
 
 
@@ -71,7 +71,7 @@ def quantize(
     if target == "dla":
         return quantize_dla(model, images, method=method, progress=progress)
     if target not in TARGETS:
-        raise ConfigError(f"no quantisation target '{target}'", fix=nearest(target, [*TARGETS, "dla", "tensorrt"]))
+        raise ConfigError(f"no quantisation target '{target}'", fix=nearest(target, TARGETS))
     if not len(images):
         raise ConfigError("no calibration images", fix="int8 needs images of the training split: --data and --split")
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
@@ -86,7 +86,7 @@ def quantize(
             quant_format=QuantFormat.QDQ,
             calibrate_method={m.name.lower(): m for m in CalibrationMethod}[method],
             nodes_to_exclude=[] if heads else _head_names(ready, card),
-            **TARGETS[target](),
+            **_cpu_settings(),
         )
         quantised = onnx.load(str(out))
     del quantised.metadata_props[:]

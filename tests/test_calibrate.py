@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd import calibrate
-from edgekd.calibrate import Entropy, Histogram, MinMax, Percentile, cache_folder, divergence, ranges
+from edgekd.artifact import cache_folder
+from edgekd.calibrate import Entropy, Histogram, MinMax, Percentile, divergence, ranges
 from edgekd.errors import BackendError, ConfigError
 
 IMAGES = np.random.default_rng(0).normal(size=(20, 3, 4, 4)).astype(np.float32)
@@ -149,7 +150,7 @@ def test_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ranges(network(), ["doubled"], IMAGES, method="minmax")
     assert [f.parent for f in tmp_path.rglob("*.json")] == [tmp_path / "edgekd" / "calibration"]
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "edgekd" / "calibration"
+    assert cache_folder("calibration") == Path.home() / ".cache" / "edgekd" / "calibration"
 
 
 def test_where_nothing_can_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

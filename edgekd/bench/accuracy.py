@@ -123,6 +123,13 @@ def percent(fraction: float | None, *, digits: int = 2) -> str:
     return "n/a" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
+def plus_minus(mean: float | None, sd: float | None, *, scale: float = 100.0) -> str:
+    """`97.41 ± 0.30` of fractions; without the second if there is one run, empty if there is none."""
+    if mean is None:
+        return ""
+    return f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}")
+
+
 def text_table(results: Mapping[str, Metrics]) -> str:
     """Percent, as aligned text: one row for each result, then the rates of every class of the last one."""
     head = ["sensitivity", "specificity", "precision", "F1"]

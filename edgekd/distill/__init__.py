@@ -98,6 +98,18 @@ class Step:
     index: Tensor
     epoch: int
 
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """What goes into the student's and the teacher's deepest classifier, for a method that needs both."""
+        assert self.teacher is not None
+        assert self.student.pooled is not None
+        assert self.teacher.pooled is not None
+        return self.student.pooled, self.teacher.pooled.detach()
+
+    def stages(self) -> list[tuple[Tensor, Tensor]]:
+        """The student's and the teacher's map at each feature point, for a method that needs both."""
+        assert self.teacher is not None
+        return [(s, t.detach()) for s, t in zip(self.student.stages, self.teacher.stages)]
+
 
 @dataclass(frozen=True)
 class Shapes:

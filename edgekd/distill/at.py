@@ -3,6 +3,7 @@ arXiv 1612.03928)."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,9 +37,6 @@ def at(settings: Settings, setting: Setting) -> Loss:
     """Sum over all feature points of `attention_loss`; weight 1000 as in RepDistiller."""
 
     def loss(step: Step) -> Tensor:
-        assert step.teacher is not None
-        pairs = zip(step.student.stages, step.teacher.stages)
-        each = [attention_loss(student, teacher.detach()) for student, teacher in pairs]
-        return sum(each[1:], start=each[0])
+        return torch.stack([attention_loss(student, teacher) for student, teacher in step.stages()]).sum()
 
     return loss

@@ -62,9 +62,7 @@ class Contrast(nn.Module):
         self.register_buffer("first", count.cumsum(0) - count, persistent=False)
 
     def forward(self, step: Step) -> Tensor:
-        assert step.teacher is not None
-        views = (step.student.pooled, step.teacher.pooled)
-        each = [embed(pooled.float()) for embed, pooled in zip(self.embed, views) if pooled is not None]
+        each = [embed(pooled.float()) for embed, pooled in zip(self.embed, step.pooled())]
         embedded = F.normalize(torch.stack(each), dim=-1)  # (2, B, width)
         index = torch.cat([step.index[:, None], self.draw(step.target)], dim=1)
         similar = embedded.flip(0) @ self.bank.mT  # the student's with the teacher's bank, and the other way round

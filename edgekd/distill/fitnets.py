@@ -56,8 +56,8 @@ class Hint(nn.Module):
         return step.target.new_zeros((), dtype=torch.float32) if self.two_stages else self._hint(step)
 
     def _hint(self, step: Step) -> Tensor:
-        assert step.teacher is not None
-        return hint_loss(self.regressor(step.student.stages[self.at].float()), step.teacher.stages[self.at].detach())
+        student, teacher = step.stages()[self.at]
+        return hint_loss(self.regressor(student.float()), teacher)
 
 
 @method("fitnets", weight=WEIGHT, teacher=True, needs=("stages",))

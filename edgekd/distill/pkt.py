@@ -40,9 +40,6 @@ def pkt(settings: Settings, setting: Setting) -> Loss:
     """`neighbour_loss` on the pooled features, weight 30000 as in RepDistiller (batch 64)."""
 
     def loss(step: Step) -> Tensor:
-        assert step.teacher is not None
-        assert step.student.pooled is not None
-        assert step.teacher.pooled is not None
-        return neighbour_loss(step.student.pooled, step.teacher.pooled.detach())
+        return neighbour_loss(*step.pooled())
 
     return loss

@@ -78,9 +78,6 @@ def rkd(settings: Settings, setting: Setting) -> Loss:
     """`relation_loss` on the pooled features, weight 1 as in RepDistiller."""
 
     def loss(step: Step) -> Tensor:
-        assert step.teacher is not None
-        assert step.student.pooled is not None
-        assert step.teacher.pooled is not None
-        return relation_loss(step.student.pooled, step.teacher.pooled.detach())
+        return relation_loss(*step.pooled())
 
     return loss

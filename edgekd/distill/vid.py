@@ -52,9 +52,7 @@ class Information(nn.Module):
         self.points = nn.ModuleList(Predictor(student[0], teacher[0]) for student, teacher in pairs)
 
     def forward(self, step: Step) -> Tensor:
-        assert step.teacher is not None
-        triples = zip(self.points, step.student.stages, step.teacher.stages)
-        return torch.stack([point(student, teacher.detach()) for point, student, teacher in triples]).sum()
+        return torch.stack([point(*maps) for point, maps in zip(self.points, step.stages())]).sum()
 
 
 @method("vid", teacher=True, needs=("stages",))

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from edgekd.runtime.preprocess import Array
 from edgekd.specs import from_dict
 
 log = logging.getLogger(__name__)
+Row = TypeVar("Row", bound=np.generic)
 
 
 class Engine:
@@ -108,6 +110,11 @@ class Engine:
             return self._runners[name]
 
 
+def resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
+    """The first `size` rows, repeated from the start where there are fewer."""
+    return rows[np.arange(size) % len(rows)]
+
+
 class _HostWalk:
     """What lies between stages as arrays."""
 
@@ -120,7 +127,7 @@ class _HostWalk:
         return logits  # type: ignore[return-value]  # every backend gives float32
 
     def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
-        kept = rows[np.arange(size) % len(rows)]
+        kept = resized(rows, size)
         self._xs = [x[kept] for x in self._xs]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from edgekd.artifact import atomic_write
+from edgekd.artifact import atomic_write, cache_folder
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import Recipe, TensorRT
 from edgekd.engines.trt_graphs import is_seam, to_fp16, without_qdq
@@ -241,10 +240,9 @@ def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
 
 def timing_cache_path() -> Path:
     """One file for each GPU and TensorRT, under `$XDG_CACHE_HOME/edgekd/tensorrt`, by default in `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
     gpu = device()
     name = f"{gpu.name}-sm{gpu.sm}-{library().__version__}.timing".replace(" ", "-").replace("/", "-")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekd" / "tensorrt" / name
+    return cache_folder("tensorrt") / name
 
 
 def _read(path: Path) -> bytes:

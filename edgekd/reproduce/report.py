@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekd.artifact import SCHEMA, atomic_write, read_json, to_json
-from edgekd.bench.accuracy import aligned
+from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.bench.host import Host
 from edgekd.bench.tables import pipe_table
 from edgekd.reproduce import tables
@@ -114,14 +114,8 @@ def _rows(result: Result) -> list[list[str]]:
 
 
 def _texts(cell: Cell, both: bool) -> list[str]:
-    ours = _number(cell.mean, cell.sd)
-    return [_number(cell.printed, cell.spread), ours] if both else [ours]
-
-
-def _number(value: float | None, sd: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + ("" if sd is None else f" ± {sd:.2f}")
+    ours = plus_minus(cell.mean, cell.sd, scale=1)
+    return [plus_minus(cell.printed, cell.spread, scale=1), ours] if both else [ours]
 
 
 def _common(result: Result) -> list[str]:

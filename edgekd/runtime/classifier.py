@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.engines import Engine, open_engine
+from edgekd.engines.engine import resized
 from edgekd.errors import ConfigError, DataError, nearest
 from edgekd.runtime.images import Source, load, load_batch
 from edgekd.runtime.policy import Array, Decision, Policy, confidence, ensemble, softmax, step
@@ -19,7 +20,6 @@ from edgekd.runtime.policy import Array, Decision, Policy, confidence, ensemble,
 log = logging.getLogger(__name__)
 
 Strategy: TypeAlias = Literal["cascade", "full", "final"]
-Row = TypeVar("Row", bound=np.generic)
 One = TypeVar("One", bound=Source)
 BATCH = 32
 """Largest batch of an engine whose stages were not timed."""
@@ -155,7 +155,7 @@ class Classifier:
 
     def _at_once(self, images: Array) -> Decision:
         count, size = len(images), _padded(len(images), self._buckets)
-        logits: list[npt.NDArray[Any]] = self._graph(images if size == count else _resized(images, size))
+        logits: list[npt.NDArray[Any]] = self._graph(images if size == count else resized(images, size))
         if self.strategy == "full":
             answer = ensemble(np.stack(logits))[:count]
         else:
@@ -191,7 +191,7 @@ class Classifier:
                 if size != len(rows):  # the rows beyond `left` are waited for by nobody
                     keep = np.flatnonzero(waiting)
                     walk.keep(keep, size)
-                    keep = _resized(keep, size)
+                    keep = resized(keep, size)
                     total, rows, waiting = total[keep], rows[keep], np.arange(size) < left
                 seen = step(self.policy, exit, walk.next(), total)
                 leaving = waiting & seen.leaves
@@ -224,8 +224,3 @@ def next_batch(remaining: int, current: int, stage_ms: Mapping[int, float]) -> i
 
 def _padded(count: int, buckets: Sequence[int]) -> int:
     return next((size for size in buckets if size >= count), count)
-
-
-def _resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
-    """The first `size` rows, repeated from the start where there are fewer."""
-    return rows[np.arange(size) % len(rows)]

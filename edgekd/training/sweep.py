@@ -12,7 +12,7 @@ from typing import Any
 
 from edgekd import specs
 from edgekd.artifact import atomic_write, to_json
-from edgekd.bench.accuracy import aligned
+from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.training import run
 from edgekd.training.launch import Job, State, launch
@@ -204,12 +204,5 @@ def summary_text(found: Mapping[str, Any]) -> str:
     """Percent, as aligned text: a row for each exit."""
     rows = [[f"test, {found['n']} runs", *METRICS]]
     for e, row in found["mean"].items():
-        rows.append([e, *(plus_minus(row[m], found["sd"][e][m]) for m in METRICS)])
+        rows.append([e, *(plus_minus(row[m], found["sd"][e][m]) or "–" for m in METRICS)])
     return aligned(rows)
-
-
-def plus_minus(mean: float | None, sd: float | None, *, scale: float = 100.0) -> str:
-    """`97.41 ± 0.30` of fractions; without the second if there is one run, `–` if there is none."""
-    if mean is None:
-        return "–"
-    return f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}")
