@@ -27,7 +27,7 @@ from edgekd.engines import open_engine
 from edgekd.errors import BackendError, ConfigError
 
 TINY = Suite(batch_sizes=(1, 4), min_count=(5, 2), min_seconds=0.0, warmup_seconds=0.0, rounds=1, pool=9, threads=1,
-             variants=("cascade", "full"))  # fmt: skip
+             variants=("cascade", "no-leaving", "full"))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,14 @@ def measured(tuned: Path, split: tuple[Path, Split]) -> tuple[Record, list[tuple
 
 def test_every_variant_is_measured(measured: tuple[Record, list[tuple[int, int]]], tmp_path: Path) -> None:
     record, ticks = measured
-    assert ticks == [(1, 3), (2, 3), (3, 3)]
-    assert [v.name for v in record.variants] == ["cascade", "full", "plain"]
+    assert ticks == [(i, 4) for i in (1, 2, 3, 4)]
+    assert [v.name for v in record.variants] == ["cascade", "no-leaving", "full", "plain"]
     for v in record.variants:
         assert [len(t.samples_ms[0]) >= n for t, n in zip(v.timings, TINY.min_count)] == [True, True]
         assert v.metrics.n == len(v.answers) == len(v.exits) == 11
         assert v.memory_mib > 1
         assert v.load_ms[0] > v.first_ms[0] > 0
+        assert [len(turns) for turns in v.turns_ms] == ([2] if v.name == "no-leaving" else [])
     assert len(record.preprocess_ms) == 11
     assert {t.name.split()[0] for t in record.targets} >= {"cascade", "Python"}
     write_record(tmp_path / "record.json", record)

@@ -10,7 +10,7 @@ import pytest
 
 from edgekd.bench import energy
 from edgekd.bench.host import host
-from edgekd.bench.latency import rotate, summarise, variation
+from edgekd.bench.latency import TURN, rotate, summarise, take_turns, variation
 
 
 def test_summary_by_hand() -> None:
@@ -69,6 +69,18 @@ def test_rotation_asks_in_turn_until_time_and_count_are_reached() -> None:
     many, _ = rotate(query, queries, seconds=0.05, count=1)
     assert sum(many) <= 0.06 * 1000
     assert len(many) > 7
+
+
+def test_turns_give_every_way_the_same_queries() -> None:
+    asked: list[list[int]] = [[], []]
+    ways = [lambda x, own=own: own.append(int(x[0])) or 0 for own in asked]  # type: ignore[func-returns-value]
+    queries = [np.array([i]) for i in range(7)]
+    samples = take_turns(ways, queries, seconds=0)
+    assert [len(own) for own in samples] == [TURN, TURN]
+    assert asked[0] == asked[1] == [i % 7 for i in range(TURN)]
+    samples = take_turns(ways, queries, seconds=0.01)
+    assert len(samples[0]) == len(samples[1]) > TURN
+    assert asked[0][TURN : 3 * TURN] == [i % 7 for i in range(2 * TURN)]
 
 
 def test_memory_grows_with_what_is_held() -> None:

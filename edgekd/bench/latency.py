@@ -16,6 +16,8 @@ UNSTABLE = 0.025
 """Coefficient of variation above which a result is called unstable."""
 P99_FROM = 1000
 """Samples below which no 99th percentile is given."""
+TURN = 10
+"""Queries of one way of answering before it is the next one's turn."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,19 @@ def rotate(
         samples.append((clock() - start) / 1e6)
         exits.append(exit_)
     return samples, exits
+
+
+def take_turns(
+    ways: Sequence[Callable[[Array], int]], queries: Sequence[Array], *, seconds: float
+) -> tuple[tuple[float, ...], ...]:
+    """Latencies (ms) of several ways on the same queries, some queries each at a time, until `seconds` passed.
+
+    What else the machine does slows all of them alike, so their ratio is worth more than that of two processes.
+    """
+    samples: list[list[float]] = [[] for _ in ways]
+    end = time.perf_counter() + seconds
+    while not samples[0] or time.perf_counter() < end:
+        turn = [queries[(len(samples[0]) + i) % len(queries)] for i in range(TURN)]
+        for way, own in zip(ways, samples):
+            own += rotate(way, turn, seconds=0, count=TURN)[0]
+    return tuple(tuple(round(s, 4) for s in own) for own in samples)

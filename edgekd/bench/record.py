@@ -44,7 +44,8 @@ class Variant:
     network, engine: what answered and what ran it. against: another model, not the engine under test.
     answers, exits: class index and exit of every test image. load_ms: opening the engine; first_ms: its first query.
     before_mib: resident memory before loading, test images included; peak_mib: the process's highest.
-    overhead_ms: median of a query at batch 1 minus the time inside the compiled graphs.
+    overhead_ms: median of a query at batch 1 minus the time inside the compiled graphs. turns_ms: a round's samples of
+    no-leaving and of full, taken in turns in one process; empty for other variants.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Variant:
     peak_mib: tuple[float, ...]
     overhead_ms: float
     size_mib: float
+    turns_ms: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
     @property
     def memory_mib(self) -> float:

@@ -200,6 +200,7 @@ def _job(entry: Entry, suite: Suite, images: Path, turn: int, watts: float | Non
         pool=suite.pool,
         round=turn,
         idle_watts=watts,
+        beside=variants.BESIDE.get(entry.kind, ""),
     )
 
 
@@ -244,6 +245,7 @@ def _variant(
         before_mib=tuple(o.before_mib for o in outcomes),
         peak_mib=tuple(o.peak_mib for o in outcomes),
         overhead_ms=outcomes[0].overhead_ms or 0.0,
+        turns_ms=tuple(o.turns_ms for o in outcomes if o.turns_ms),
         size_mib=variants.size_mib(entry.engine, entry.path, entry.kind),
     )
 

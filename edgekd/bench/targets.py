@@ -27,9 +27,10 @@ def targets(record: Record) -> tuple[Target, ...]:
     if cascade and full:
         drop = 100 * (full.metrics.accuracy - cascade.metrics.accuracy)
         found.append(_at_most("cascade's accuracy below that of all exits together", drop, "points", ACCURACY_DROP))
-    if never and full:
-        value, rounds = ratio(never, full)
-        found.append(_at_most("cascade that nobody leaves / monolithic engine", value, "×", STAGED, rounds))
+    if never:
+        rounds = tuple(fmean(staged) / fmean(whole) for staged, whole in never.turns_ms)
+        name = "cascade that nobody leaves / monolithic engine, in turns"
+        found.append(_at_most(name, fmean(rounds), "×", STAGED, rounds))
     return tuple(found)
 
 

@@ -22,6 +22,8 @@ from edgekd.runtime.preprocess import Array
 
 Group: TypeAlias = Literal["exits", "cascade", "no-leaving", "full", "final"]
 Answer: TypeAlias = Callable[[Array], Decision]
+BESIDE = {"no-leaving": "full"}
+"""Ways of answering that are also timed in turns with another one, for a ratio near 1."""
 
 
 def kinds(card: Card, groups: Sequence[Group]) -> list[str]:

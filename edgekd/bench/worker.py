@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgekd.artifact import read_json, to_json
 from edgekd.bench import energy
-from edgekd.bench.latency import rotate
+from edgekd.bench.latency import rotate, take_turns
 from edgekd.bench.memory import peak_mib, resident_mib
 from edgekd.bench.variants import Answer, answerer, overhead_ms
 from edgekd.engines import open_engine
@@ -30,6 +30,7 @@ class Job:
     """What to measure. images: an .npy of all test images; pool: how many of them are kept in memory and rotated.
 
     round: seeds the choice and order of the pool. Accuracy and overhead are measured in round 0 only.
+    beside: another way of answering that is timed in turns with this one; empty for none.
     """
 
     engine: str
@@ -43,6 +44,7 @@ class Job:
     pool: int
     round: int
     idle_watts: float | None
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job; round 0 leaves probabilities.npy (N, C) and exits.npy (N,) beside it."""
+    """What came of a job; round 0 leaves probabilities.npy (N, C) and exits.npy (N,) beside it.
+
+    turns_ms: samples of this way and of the one beside it, at batch 1.
+    """
 
     load_ms: float
     first_ms: float
@@ -64,6 +69,7 @@ class Outcome:
     peak_mib: float
     batches: tuple[Batch, ...]
     overhead_ms: float | None
+    turns_ms: tuple[tuple[float, ...], ...] = ()
 
 
 def run(job: Job, out: Path) -> Outcome:
@@ -81,7 +87,8 @@ def run(job: Job, out: Path) -> Outcome:
     if job.round == 0:
         around = overhead_ms(engine, job.kind, cut(pool, 1)[:OVERHEAD_QUERIES])
         _answer_all(answer, images, out)
-    return Outcome((loaded - start) / 1e6, (first - loaded) / 1e6, before, peak, batches, around)
+    turns = _turns(answer, answerer(engine, job.beside), pool, job) if job.beside else ()
+    return Outcome((loaded - start) / 1e6, (first - loaded) / 1e6, before, peak, batches, around, turns)
 
 
 def take(images: Array, count: int, *, seed: int) -> Array:
@@ -96,10 +103,18 @@ def cut(pool: Array, batch: int) -> list[Array]:
     return [pool[i : i + batch] for i in range(0, len(pool) - batch + 1, batch)]
 
 
-def _measure(answer: Answer, pool: Array, job: Job, at: int) -> Batch:
-    def query(x: Array) -> int:
-        return int(answer(x).exits[0])
+def _query(answer: Answer) -> Callable[[Array], int]:
+    return lambda x: int(answer(x).exits[0])
 
+
+def _turns(answer: Answer, beside: Answer, pool: Array, job: Job) -> tuple[tuple[float, ...], ...]:
+    ways, queries = [_query(answer), _query(beside)], cut(pool, 1)
+    take_turns(ways, queries, seconds=job.warmup_seconds)
+    return take_turns(ways, queries, seconds=2 * job.min_seconds)
+
+
+def _measure(answer: Answer, pool: Array, job: Job, at: int) -> Batch:
+    query = _query(answer)
     batch, queries = job.batch_sizes[at], cut(pool, job.batch_sizes[at])
     rotate(query, queries, seconds=job.warmup_seconds, count=1)
     packages = energy.domains() if job.idle_watts is not None else []
