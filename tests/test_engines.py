@@ -134,6 +134,20 @@ def test_threads_may_share_an_engine(engine_path: Path, threads: int | None) -> 
     assert all(np.array_equal(result[:, 0], want[:, i % 12]) for i, result in enumerate(results))
 
 
+def test_linked_stages_go_on_as_arrays_when_rows_leave(student_onnx: Path, tmp_path: Path) -> None:
+    recipe = Recipe("fp32", batch_sizes=(1,), static_batch_sizes=(1, 4))
+    compile_engine(student_onnx, tmp_path / "e", recipe=recipe, backend="openvino", calibration=None, validation=None)
+    engine = open_engine(tmp_path / "e")
+    walker, want = engine.walker(), engine.logits(IMAGES[:8])
+    for start in (0, 4, 0):  # the same requests again, and nothing of the batch before is left
+        with walker(IMAGES[start : start + 4]) as walk:
+            first = walk.next()
+            walk.keep(np.array([1, 3]), 3)
+            second = [walk.next()[:2] for _ in range(3)]
+        np.testing.assert_allclose(first, want[0, start : start + 4], atol=1e-5)
+        np.testing.assert_allclose(second, want[1:, [start + 1, start + 3]], atol=1e-5)
+
+
 def test_precision_is_read_back(engine_path: Path) -> None:
     precision = read_manifest(engine_path).precision
     assert precision["int8"] == pytest.approx(42 / 58)  # 42 convolutions of 58 layers; 16 small linear ones are float

@@ -46,7 +46,8 @@ Decider: TypeAlias = Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.fl
 
 
 class Backend(Protocol):
-    """What every backend module has. `TARGET` is the kind of quantised graph that it runs well.
+    """What every backend module has. `TARGET` is the kind of quantised graph that it runs well; `ANY_BATCH` whether it
+    runs batches larger than the recipe's.
 
     Some have more: `walker(stages) -> Walker` keeps what lies between stages to itself, `decider(stages, policy) ->
     Decider` also the decision to leave, `here() -> dict` is what of this machine an engine depends on besides the
@@ -56,6 +57,7 @@ class Backend(Protocol):
     SUFFIX: str
     EXTRA: str
     TARGET: str
+    ANY_BATCH: bool
 
     def version(self) -> str | None:
         """The installed version; None if it is not installed."""

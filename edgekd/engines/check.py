@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.engines.backends import find_backend
+from edgekd.engines.backends import Walker, find_backend
 from edgekd.engines.engine import Engine
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, GateError
@@ -124,17 +124,18 @@ def stage_times(
 
 def _round_times(engine: Engine, batch: Array) -> list[float]:
     """Median milliseconds of every stage and of the monolithic graph, taken in turns."""
+    walker = engine.walker()
     for _ in range(WARM_UP):
-        _one_round(engine, batch)
+        _one_round(engine, walker, batch)
     rounds: list[list[float]] = []
     end = time.perf_counter() + TIMING_S
     while len(rounds) < 3 or time.perf_counter() < end:
-        rounds.append(_one_round(engine, batch))
+        rounds.append(_one_round(engine, walker, batch))
     return [1e3 * statistics.median(column) for column in zip(*rounds)]
 
 
-def _one_round(engine: Engine, batch: Array) -> list[float]:
-    walker, clock = engine.walker(), [time.perf_counter()]
+def _one_round(engine: Engine, walker: Walker, batch: Array) -> list[float]:
+    clock = [time.perf_counter()]
     with walker(batch) as walk:
         for _ in engine.card.exits:
             walk.next()

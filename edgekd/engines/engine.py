@@ -115,7 +115,7 @@ def resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
     return rows[np.arange(size) % len(rows)]
 
 
-class _HostWalk:
+class HostWalk:
     """What lies between stages as arrays."""
 
     def __init__(self, stages: Sequence[Runner], images: Array) -> None:
@@ -134,7 +134,7 @@ class _HostWalk:
 def _host_walker(stages: Sequence[Runner]) -> Walker:
     @contextlib.contextmanager
     def walk(images: Array) -> Iterator[Walk]:
-        yield _HostWalk(stages, images)
+        yield HostWalk(stages, images)
 
     return walk
 
@@ -172,7 +172,6 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
     def load(name: str) -> Runner:
         return backend.load(folder / f"{name}{backend.SUFFIX}", recipe=recipe, threads=threads)
 
-    make_walker = getattr(backend, "walker", None)
     return Engine(
         manifest.card,
         load,
@@ -180,9 +179,9 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
         precision=recipe.name,
         threads=threads,
         manifest=manifest,
-        make_walker=make_walker,
+        make_walker=getattr(backend, "walker", None),
         make_decider=getattr(backend, "decider", None),
-        largest_batch=max(recipe.batch_sizes) if make_walker else None,
+        largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
     )
 
 

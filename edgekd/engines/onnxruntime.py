@@ -18,6 +18,7 @@ from edgekd.errors import BackendError
 SUFFIX = ".onnx"
 EXTRA = "cpu"
 TARGET = "cpu"
+ANY_BATCH = True
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _INT8 = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 

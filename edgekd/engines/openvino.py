@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.engines.backends import refused, shares
+from edgekd.engines.backends import Walk, Walker, refused, shares
+from edgekd.engines.engine import HostWalk
 from edgekd.engines.host import default_threads
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError
+from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".xml"
 EXTRA = "cpu"
 TARGET = "cpu"
+ANY_BATCH = True
 _LAYERS = ("Convolution", "FullyConnected", "MatMul")
 _NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
@@ -70,13 +74,13 @@ class _Runner:
 
         self._tensor = openvino.Tensor
         self._compile_for = compile_for
-        self._static = frozenset(static)
+        self.static = frozenset(static)
         self._compiled: dict[int | None, Any] = {}
         self._lock = threading.Lock()
         self._own = _Own()
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        size = len(xs[0]) if len(xs[0]) in self._static else None
+        size = len(xs[0]) if len(xs[0]) in self.static else None
         request, outputs = self._request(size)
         # OpenVINO reads an array where it lies: it takes writeable, contiguous ones only, and keeps no hold on them.
         held = [x if x.flags.carray else x.copy() for x in xs]
@@ -88,12 +92,79 @@ class _Runner:
     def _request(self, size: int | None) -> tuple[Any, range]:
         requests = self._own.requests
         if size not in requests:
-            with self._lock:
-                if size not in self._compiled:
-                    self._compiled[size] = self._compile_for(size)
-            compiled = self._compiled[size]
-            requests[size] = compiled.create_infer_request(), range(len(compiled.outputs))
+            requests[size] = self.request(size)
         return requests[size]
+
+    def request(self, size: int | None) -> tuple[Any, range]:
+        """A new infer request and the indices of its outputs."""
+        with self._lock:
+            if size not in self._compiled:
+                self._compiled[size] = self._compile_for(size)
+        compiled = self._compiled[size]
+        return compiled.create_infer_request(), range(len(compiled.outputs))
+
+
+class _Linked:
+    """Requests of all stages for one batch size, each of which reads where the one before it writes."""
+
+    def __init__(self, stages: Sequence[_Runner], size: int) -> None:
+        requests = [stage.request(size) for stage in stages]
+        for (before, outputs), (after, _) in itertools.pairwise(requests):
+            for i in outputs[1:]:
+                after.set_input_tensor(i - 1, before.get_output_tensor(i))
+        self.requests = [request for request, _ in requests]
+        self.logits: list[Array] = [request.get_output_tensor(0).data for request in self.requests]
+        self.images: Array = self.requests[0].get_input_tensor(0).data
+        self.boundaries = [[request.get_output_tensor(i).data for i in outputs[1:]] for request, outputs in requests]
+
+
+class _LinkedWalk(HostWalk):
+    """Nothing is moved between stages until rows are left out; from there on as arrays."""
+
+    def __init__(self, stages: Sequence[_Runner], images: Array, linked: _Linked) -> None:
+        super().__init__(stages, images)
+        self._at = 0
+        self._linked: _Linked | None = linked
+        linked.images[...] = images
+
+    def next(self) -> Array:
+        if self._linked is None:
+            return super().next()
+        next(self._ahead)
+        self._linked.requests[self._at].infer(share_outputs=True)
+        self._at += 1
+        logits: Array = self._linked.logits[self._at - 1].copy()
+        return logits
+
+    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+        if self._linked is not None:
+            self._xs = [*self._linked.boundaries[self._at - 1]]
+            self._linked = None
+        super().keep(rows, size)
+
+
+class _OwnLinked(threading.local):
+    """Each thread's own linked requests, by batch size."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, _Linked] = {}
+
+
+def walker(stages: Sequence[_Runner]) -> Walker:
+    """Batches of a static size go through linked requests, others as arrays. A thread walks one batch at a time."""
+    own = _OwnLinked()
+
+    @contextlib.contextmanager
+    def walk(images: Array) -> Iterator[Walk]:
+        size = len(images)
+        if size not in stages[0].static:
+            yield HostWalk(stages, images)
+            return
+        if size not in own.sizes:
+            own.sizes[size] = _Linked(stages, size)
+        yield _LinkedWalk(stages, images, own.sizes[size])
+
+    return walk
 
 
 def load(path: Path, *, recipe: Recipe, threads: int) -> _Runner:
