@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekd.artifact import Card, Manifest, read_manifest, read_onnx
 from edgekd.engines import onnxruntime
-from edgekd.engines.backends import Decider, Runner, Walk, Walker, find_backend
+from edgekd.engines.backends import Decider, Runner, Walker, find_backend
 from edgekd.engines.graphs import graph, with_shapes
 from edgekd.engines.host import default_threads, host
 from edgekd.engines.recipe import Recipe
+from edgekd.engines.walks import host_walker
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Array
 from edgekd.specs import from_dict
 
 log = logging.getLogger(__name__)
-Row = TypeVar("Row", bound=np.generic)
 
 
 class Engine:
@@ -54,7 +51,7 @@ class Engine:
         self.threads = threads
         self.largest_batch = largest_batch
         self._load = load
-        self._make_walker = make_walker or _host_walker
+        self._make_walker = make_walker or host_walker
         self._make_decider = make_decider
         self._runners: dict[str, Runner] = {}
         self._lock = threading.Lock()
@@ -110,35 +107,6 @@ class Engine:
             return self._runners[name]
 
 
-def resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
-    """The first `size` rows, repeated from the start where there are fewer."""
-    return rows[np.arange(size) % len(rows)]
-
-
-class HostWalk:
-    """What lies between stages as arrays."""
-
-    def __init__(self, stages: Sequence[Runner], images: Array) -> None:
-        self._ahead = iter(stages)
-        self._xs: list[npt.NDArray[np.generic]] = [images]
-
-    def next(self) -> Array:
-        logits, *self._xs = next(self._ahead)(*self._xs)
-        return logits  # type: ignore[return-value]  # every backend gives float32
-
-    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
-        kept = resized(rows, size)
-        self._xs = [x[kept] for x in self._xs]
-
-
-def _host_walker(stages: Sequence[Runner]) -> Walker:
-    @contextlib.contextmanager
-    def walk(images: Array) -> Iterator[Walk]:
-        yield HostWalk(stages, images)
-
-    return walk
-
-
 def open_engine(path: Path, *, threads: int | None = None) -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
@@ -161,7 +129,8 @@ def open_engine(path: Path, *, threads: int | None = None) -> Engine:
         data = graph(model, card, name=name).SerializeToString()
         return onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads)
 
-    return Engine(card, load, backend="onnxruntime", precision="fp32", threads=threads)
+    walker = onnxruntime.walker
+    return Engine(card, load, backend="onnxruntime", precision="fp32", threads=threads, make_walker=walker)
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.engines.backends import refused, shares
+from edgekd.engines.backends import Walker, refused, shares
 from edgekd.engines.recipe import Recipe
+from edgekd.engines.walks import Arrays, Linked, linked_walker
 from edgekd.errors import BackendError
+from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".onnx"
 EXTRA = "cpu"
@@ -47,12 +50,41 @@ def build(
 
 class _Runner:
     def __init__(self, session: Any) -> None:
+        self._session = session
         self._run = session.run
         self._inputs = [i.name for i in session.get_inputs()]
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         outputs: list[npt.NDArray[np.generic]] = self._run(None, dict(zip(self._inputs, xs)))
         return outputs
+
+    def bound(self, read: Arrays, written: Arrays) -> Callable[[], object]:
+        """A call that reads from and writes to these arrays, which have to stay where they are."""
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        for name, x in zip(self._inputs, read):
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(x))
+        for output, x in zip(self._session.get_outputs(), written):
+            binding.bind_ortvalue_output(output.name, OrtValue.ortvalue_from_numpy(x))
+        return functools.partial(self._session.run_with_iobinding, binding)
+
+
+def walker(stages: Sequence[Any]) -> Walker:
+    """Links the stages for one image at a time."""
+
+    def link(images: Array) -> Linked:
+        made = Linked(images.copy(), [], [], [])
+        read: Arrays = [made.images]
+        for stage in stages:
+            logits, *boundary = stage(*read)
+            made.run.append(stage.bound(read, [logits, *boundary]))
+            made.logits.append(logits)
+            made.boundaries.append(boundary)
+            read = boundary
+        return made
+
+    return linked_walker(stages, link, lambda size: size == 1)
 
 
 def load(path: Path | bytes, *, recipe: Recipe, threads: int) -> _Runner:  # the graph says it all

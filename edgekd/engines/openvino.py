@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.engines.backends import Walk, Walker, refused, shares
-from edgekd.engines.engine import HostWalk
+from edgekd.engines.backends import Walker, refused, shares
 from edgekd.engines.host import default_threads
 from edgekd.engines.recipe import Recipe
+from edgekd.engines.walks import Linked, linked_walker
 from edgekd.errors import BackendError
 from edgekd.runtime.preprocess import Array
 
@@ -104,67 +105,22 @@ class _Runner:
         return compiled.create_infer_request(), range(len(compiled.outputs))
 
 
-class _Linked:
-    """Requests of all stages for one batch size, each of which reads where the one before it writes."""
+def walker(stages: Sequence[_Runner]) -> Walker:
+    """Links the stages for static batch sizes."""
 
-    def __init__(self, stages: Sequence[_Runner], size: int) -> None:
-        requests = [stage.request(size) for stage in stages]
+    def link(images: Array) -> Linked:
+        requests = [stage.request(len(images)) for stage in stages]
         for (before, outputs), (after, _) in itertools.pairwise(requests):
             for i in outputs[1:]:
                 after.set_input_tensor(i - 1, before.get_output_tensor(i))
-        self.requests = [request for request, _ in requests]
-        self.logits: list[Array] = [request.get_output_tensor(0).data for request in self.requests]
-        self.images: Array = self.requests[0].get_input_tensor(0).data
-        self.boundaries = [[request.get_output_tensor(i).data for i in outputs[1:]] for request, outputs in requests]
+        return Linked(
+            images=requests[0][0].get_input_tensor(0).data,
+            run=[functools.partial(request.infer, share_outputs=True) for request, _ in requests],
+            logits=[request.get_output_tensor(0).data for request, _ in requests],
+            boundaries=[[request.get_output_tensor(i).data for i in outputs[1:]] for request, outputs in requests],
+        )
 
-
-class _LinkedWalk(HostWalk):
-    """Nothing is moved between stages until rows are left out; from there on as arrays."""
-
-    def __init__(self, stages: Sequence[_Runner], images: Array, linked: _Linked) -> None:
-        super().__init__(stages, images)
-        self._at = 0
-        self._linked: _Linked | None = linked
-        linked.images[...] = images
-
-    def next(self) -> Array:
-        if self._linked is None:
-            return super().next()
-        next(self._ahead)
-        self._linked.requests[self._at].infer(share_outputs=True)
-        self._at += 1
-        logits: Array = self._linked.logits[self._at - 1].copy()
-        return logits
-
-    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
-        if self._linked is not None:
-            self._xs = [*self._linked.boundaries[self._at - 1]]
-            self._linked = None
-        super().keep(rows, size)
-
-
-class _OwnLinked(threading.local):
-    """Each thread's own linked requests, by batch size."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[int, _Linked] = {}
-
-
-def walker(stages: Sequence[_Runner]) -> Walker:
-    """Batches of a static size go through linked requests, others as arrays. A thread walks one batch at a time."""
-    own = _OwnLinked()
-
-    @contextlib.contextmanager
-    def walk(images: Array) -> Iterator[Walk]:
-        size = len(images)
-        if size not in stages[0].static:
-            yield HostWalk(stages, images)
-            return
-        if size not in own.sizes:
-            own.sizes[size] = _Linked(stages, size)
-        yield _LinkedWalk(stages, images, own.sizes[size])
-
-    return walk
+    return linked_walker(stages, link, stages[0].static.__contains__)
 
 
 def load(path: Path, *, recipe: Recipe, threads: int) -> _Runner:

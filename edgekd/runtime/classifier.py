@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.engines import Engine, open_engine
-from edgekd.engines.engine import resized
+from edgekd.engines.walks import resized
 from edgekd.errors import ConfigError, DataError, nearest
 from edgekd.runtime.images import Source, load, load_batch
 from edgekd.runtime.policy import Array, Decision, Policy, confidence, ensemble, softmax, step

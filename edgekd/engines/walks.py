@@ -1,0 +1,114 @@
+"""Batches on their way through stages whose tensors lie in host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.engines.backends import Runner, Walk, Walker
+from edgekd.runtime.preprocess import Array
+
+Row = TypeVar("Row", bound=np.generic)
+Arrays = list[npt.NDArray[np.generic]]
+
+
+def resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
+    """The first `size` rows, repeated from the start where there are fewer."""
+    return rows[np.arange(size) % len(rows)]
+
+
+class HostWalk:
+    """What lies between stages as arrays, which every stage returns and the next one is given."""
+
+    def __init__(self, stages: Sequence[Runner], xs: Arrays) -> None:
+        self._ahead = iter(stages)
+        self._xs = xs
+
+    def next(self) -> Array:
+        logits, *self._xs = next(self._ahead)(*self._xs)
+        return logits  # type: ignore[return-value]  # every backend gives float32
+
+    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+        kept = resized(rows, size)
+        self._xs = [x[kept] for x in self._xs]
+
+
+def host_walker(stages: Sequence[Runner]) -> Walker:
+    """A walker for any backend and batch."""
+
+    @contextlib.contextmanager
+    def walk(images: Array) -> Iterator[Walk]:
+        yield HostWalk(stages, [images])
+
+    return walk
+
+
+@dataclass(frozen=True)
+class Linked:
+    """Stages for one batch size, each of which reads where the one before it writes: nothing is moved or set between.
+
+    images: (N, 3, H, W), for the caller to write. run: a call for each stage, which leaves its logits (N, C) and the
+    tensors of its boundary.
+    """
+
+    images: Array
+    run: list[Callable[[], object]]
+    logits: list[npt.NDArray[np.generic]]
+    boundaries: list[Arrays]
+
+
+class _LinkedWalk:
+    """Through linked stages until rows are left out; from there on as arrays."""
+
+    def __init__(self, stages: Sequence[Runner], linked: Linked) -> None:
+        self._stages = stages
+        self._linked = linked
+        self._at = 0
+        self._rest: HostWalk | None = None
+
+    def next(self) -> Array:
+        if self._rest:
+            return self._rest.next()
+        self._linked.run[self._at]()
+        self._at += 1
+        logits: Array = self._linked.logits[self._at - 1].copy()
+        return logits
+
+    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+        if not self._rest:
+            self._rest = HostWalk(self._stages[self._at :], self._linked.boundaries[self._at - 1])
+        self._rest.keep(rows, size)
+
+
+class _Own(threading.local):
+    """Each thread's own linked stages, by batch size."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, Linked] = {}
+
+
+def linked_walker(stages: Sequence[Runner], link: Callable[[Array], Linked], fits: Callable[[int], bool]) -> Walker:
+    """Batches of a size that `fits` go through linked stages, others as arrays. A thread walks one batch at a time.
+
+    link: makes linked stages for batches like the given images.
+    """
+    own = _Own()
+
+    @contextlib.contextmanager
+    def walk(images: Array) -> Iterator[Walk]:
+        size = len(images)
+        if not fits(size):
+            yield HostWalk(stages, [images])
+            return
+        if size not in own.sizes:
+            own.sizes[size] = link(images)
+        own.sizes[size].images[...] = images
+        yield _LinkedWalk(stages, own.sizes[size])
+
+    return walk
