@@ -9,7 +9,7 @@ set -euo pipefail
 data=$1 weights=$2 out=$3
 mkdir -p "$out/results"
 
-one() { # NAME GROUP CALIBRATION_IMAGES [BENCH OPTIONS]
+one() { # NAME GROUP CALIBRATION_IMAGES
     local plain=$out/plain-$1 student=$out/student-$1 engine=$out/student-$1.engine split=$out/student-$1/split.json
     edgekd train --data "$data" --model resnet18 --weights "$weights/resnet18.safetensors" --epochs 20 --group "$2" \
         --out "$plain" --resume
@@ -24,7 +24,7 @@ one() { # NAME GROUP CALIBRATION_IMAGES [BENCH OPTIONS]
     edgekd compile "$out/student-$1.onnx" --recipe int8 --set "calibration_images=$3" --data "$data" --split "$split" --out "$engine"
     edgekd tune "$engine" --data "$data" --split "$split" --max-accuracy-drop 0.3
     edgekd bench "$engine" --suite full --data "$data" --split "$split" \
-        --against plain-resnet18="$out/plain-$1.onnx" "${@:4}" --out "$out/results/sipakmed-$1.json"
+        --against plain-resnet18="$out/plain-$1.onnx" --out "$out/results/sipakmed-$1.json"
     python - "$out/results/sipakmed-$1" <<'PY'
 import sys
 from pathlib import Path
@@ -39,6 +39,5 @@ PY
 edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safetensors" --epochs 12 --set lr=0.01 \
     --out "$out/resnet50-random" --resume
 edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"
-edgekd export "$out/resnet50-random" --out "$out/resnet50-random.onnx"
-one random none 256 --against resnet50="$out/resnet50-random.onnx"
+one random none 256
 one grouped cluster 512
