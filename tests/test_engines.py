@@ -139,6 +139,9 @@ def test_linked_stages_go_on_as_arrays_when_rows_leave(student_onnx: Path, tmp_p
     compile_engine(student_onnx, tmp_path / "e", recipe=recipe, backend="openvino", calibration=None, validation=None)
     engine = open_engine(tmp_path / "e")
     walker, want = engine.walker(), engine.logits(IMAGES[:8])
+    with walker(IMAGES[:4]) as walk:
+        walk.keep(np.array([2]), 1)  # before the first stage, too
+        np.testing.assert_allclose(walk.next(), want[0, 2:3], atol=1e-5)
     for start in (0, 4, 0):  # the same requests again, and nothing of the batch before is left
         with walker(IMAGES[start : start + 4]) as walk:
             first = walk.next()

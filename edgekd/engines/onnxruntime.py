@@ -74,14 +74,12 @@ def walker(stages: Sequence[Any]) -> Walker:
     """Links the stages for one image at a time."""
 
     def link(images: Array) -> Linked:
-        made = Linked(images.copy(), [], [], [])
-        read: Arrays = [made.images]
-        for stage in stages:
+        made = Linked([[images.copy()]], [], [])
+        for stage, read in zip(stages, made.read):  # which grows
             logits, *boundary = stage(*read)
             made.run.append(stage.bound(read, [logits, *boundary]))
             made.logits.append(logits)
-            made.boundaries.append(boundary)
-            read = boundary
+            made.read.append(boundary)
         return made
 
     return linked_walker(stages, link, lambda size: size == 1)

@@ -114,10 +114,9 @@ def walker(stages: Sequence[_Runner]) -> Walker:
             for i in outputs[1:]:
                 after.set_input_tensor(i - 1, before.get_output_tensor(i))
         return Linked(
-            images=requests[0][0].get_input_tensor(0).data,
+            read=[[r.get_input_tensor(i).data for i in range(len(r.model_inputs))] for r, _ in requests],
             run=[functools.partial(request.infer, share_outputs=True) for request, _ in requests],
             logits=[request.get_output_tensor(0).data for request, _ in requests],
-            boundaries=[[request.get_output_tensor(i).data for i in outputs[1:]] for request, outputs in requests],
         )
 
     return linked_walker(stages, link, stages[0].static.__contains__)

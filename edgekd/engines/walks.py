@@ -53,14 +53,13 @@ def host_walker(stages: Sequence[Runner]) -> Walker:
 class Linked:
     """Stages for one batch size, each of which reads where the one before it writes: nothing is moved or set between.
 
-    images: (N, 3, H, W), for the caller to write. run: a call for each stage, which leaves its logits (N, C) and the
-    tensors of its boundary.
+    read: what each stage reads; images (N, 3, H, W), for the caller to write, are what the first one does.
+    run: a call for each stage, which leaves its logits (N, C) in `logits`.
     """
 
-    images: Array
+    read: list[Arrays]
     run: list[Callable[[], object]]
     logits: list[npt.NDArray[np.generic]]
-    boundaries: list[Arrays]
 
 
 class _LinkedWalk:
@@ -82,7 +81,7 @@ class _LinkedWalk:
 
     def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
         if not self._rest:
-            self._rest = HostWalk(self._stages[self._at :], self._linked.boundaries[self._at - 1])
+            self._rest = HostWalk(self._stages[self._at :], self._linked.read[self._at])
         self._rest.keep(rows, size)
 
 
@@ -108,7 +107,8 @@ def linked_walker(stages: Sequence[Runner], link: Callable[[Array], Linked], fit
             return
         if size not in own.sizes:
             own.sizes[size] = link(images)
-        own.sizes[size].images[...] = images
-        yield _LinkedWalk(stages, own.sizes[size])
+        linked = own.sizes[size]
+        linked.read[0][0][...] = images
+        yield _LinkedWalk(stages, linked)
 
     return walk
