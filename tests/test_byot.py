@@ -7,29 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from exits import SETTING, outputs, step
 
-from edgekd.distill import Criterion, Setting, Settings, Shapes, Step, View, names
+from edgekd.distill import Criterion, Settings, names
 from edgekd.distill.byot import be_your_own_teacher, soft_ce
 from edgekd.errors import ConfigError
 from edgekd.models.multi_exit import Outputs
 
 LN3 = math.log(3.0)
-SETTING = Setting(Shapes(exits=3))
-
-
-def outputs(batch: int = 6, *, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Outputs:
-    """Three exits, 5 classes, 8 features."""
-    generator = torch.Generator().manual_seed(1)
-
-    def tensor(width: int) -> Tensor:
-        return (torch.randn(batch, width, generator=generator) * scale).to(dtype).requires_grad_()
-
-    return Outputs(tuple(tensor(5) for _ in range(3)), tuple(tensor(8) for _ in range(3)), ())
-
-
-def step(out: Outputs, target: Tensor) -> Step:
-    return Step(View(out), None, target, torch.arange(len(target)), 0)
 
 
 def test_soft_ce_by_hand() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exits import SETTING, outputs, step
 from torch import Tensor, nn
 
 from edgekd.artifact import Card
-from edgekd.distill import Criterion, Setting, Settings, Shapes, Step, View, names
+from edgekd.distill import Criterion, Setting, Settings, Shapes, names
 from edgekd.distill.scan import scan_loss
 from edgekd.errors import ConfigError
 from edgekd.export import exits_of, export
@@ -22,7 +23,6 @@ from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
 
 LN3 = math.log(3.0)
-SETTING = Setting(Shapes(exits=3))
 
 
 def test_parameters_of_the_published_code() -> None:
@@ -97,20 +97,6 @@ def test_exported_and_cut(tmp_path: Path) -> None:
     card = Card("scan-resnet18", tuple("abcde"), Preprocess(45), exits, Policy((1.0,) * 3))
     images = np.random.default_rng(0).normal(size=(3, 3, 45, 45)).astype(np.float32)
     assert export(net, card, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5
-
-
-def outputs(batch: int = 6, *, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Outputs:
-    """Three exits, 5 classes, 8 features."""
-    generator = torch.Generator().manual_seed(1)
-
-    def tensor(width: int) -> Tensor:
-        return (torch.randn(batch, width, generator=generator) * scale).to(dtype).requires_grad_()
-
-    return Outputs(tuple(tensor(5) for _ in range(3)), tuple(tensor(8) for _ in range(3)), ())
-
-
-def step(out: Outputs, target: Tensor) -> Step:
-    return Step(View(out), None, target, torch.arange(len(target)), 0)
 
 
 def test_loss_by_hand() -> None:
