@@ -67,7 +67,10 @@ def train(
     fabric.barrier()
     if not fabric.is_global_zero:
         task = _task(data, read_split(out), protocol=protocol, teacher=teacher, fabric=fabric)
-    return fit(fabric, task, out=out, resume=resume, progress=progress)
+    rows = fit(fabric, task, out=out, resume=resume, progress=progress)
+    if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter: it would abort now and then
+        torch.distributed.destroy_process_group()
+    return rows
 
 
 def _split(
