@@ -51,11 +51,10 @@ def build(
 class _Runner:
     def __init__(self, session: Any) -> None:
         self._session = session
-        self._run = session.run
         self._inputs = [i.name for i in session.get_inputs()]
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        outputs: list[npt.NDArray[np.generic]] = self._run(None, dict(zip(self._inputs, xs)))
+        outputs: list[npt.NDArray[np.generic]] = self._session.run(None, dict(zip(self._inputs, xs)))
         return outputs
 
     def bound(self, read: Arrays, written: Arrays) -> Callable[[], object]:
