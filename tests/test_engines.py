@@ -123,6 +123,9 @@ def test_read_only_and_strided_inputs(engine_path: Path) -> None:
     frozen.flags.writeable = False
     for x in (frozen, IMAGES[:4:2]):
         assert all(np.array_equal(a, b) for a, b in zip(engine.monolithic(x), want))
+    one = engine.staged_logits(IMAGES[:1])
+    for x in (frozen[:1], np.asfortranarray(IMAGES[:1]), IMAGES[:1, :, ::-1][:, :, ::-1]):
+        assert np.array_equal(engine.staged_logits(x), one)
 
 
 @pytest.mark.parametrize("threads", [1, None])

@@ -57,29 +57,34 @@ class _Runner:
         outputs: list[npt.NDArray[np.generic]] = self._session.run(None, dict(zip(self._inputs, xs)))
         return outputs
 
-    def bound(self, read: Arrays, written: Arrays) -> Callable[[], object]:
-        """A call that reads from and writes to these arrays, which have to stay where they are."""
+    def bound(self, read: Arrays, written: Arrays) -> tuple[Callable[[Array], object], Callable[[], object]]:
+        """How to give it another first input, and a call that reads from and writes to these arrays.
+
+        The arrays have to stay where they are.
+        """
         from onnxruntime import OrtValue
 
         binding = self._session.io_binding()
         for name, x in zip(self._inputs, read):
-            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(x))
+            binding.bind_cpu_input(name, x)
         for output, x in zip(self._session.get_outputs(), written):
             binding.bind_ortvalue_output(output.name, OrtValue.ortvalue_from_numpy(x))
-        return functools.partial(self._session.run_with_iobinding, binding)
+        give = functools.partial(binding.bind_cpu_input, self._inputs[0])
+        return give, functools.partial(self._session.run_with_iobinding, binding)
 
 
 def walker(stages: Sequence[Any]) -> Walker:
     """Links the stages for one image at a time."""
 
     def link(images: Array) -> Linked:
-        made = Linked([[images.copy()]], [], [])
-        for stage, read in zip(stages, made.read):  # which grows
-            logits, *boundary = stage(*read)
-            made.run.append(stage.bound(read, [logits, *boundary]))
-            made.logits.append(logits)
-            made.read.append(boundary)
-        return made
+        read: list[Arrays] = [[images]]
+        bound, found = [], []
+        for stage in stages:
+            logits, *boundary = stage(*read[-1])
+            bound.append(stage.bound(read[-1], [logits, *boundary]))
+            found.append(logits)
+            read.append(boundary)
+        return Linked(bound[0][0], read[1:], [run for _, run in bound], found)
 
     return linked_walker(stages, link, lambda size: size == 1)
 

@@ -113,8 +113,10 @@ def walker(stages: Sequence[_Runner]) -> Walker:
         for (before, outputs), (after, _) in itertools.pairwise(requests):
             for i in outputs[1:]:
                 after.set_input_tensor(i - 1, before.get_output_tensor(i))
+        first, *others = (request for request, _ in requests)
         return Linked(
-            read=[[r.get_input_tensor(i).data for i in range(len(r.model_inputs))] for r, _ in requests],
+            start=functools.partial(np.copyto, first.get_input_tensor(0).data),
+            read=[[r.get_input_tensor(i).data for i in range(len(r.model_inputs))] for r in others],
             run=[functools.partial(request.infer, share_outputs=True) for request, _ in requests],
             logits=[request.get_output_tensor(0).data for request, _ in requests],
         )

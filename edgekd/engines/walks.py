@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -42,32 +42,31 @@ class HostWalk:
 def host_walker(stages: Sequence[Runner]) -> Walker:
     """A walker for any backend and batch."""
 
-    @contextlib.contextmanager
-    def walk(images: Array) -> Iterator[Walk]:
-        yield HostWalk(stages, [images])
-
-    return walk
+    return lambda images: nullcontext(HostWalk(stages, [images]))
 
 
 @dataclass(frozen=True)
 class Linked:
     """Stages for one batch size, each of which reads where the one before it writes: nothing is moved or set between.
 
-    read: what each stage reads; images (N, 3, H, W), for the caller to write, are what the first one does.
+    start: gives the first stage images (N, 3, H, W). read: what each of the others reads.
     run: a call for each stage, which leaves its logits (N, C) in `logits`.
     """
 
+    start: Callable[[Array], object]
     read: list[Arrays]
     run: list[Callable[[], object]]
-    logits: list[npt.NDArray[np.generic]]
+    logits: list[Array]
 
 
 class _LinkedWalk:
     """Through linked stages until rows are left out; from there on as arrays."""
 
-    def __init__(self, stages: Sequence[Runner], linked: Linked) -> None:
+    def __init__(self, stages: Sequence[Runner], linked: Linked, images: Array) -> None:
+        linked.start(images)
         self._stages = stages
         self._linked = linked
+        self._images = images
         self._at = 0
         self._rest: HostWalk | None = None
 
@@ -81,7 +80,8 @@ class _LinkedWalk:
 
     def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
         if not self._rest:
-            self._rest = HostWalk(self._stages[self._at :], self._linked.read[self._at])
+            xs: Arrays = self._linked.read[self._at - 1] if self._at else [self._images]
+            self._rest = HostWalk(self._stages[self._at :], xs)
         self._rest.keep(rows, size)
 
 
@@ -99,16 +99,12 @@ def linked_walker(stages: Sequence[Runner], link: Callable[[Array], Linked], fit
     """
     own = _Own()
 
-    @contextlib.contextmanager
-    def walk(images: Array) -> Iterator[Walk]:
+    def walk(images: Array) -> AbstractContextManager[Walk]:
         size = len(images)
         if not fits(size):
-            yield HostWalk(stages, [images])
-            return
+            return nullcontext(HostWalk(stages, [images]))
         if size not in own.sizes:
             own.sizes[size] = link(images)
-        linked = own.sizes[size]
-        linked.read[0][0][...] = images
-        yield _LinkedWalk(stages, linked)
+        return nullcontext(_LinkedWalk(stages, own.sizes[size], images))
 
     return walk

@@ -15,7 +15,17 @@ from edgekd.engines import Engine, open_engine
 from edgekd.engines.walks import resized
 from edgekd.errors import ConfigError, DataError, nearest
 from edgekd.runtime.images import Source, load, load_batch
-from edgekd.runtime.policy import Array, Decision, Policy, confidence, ensemble, softmax, step
+from edgekd.runtime.policy import (
+    FEW_CLASSES,
+    Array,
+    Decision,
+    Policy,
+    confidence,
+    ensemble,
+    softmax,
+    step,
+    step_of_one,
+)
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +151,8 @@ class Classifier:
                 f"{images.dtype} of shape {images.shape} is no batch for {self.engine.name}",
                 fix=f"give float32 (N, 3, {size}, {size}), or use predict for pictures",
             )
-        cascade = self._cascade_of_one if len(images) == 1 else self._cascade
+        is_small = len(images) == 1 and len(self.card.classes) <= FEW_CLASSES
+        cascade = self._cascade_of_one if is_small else self._cascade
         decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
             return decide(images)
@@ -171,14 +182,13 @@ class Classifier:
 
     def _cascade_of_one(self, image: Array) -> Decision:
         """`_cascade` without what only a batch needs: Python's share of one image's time."""
-        total = np.zeros((1, len(self.card.classes)), np.float32)
+        total = [0.0] * len(self.card.classes)
         with self._walker(image) as walk:
             for exit in range(len(self.card.exits)):
-                seen = step(self.policy, exit, walk.next(), total)
-                if seen.leaves[0]:  # everybody leaves at the last exit
+                answer, sure, leaves, total = step_of_one(self.policy, exit, walk.next()[0].tolist(), total)
+                if leaves:  # everybody does at the last exit
                     break
-                total = seen.total
-        return Decision(seen.probabilities, np.array([exit]), seen.confidence)
+        return Decision(np.array([answer], np.float32), np.array([exit]), np.array([sure], np.float32))
 
     def _cascade(self, images: Array) -> Decision:
         count, classes = len(images), len(self.card.classes)
