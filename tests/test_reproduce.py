@@ -289,7 +289,10 @@ def test_states(tmp_path: Path) -> None:
         Line("ResNet18", "partly", "9 epochs, not 180", {"accuracy": cell}),
     )
     result = Result("gao2022-table3", "c", "s", (), "now", "0", {}, lines)
-    write(tmp_path, "gao2022-table3-cluster", dataclasses.replace(result, lines=lines[1:]))
+    further = dataclasses.replace(
+        lines[1], why="9 epochs, not 180; split grouped by cluster", differs=("9 epochs", "cluster")
+    )
+    write(tmp_path, "gao2022-table3-cluster", dataclasses.replace(result, lines=(further,)))
     assert [state for _, state, _ in states("gao2022-table3", tmp_path)] == ["open", "partly", *["open"] * 3]
     write(tmp_path, "gao2022-table3", result)
     text = edgekd("reproduce", "--list", "--out", tmp_path)

@@ -170,5 +170,10 @@ def _state(row: Row, found: Sequence[Result]) -> tuple[str, State, str]:
     if row.open:
         return row.label, "open", row.open
     lines = [line for result in found for line in result.lines if line.label == row.label]
-    best = min(lines, key=lambda line: RANK.index(line.state), default=None)
+    best = min(lines, key=_distance, default=None)
     return (row.label, best.state, best.why) if best else (row.label, "open", "not run yet")
+
+
+def _distance(line: Line) -> tuple[int, int, int]:
+    """From the paper: state, then how much differs, then how few runs."""
+    return RANK.index(line.state), len(line.differs), -len(line.runs)
