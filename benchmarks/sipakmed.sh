@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SIPaKMeD from images to tables, random and grouped split: about an hour and a half on two quiet cores.
+# SIPaKMeD from images to tables, random and grouped split: about two and a half hours on two quiet cores.
 #
 #   benchmarks/sipakmed.sh DATA WEIGHTS OUT
 #
@@ -9,18 +9,23 @@ set -euo pipefail
 data=$1 weights=$2 out=$3
 mkdir -p "$out/results"
 
-one() { # NAME GROUP CALIBRATION_IMAGES
-    local plain=$out/plain-$1 student=$out/student-$1 engine=$out/student-$1.engine split=$out/student-$1/split.json
-    edgekd train --data "$data" --model resnet18 --weights "$weights/resnet18.safetensors" --epochs 20 --group "$2" \
+pair() { # NAME GROUP SEED
+    local plain=$out/plain-$1 student=$out/student-$1
+    edgekd train --data "$data" --model resnet18 --weights "$weights/resnet18.safetensors" --epochs 20 --group "$2" --seed "$3" \
         --out "$plain" --resume
     edgekd distill --data "$data" --teacher "$plain" --weights "$plain" --student multi-exit-resnet18 --method kd+sd \
-        --split "$plain/split.json" --epochs 16 --set lr=0.01 --set ema=0.99 --set 'augment.crop_scale=[0.7,1.0]' \
+        --split "$plain/split.json" --epochs 16 --seed "$3" --set lr=0.01 --set ema=0.99 --set 'augment.crop_scale=[0.7,1.0]' \
         --out "$student" --resume
     for run in plain student; do
         edgekd evaluate "$out/$run-$1" --json >"$out/results/$1-$run.json"
         cp "$out/$run-$1/metrics.csv" "$out/results/$1-$run.csv"
-        edgekd export "$out/$run-$1" --out "$out/$run-$1.onnx"
     done
+}
+
+one() { # NAME GROUP CALIBRATION_IMAGES
+    local engine=$out/student-$1.engine split=$out/student-$1/split.json
+    pair "$1" "$2" 0
+    for run in plain student; do edgekd export "$out/$run-$1" --out "$out/$run-$1.onnx"; done
     edgekd compile "$out/student-$1.onnx" --recipe int8 --set "calibration_images=$3" --data "$data" --split "$split" --out "$engine"
     edgekd tune "$engine" --data "$data" --split "$split" --max-accuracy-drop 0.3
     edgekd bench "$engine" --suite full --data "$data" --split "$split" \
@@ -41,3 +46,9 @@ edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safete
 edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"
 one random none 256
 one grouped cluster 512
+
+# The same training with other seeds, so other splits: how far the accuracies are luck.
+for seed in 1 2; do
+    pair "random-$seed" none "$seed"
+    pair "grouped-$seed" cluster "$seed"
+done
