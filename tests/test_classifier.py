@@ -47,8 +47,12 @@ def splitting(engine: Engine, images: Array, average: Average = "mean") -> Polic
     return Policy(temperatures, tuple(thresholds), average=average)
 
 
+@pytest.mark.parametrize("few_classes", [4, 5])  # with 5, one image is decided on in plain floats
 @pytest.mark.parametrize("average", ["own", "mean"])
-def test_cascade_is_what_simulate_says_alone_and_in_batches(engine: Engine, images: Array, average: Average) -> None:
+def test_cascade_is_what_simulate_says_alone_and_in_batches(
+    engine: Engine, images: Array, average: Average, few_classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.runtime.classifier.FEW_CLASSES", few_classes)
     policy = splitting(engine, images, average)
     expected = simulate(engine.logits(images), policy)
     assert set(expected.exits.tolist()) == {0, 1, 2, 3}
