@@ -4,7 +4,6 @@ one image of few classes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -78,9 +77,9 @@ class Step(NamedTuple):
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
     """(..., C) logits to probabilities at a temperature; any magnitude is safe."""
     powers: Array = logits / np.float32(temperature)
-    powers -= np.maximum.reduce(powers, -1, keepdims=True)
+    powers -= np.maximum.reduce(powers, axis=-1, keepdims=True)
     np.exp(powers, powers)
-    powers /= np.add.reduce(powers, -1, keepdims=True)
+    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
     return powers
 
 
@@ -90,7 +89,7 @@ def confidence(probabilities: Array, measure: Measure) -> Array:
     max_probability: p1. margin: p1 - p2. entropy: 1 - H / log C, so 0 when uniform and 1 when certain.
     """
     if measure == "max_probability":
-        return np.asarray(np.maximum.reduce(probabilities, -1))
+        return np.asarray(np.maximum.reduce(probabilities, axis=-1))
     if measure == "margin":
         top = np.partition(probabilities, -2, axis=-1)
         return np.asarray(top[..., -1] - top[..., -2])
@@ -127,26 +126,10 @@ def step_of_one(
     if policy.average == "mean":
         total = [t + p for t, p in zip(total, answer)]
         answer = [t / (exit + 1) for t in total]
-    sure = _CONFIDENCE_OF_ONE[policy.confidence](answer)
+    is_max = policy.confidence == "max_probability"
+    sure = max(answer) if is_max else float(confidence(np.array(answer, np.float32), policy.confidence))
     is_last = exit == len(policy.temperatures) - 1
     return answer, sure, is_last or np.float32(sure) >= policy.thresholds[exit], total
-
-
-def _margin(probabilities: list[float]) -> float:
-    *_, second, first = sorted(probabilities)
-    return first - second
-
-
-def _certainty(probabilities: list[float]) -> float:
-    negative_entropy = sum(p * math.log(p) for p in probabilities if p)
-    return min(max(1 + negative_entropy / math.log(len(probabilities)), 0.0), 1.0)
-
-
-_CONFIDENCE_OF_ONE: dict[Measure, Callable[[list[float]], float]] = {
-    "max_probability": max,
-    "margin": _margin,
-    "entropy": _certainty,
-}
 
 
 def simulate(logits: Array, policy: Policy) -> Decision:
