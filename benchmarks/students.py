@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgekd.artifact import Card, Item, Split, atomic_write, read_split
+from edgekd.artifact import Card, Item, Split, read_split
 from edgekd.bench.accuracy import percent
 from edgekd.bench.host import host, load_average
 from edgekd.bench.latency import rotate, summarise
@@ -37,6 +37,7 @@ from edgekd.bench.tables import pipe_table
 from edgekd.data.folders import scan
 from edgekd.engines import Engine, Recipe, Runner, compile_engine, open_engine
 from edgekd.export import exits_of, export
+from edgekd.files import atomic_write
 from edgekd.models import build
 from edgekd.models.weights import load_state, read_state
 from edgekd.runtime.images import load_part

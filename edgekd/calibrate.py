@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.artifact import atomic_write, cache_folder, to_json
 from edgekd.errors import BackendError, ConfigError, nearest
+from edgekd.files import atomic_write, cache_folder, to_json
 from edgekd.runtime.preprocess import Array
 
 log = logging.getLogger(__name__)

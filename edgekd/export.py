@@ -15,9 +15,10 @@ import onnxsim
 import torch
 from torch import Tensor, nn
 
-from edgekd.artifact import Card, Exit, atomic_write, put_card
+from edgekd.artifact import Card, Exit, put_card
 from edgekd.engines.graphs import graph, with_shapes
 from edgekd.errors import ArtifactError, ConfigError, GateError
+from edgekd.files import atomic_write
 from edgekd.models.multi_exit import Outputs
 from edgekd.runtime.preprocess import Array
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from edgekd import shipped
 from edgekd.errors import ConfigError, EdgekdError, nearest
+from edgekd.files import atomic_write
 
 T = TypeVar("T")
 
@@ -150,8 +151,6 @@ def _name(hint: Any) -> str:
 
 def write_toml(path: Path, spec: Any) -> None:
     """Write a dataclass (its nested ones as tables) as TOML that `load` reads back."""
-    from edgekd.artifact import atomic_write  # artifact reads its dataclasses through this module
-
     plain = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
     lines = [f"{k} = {_toml(v)}" for k, v in plain.items() if not isinstance(v, dict)]
     for name, table in plain.items():

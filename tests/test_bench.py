@@ -17,7 +17,7 @@ from conftest import heed_ctrl_c
 from PIL import Image
 
 from edgekd import specs
-from edgekd.artifact import Item, Split, put_card, read_onnx, to_json
+from edgekd.artifact import Item, Split, put_card, read_onnx
 from edgekd.bench import variants
 from edgekd.bench.record import Record, read_record, write_record
 from edgekd.bench.suite import Suite, bench, run_worker
@@ -25,6 +25,7 @@ from edgekd.bench.tables import markdown
 from edgekd.bench.worker import Job, cut, take
 from edgekd.engines import open_engine
 from edgekd.errors import BackendError, ConfigError
+from edgekd.files import to_json
 
 TINY = Suite(batch_sizes=(1, 4), min_count=(5, 2), min_seconds=0.0, warmup_seconds=0.0, rounds=1, pool=9, threads=1,
              variants=("cascade", "no-leaving", "full"))  # fmt: skip

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd import calibrate
-from edgekd.artifact import cache_folder
 from edgekd.calibrate import Entropy, Histogram, MinMax, Percentile, divergence, ranges
 from edgekd.errors import BackendError, ConfigError
+from edgekd.files import cache_folder
 
 IMAGES = np.random.default_rng(0).normal(size=(20, 3, 4, 4)).astype(np.float32)
 

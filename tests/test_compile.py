@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from edgekd import specs
-from edgekd.artifact import read_manifest, sha256
+from edgekd.artifact import read_manifest
 from edgekd.engines import Recipe, compile_engine, open_engine
 from edgekd.engines.check import drops
 from edgekd.errors import BackendError, ConfigError, GateError
+from edgekd.files import sha256
 
 IMAGES = np.random.default_rng(3).normal(size=(12, 3, 32, 32)).astype(np.float32)
 SHORT = {"batch_sizes": [1, 2], "static_batch_sizes": [1]}

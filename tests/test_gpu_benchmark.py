@@ -18,10 +18,11 @@ import pytest
 from fakes.box import Box
 from PIL import Image
 
-from edgekd.artifact import Item, Split, atomic_write, read_split, to_json
+from edgekd.artifact import Item, Split, read_split
 from edgekd.bench.record import read_record
 from edgekd.engines import open_engine
 from edgekd.errors import GateError
+from edgekd.files import atomic_write, to_json
 from edgekd.runtime.images import load_part
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"

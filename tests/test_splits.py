@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.artifact import Split, atomic_write, read_split, to_json
+from edgekd.artifact import Split, read_split
 from edgekd.data.folders import Checked, Folder, Found, scan
 from edgekd.data.splits import PARTS, group_keys, make_split, summary
 from edgekd.errors import ConfigError, DataError
+from edgekd.files import atomic_write, to_json
 
 
 def made_up(counts: dict[str, int], *, name: str = "{}/{}.png", part: str | None = None) -> Checked:

@@ -20,8 +20,8 @@ from typing import Any
 import steps
 from table import table
 
-from edgekd.artifact import atomic_write, to_json
 from edgekd.errors import EdgekdError
+from edgekd.files import atomic_write, to_json
 
 ORDER = ("fp16", "int8-fp16", "fp32", "int8")
 """Recipes, the most important first."""

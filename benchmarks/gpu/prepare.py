@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekd.artifact import Item, Split, atomic_folder, atomic_write, read_onnx, read_split, to_json
+from edgekd.artifact import Item, Split, read_onnx, read_split
 from edgekd.engines import open_engine
 from edgekd.errors import ConfigError, EdgekdError
+from edgekd.files import atomic_folder, atomic_write, to_json
 from edgekd.quantize_tensorrt import quantize_tensorrt
 from edgekd.runtime.images import load_part
 from edgekd.runtime.preprocess import Preprocess, open_image

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.artifact import atomic_write
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.record import Record, Variant
 from edgekd.errors import ConfigError
+from edgekd.files import atomic_write
 
 BLUE, GREY, ORANGE = "#2563a8", "#8a94a3", "#d9742b"
 EXITS = ("#2a9d8f", "#8ab17d", "#e9c46a", "#e76f51", "#9b5de5", "#577590")

@@ -9,11 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifact import SCHEMA, atomic_write, read_json, to_json
+from edgekd.artifact import SCHEMA, read_json
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.host import Host
 from edgekd.bench.latency import Summary, summarise
 from edgekd.errors import ArtifactError
+from edgekd.files import atomic_write, to_json
 from edgekd.runtime.policy import Policy
 
 

@@ -10,13 +10,13 @@ from string import Template
 
 from PIL import ImageOps
 
-from edgekd.artifact import atomic_write
 from edgekd.bench import plots
 from edgekd.bench.accuracy import percent
 from edgekd.bench.plots import confusion_png
 from edgekd.bench.record import Record, Variant
 from edgekd.bench.tables import LEGEND, host_text, start_text, table, title
 from edgekd.bench.targets import target_text
+from edgekd.files import atomic_write
 from edgekd.runtime.preprocess import open_image
 
 __all__ = ["confusion_png", "html", "write_report"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifact import Split, read_json, sha256, to_json
+from edgekd.artifact import Split, read_json
 from edgekd.bench import energy, host, variants
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.record import Record, Timing, Variant
@@ -26,6 +26,7 @@ from edgekd.bench.variants import Group
 from edgekd.bench.worker import Job, Outcome
 from edgekd.engines import Engine, open_engine
 from edgekd.errors import BackendError, ConfigError
+from edgekd.files import sha256, to_json
 from edgekd.runtime.images import load, load_part
 from edgekd.runtime.preprocess import Array, Preprocess
 

@@ -16,6 +16,7 @@ from edgekd.cli.common import say
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
 from edgekd.cli.models import app as models_app
+from edgekd.cli.predict import predict
 from edgekd.cli.reproduce import reproduce
 from edgekd.errors import EdgekdError
 
@@ -79,7 +80,7 @@ for command in (
     learn.export,
     deploy.compile_,
     deploy.tune,
-    deploy.predict,
+    predict,
     measure.bench,
     measure.compare,
     reproduce,

@@ -211,9 +211,9 @@ def evaluate(
     """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
-    from edgekd.artifact import atomic_write, to_json
     from edgekd.bench import accuracy
     from edgekd.bench.host import host
+    from edgekd.files import atomic_write, to_json
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
 

@@ -28,11 +28,12 @@ def bench(
 ) -> None:
     """Latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
     from edgekd import specs
-    from edgekd.artifact import atomic_write, read_card
+    from edgekd.artifact import read_card
     from edgekd.bench.record import refuse_existing, write_record
     from edgekd.bench.suite import Suite
     from edgekd.bench.suite import bench as measure
     from edgekd.bench.tables import markdown, to_csv
+    from edgekd.files import atomic_write
 
     if report and find_spec("matplotlib") is None:
         raise ConfigError("the HTML page needs matplotlib", fix="pip install 'edgekd[report]', or give --no-report")

@@ -67,7 +67,7 @@ def cost(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Parameters, multiply-adds, memory of the activations and size of the weights, counted for one image."""
-    from edgekd.artifact import to_json
+    from edgekd.files import to_json
     from edgekd.models.cost import cost
 
     costs = [cost(name, classes=classes, image_size=image_size) for name in names]

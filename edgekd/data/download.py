@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgekd import __version__
-from edgekd.artifact import atomic_folder
 from edgekd.errors import DataError, nearest
+from edgekd.files import atomic_folder
 
 Progress = Callable[[int, int], None]
 TIMEOUT_S = 30

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgekd.artifact import atomic_folder
 from edgekd.errors import DataError
+from edgekd.files import atomic_folder
 
 Plane: TypeAlias = npt.NDArray[np.float32]
 

@@ -16,16 +16,7 @@ import numpy as np
 import onnx
 
 import edgekd
-from edgekd.artifact import (
-    MANIFEST,
-    Card,
-    EngineFile,
-    Manifest,
-    atomic_folder,
-    read_onnx,
-    sha256,
-    write_manifest,
-)
+from edgekd.artifact import MANIFEST, Card, EngineFile, Manifest, read_onnx, write_manifest
 from edgekd.engines.backends import find_backend, installed
 from edgekd.engines.check import Labels, check, drops, read_back, stage_times
 from edgekd.engines.engine import Engine, built_engine, open_engine
@@ -33,6 +24,7 @@ from edgekd.engines.graphs import graphs
 from edgekd.engines.host import default_threads, host
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
+from edgekd.files import atomic_folder, sha256
 from edgekd.runtime.preprocess import Array
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from edgekd.artifact import Manifest, atomic_write
+from edgekd.artifact import Manifest
 from edgekd.engines.backends import shares
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import Recipe
@@ -22,6 +22,7 @@ from edgekd.engines.trt_library import version as version
 from edgekd.engines.trt_run import Opened
 from edgekd.engines.trt_run import walker as walker
 from edgekd.errors import BackendError
+from edgekd.files import atomic_write
 
 log = logging.getLogger(__name__)
 

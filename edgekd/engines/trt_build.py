@@ -10,12 +10,12 @@ from typing import Any
 
 import onnx
 
-from edgekd.artifact import atomic_write, cache_folder
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import Recipe, TensorRT
 from edgekd.engines.trt_graphs import is_seam, to_fp16, without_qdq
 from edgekd.engines.trt_library import failed, library, logger, make, strongly_typed
 from edgekd.errors import BackendError
+from edgekd.files import atomic_write, cache_folder
 
 log = logging.getLogger(__name__)
 

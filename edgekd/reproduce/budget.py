@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekd import specs
-from edgekd.artifact import atomic_folder, atomic_write, read_json, to_json
+from edgekd.artifact import read_json
 from edgekd.data.folders import Checked, Folder
 from edgekd.data.splits import make_split
 from edgekd.errors import ConfigError, TrainingError
+from edgekd.files import atomic_folder, atomic_write, to_json
 from edgekd.reproduce.jobs import Planned, Request, plan, tasks
 from edgekd.reproduce.tables import Table
 from edgekd.training import run

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import specs
-from edgekd.artifact import sha256
 from edgekd.errors import ConfigError
+from edgekd.files import sha256
 from edgekd.models import hub_name
 from edgekd.reproduce.tables import IMAGENET, Job, Table
 from edgekd.training import launch, sweep

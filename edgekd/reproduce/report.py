@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifact import SCHEMA, atomic_write, read_json, to_json
+from edgekd.artifact import SCHEMA, read_json
 from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.bench.host import Host
 from edgekd.bench.tables import pipe_table
+from edgekd.files import atomic_write, to_json
 from edgekd.reproduce import tables
 from edgekd.reproduce.tables import Row, Table
 

@@ -19,10 +19,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from edgekd.artifact import to_json
 from edgekd.distill import Criterion, Setting, Step, needs
 from edgekd.distill.views import Viewer, viewer
 from edgekd.errors import ConfigError, TrainingError
+from edgekd.files import to_json
 from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_state
 from edgekd.training.protocol import Protocol

@@ -17,9 +17,10 @@ from safetensors.torch import save
 from torch import nn
 
 from edgekd import __version__, specs
-from edgekd.artifact import SCHEMA, Card, Split, atomic_write, to_json
+from edgekd.artifact import SCHEMA, Card, Split
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
+from edgekd.files import atomic_write, to_json
 from edgekd.models import build
 from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_state

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import specs
-from edgekd.artifact import atomic_write, to_json
 from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.errors import ArtifactError, ConfigError
+from edgekd.files import atomic_write, to_json
 from edgekd.training import run
 from edgekd.training.launch import Job, State, launch
 from edgekd.training.protocol import Protocol

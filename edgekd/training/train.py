@@ -12,12 +12,13 @@ from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from edgekd.artifact import Part, Split, atomic_write, read_split, to_json
+from edgekd.artifact import Part, Split, read_split
 from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet, Sample, loader
 from edgekd.data.folders import check, scan
 from edgekd.data.splits import make_split
 from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
+from edgekd.files import atomic_write, to_json
 from edgekd.models import build, hub_name
 from edgekd.models.weights import load_state, read_state
 from edgekd.specs import write_toml
