@@ -11,9 +11,9 @@ import onnx
 
 from edgekd.artifact import Card
 from edgekd.engines.graphs import backbone, with_shapes
-from edgekd.engines.host import exact_int8
 from edgekd.errors import ConfigError, nearest
 from edgekd.fold import fold_norms
+from edgekd.host import exact_int8
 from edgekd.quantize_dla import quantize_dla
 from edgekd.quantize_tensorrt import quantize_tensorrt
 from edgekd.runtime.preprocess import Array

@@ -15,8 +15,8 @@ import pytest
 from edgekd.artifact import MANIFEST, Exit, put_card, read_card, read_manifest, read_onnx, write_manifest
 from edgekd.engines import Recipe, compile_engine, open_engine
 from edgekd.engines.backends import find_backend, shares
-from edgekd.engines.host import exact_int8
 from edgekd.errors import ArtifactError, BackendError
+from edgekd.host import exact_int8
 
 RNG = np.random.default_rng(2)
 IMAGES = RNG.normal(size=(12, 3, 32, 32)).astype(np.float32)
@@ -206,7 +206,7 @@ def test_built_elsewhere(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_quantised_for_vnni(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(copy)
     write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "exact_int8": True}))
-    monkeypatch.setattr("edgekd.engines.host._cpuinfo", lambda key: "fpu avx2" if key == "flags" else "Old CPU")
+    monkeypatch.setattr("edgekd.host._cpuinfo", lambda key: "fpu avx2" if key == "flags" else "Old CPU")
     monkeypatch.setattr("platform.machine", lambda: manifest.host["machine"])
     if exact_int8():
         pytest.skip("only x86 can be without VNNI")

@@ -21,10 +21,10 @@ from edgekd.engines.backends import find_backend, installed
 from edgekd.engines.check import Labels, check, drops, read_back, stage_times
 from edgekd.engines.engine import Engine, built_engine, open_engine
 from edgekd.engines.graphs import graphs
-from edgekd.engines.host import default_threads, host
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import atomic_folder, sha256
+from edgekd.host import default_threads, host
 from edgekd.runtime.preprocess import Array
 
 log = logging.getLogger(__name__)

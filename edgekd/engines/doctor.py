@@ -11,9 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.backends import BACKENDS, find_backend
-from edgekd.engines.host import host
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError
+from edgekd.host import host
 
 EXTRAS = {
     "train": (

@@ -13,10 +13,10 @@ from edgekd.artifact import Card, Manifest, read_manifest, read_onnx
 from edgekd.engines import onnxruntime
 from edgekd.engines.backends import Decider, Runner, Walker, find_backend
 from edgekd.engines.graphs import graph, with_shapes
-from edgekd.engines.host import default_threads, host
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import host_walker
 from edgekd.errors import ArtifactError, BackendError
+from edgekd.host import default_threads, host
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Array
 from edgekd.specs import from_dict

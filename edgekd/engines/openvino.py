@@ -16,10 +16,10 @@ import numpy.typing as npt
 import onnx
 
 from edgekd.engines.backends import Walker, refused, shares
-from edgekd.engines.host import default_threads
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import Linked, linked_walker
 from edgekd.errors import BackendError
+from edgekd.host import default_threads
 from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".xml"

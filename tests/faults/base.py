@@ -29,7 +29,7 @@ pool = 20
 
 
 def make_base(folder: Path) -> None:
-    """Write cells/, run/, student.onnx, student.engine/ (ONNX Runtime, tuned), record.json and tiny.toml to `folder`."""
+    """Write cells/, run/, student.onnx, student.engine/ (ONNX Runtime, tuned), record.json and tiny.toml."""
     folder.mkdir(parents=True)
     (folder / "tiny.toml").write_text(SUITE)
     for command in COMMANDS.strip().splitlines():
