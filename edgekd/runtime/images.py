@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,27 +10,32 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from edgekd.artifact import Item, Part, Split
 from edgekd.errors import DataError
-from edgekd.runtime.preprocess import Array, Preprocess, open_image, to_rgb
+from edgekd.host import default_threads
+from edgekd.runtime.preprocess import Array, File, Preprocess, opened, to_rgb
 
-Source: TypeAlias = Path | str | Image.Image | npt.NDArray[np.uint8]
+Source: TypeAlias = File | Image.Image | npt.NDArray[np.uint8]
 Progress: TypeAlias = Callable[[int, int], None]
 
 
 def load(source: Source, preprocess: Preprocess) -> Array:
-    """A path, Pillow image, or uint8 array in RGB order (H, W, 3) or grey (H, W), to float32 (3, H, W).
+    """One picture to float32 (3, H, W).
+
+    source: a path, the bytes of an image file, one that is open for reading in binary, a Pillow image, or a uint8
+        array in RGB order (H, W, 3) or grey (H, W).
 
     Raises:
         DataError: the file cannot be used (it is named), or the array is no picture.
     """
-    if isinstance(source, (str, Path)):
-        return preprocess(open_image(source))
     if isinstance(source, Image.Image):
-        return preprocess(to_rgb(ImageOps.exif_transpose(source)))
-    return preprocess(_picture(source).convert("RGB"))
+        return preprocess(to_rgb(source))
+    if isinstance(source, np.ndarray) or not (isinstance(source, (str, Path, bytes)) or hasattr(source, "read")):
+        return preprocess(to_rgb(_picture(source)))
+    with opened(source) as image:
+        return preprocess(image)
 
 
 def _picture(pixels: Any) -> Image.Image:
@@ -40,7 +44,7 @@ def _picture(pixels: Any) -> Image.Image:
     if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
         raise DataError(
             f"{dtype} of shape {tuple(shape)} is no picture",
-            fix="give a path, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
+            fix="give a path, a file or its bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
         )
     return Image.fromarray(pixels)
 
@@ -53,7 +57,7 @@ def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Pro
     """
     size = preprocess.image_size
     batch = np.empty((len(paths), 3, size, size), np.float32)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(default_threads()) as pool:
         for done, pixels in enumerate(pool.map(partial(load, preprocess=preprocess), paths), start=1):
             batch[done - 1] = pixels
             if progress:
