@@ -20,7 +20,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from edgekd.errors import DataError
 
 log = logging.getLogger(__name__)
-Image.core.set_block_size(64 << 20)  # Pillow's 16 MiB are kept by malloc, for each thread, when a picture is gone
+# as PILLOW_BLOCK_SIZE does it: blocks of 16 MiB are kept by malloc, for each thread, when a picture is gone
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 
 Array: TypeAlias = npt.NDArray[np.float32]
 File: TypeAlias = Path | str | bytes | IO[bytes]
