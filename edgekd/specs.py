@@ -98,7 +98,7 @@ def plain(tree: Any) -> Any:
                 below += value.values()
             elif isinstance(value, (list, tuple)):
                 below += value
-            elif isinstance(value, str) and ("\0" in value or not value.isascii() and _has_surrogates(value)):
+            elif isinstance(value, str) and ("\0" in value or (not value.isascii() and _has_surrogates(value))):
                 raise ValueError(f"{reprlib.repr(value)} is no text")
             elif isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{value} is no number")
