@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from edgekd import __version__, specs
 from edgekd.artifact import SCHEMA, Card, Split
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
 from edgekd.files import atomic_write, to_json
-from edgekd.models import build
+from edgekd.models import build, stem_of
 from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_state
 from edgekd.runtime.policy import Policy
@@ -43,9 +44,10 @@ class Header:
     provenance: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
-    def build(self) -> nn.Module:
-        """The network without weights."""
-        return build(self.network, classes=len(self.classes), image_size=self.preprocess.image_size, exits=self.exits)
+    def build(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The network that these weights are of, without them: they tell its stem."""
+        size, stem = self.preprocess.image_size, stem_of(self.network, state)
+        return build(self.network, classes=len(self.classes), image_size=size, exits=self.exits, stem=stem)
 
     def card(self, out: Outputs) -> Card:
         """The card of this network's student.onnx. out: what the network answers to an image."""
@@ -98,8 +100,9 @@ def _header(path: Path) -> Header:
 def load_model(folder: Path) -> tuple[nn.Module, Header]:
     """The trained network of a run folder, on the CPU, in eval mode."""
     header = read_header(folder)
-    network = header.build()
-    network.load_state_dict(read_state(folder / MODEL))
+    state = read_state(folder / MODEL)
+    network = header.build(state)
+    network.load_state_dict(state)
     return network.eval(), header
 
 
@@ -117,12 +120,12 @@ def anchors(folder: Path) -> Anchors:
     own, made = read_header(folder), specs.load(Protocol, "protocols", str(folder / PROTOCOL))
     every = made.anchor_every or min(5, made.epochs)
     files = tuple(anchor(folder, epoch) for epoch in range(every, made.epochs + 1, every))
+    anew = ["edgekd", "train", "--data", made.data, "--protocol", str(folder / PROTOCOL)]
+    anew += ["--set", f"anchor_every={every}", "--out", f"{folder}-anchors"]
     if missing := [file for file in files if not file.is_file()]:
         raise ArtifactError(
             f"teacher {folder} has no anchor {missing[0]}",
-            fix="if its training was stopped, continue it with --resume; else train it anew: "
-            f"edgekd train --data {made.data} --model {made.network} --protocol {folder / PROTOCOL} "
-            f"--set anchor_every={every} --out {folder}-anchors",
+            fix=f"if its training was stopped, continue it with --resume; else train it anew: {shlex.join(anew)}",
         )
     for file in files:
         if (found := _header(file)).network != own.network or found.classes != own.classes or found.exits != own.exits:
