@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,9 +27,17 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
-ProtocolOption = Annotated[str, typer.Option(help="Shipped protocol or a .toml file.")]
+ProtocolOption = Annotated[
+    str | None, typer.Option(help="Shipped protocol or a .toml file; finetune if not given.", show_default=False)
+]
 WeightsOption = Annotated[str | None, typer.Option(help="First weights: hub, none, a file or a run folder.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+LrOption = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Images in a training step, for each process.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Processes that read images; 0 for none.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="auto (what this machine gains by), 32-true, bf16-mixed or 16-mixed.")
+]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the input in pixels.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of split, first weights and augmentation.")]
 SplitOption = Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")]
@@ -46,6 +57,10 @@ BadOption = Annotated[bool, typer.Option("--leave-out-bad", help="Train without 
 DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
 
 
+FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0
+"""When progress is first told where stderr is no terminal, and how often then."""
+
+
 def say(text: str) -> None:
     """Tell the user something that is no result."""
     sys.stderr.write(text + "\n")
@@ -53,7 +68,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def bar(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; silent where stderr is no terminal."""
+    """A progress bar with rate and time left; where stderr is no terminal, a line of them now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -63,13 +78,19 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
         *columns, TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal
     )
     task = shown.add_task(what, total=None, note="", visible=False)
+    due = time.monotonic() + FIRST_LINE_S
 
     def update(done: int, total: int, loss: float | None = None) -> None:
+        nonlocal due
         if not shown.disable and not shown.live.is_started:
             shown.start()
-        speed = shown.tasks[0].speed
-        note = (f"{speed:.1f}/s" if speed else "") + (f" loss {loss:.3f}" if loss is not None else "")
+        state = shown.tasks[0]
+        note = (f"{state.speed:.3g}/s" if state.speed else "") + (f" loss {loss:.3f}" if loss is not None else "")
         shown.update(task, completed=done, total=total, note=note, visible=True)
+        if shown.disable and time.monotonic() >= due:
+            due = time.monotonic() + NEXT_LINE_S
+            left = f"{timedelta(seconds=int(state.time_remaining))} left " if state.time_remaining else ""
+            say(f"{what}: {done}/{total} {left}{note}".rstrip())
         if done == total:  # two bars cannot be shown at once
             shown.stop()
 
@@ -79,9 +100,9 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
         shown.stop()
 
 
-def next_command(command: str) -> None:
-    """Every command ends by saying what comes next."""
-    typer.echo(f"next: {command}")
+def next_command(*words: object) -> None:
+    """Every command ends by saying what comes next, as a shell takes it."""
+    typer.echo(f"next: edgekd {shlex.join(map(str, words))}")
 
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:

@@ -16,7 +16,7 @@ from edgekd.errors import ArtifactError, ConfigError
 from edgekd.files import atomic_write, to_json
 from edgekd.training import run
 from edgekd.training.launch import Job, State, launch
-from edgekd.training.protocol import Protocol
+from edgekd.training.protocol import Protocol, refuse_other_settings
 
 TEST, SUMMARY = "test.json", "summary.json"
 METRICS = ("accuracy", "sensitivity", "specificity", "precision", "f1")
@@ -94,7 +94,11 @@ def sweep(
         run.start(folder, resume=resume)
         own_teacher = teacher and of_member(teacher, member)
         asked = dataclasses.replace(
-            protocol, seed=member.seed, fold=member.fold, weights=_weights(protocol.weights, member)
+            protocol,
+            seed=member.seed,
+            fold=member.fold,
+            weights=_weights(protocol.weights, member),
+            teacher=str(own_teacher.resolve()) if own_teacher else "",
         )
         if own_teacher and not keep_split:
             if own_teacher == teacher and len({m.fold for m in of}) > 1:
@@ -104,7 +108,7 @@ def sweep(
                 )
             asked = dataclasses.replace(asked, split=str(own_teacher / run.SPLIT))
         if not finished(folder, asked):
-            jobs.append(job(member.name, folder, asked, data=data, teacher=own_teacher, leave_out_bad=leave_out_bad))
+            jobs.append(job(member.name, folder, asked, data=data, leave_out_bad=leave_out_bad))
     states = launch(jobs, at_once=at_once, on_end=on_end)
     atomic_write(
         out / SUMMARY, to_json(summary({m.name: scores(f) for m in of if (f := out / m.name / TEST).is_file()}))
@@ -134,16 +138,13 @@ def job(
     protocol: Protocol,
     *,
     data: Path,
-    teacher: Path | None = None,
     leave_out_bad: bool = False,
     after: tuple[str, ...] = (),
 ) -> Job:
     """The commands that train `folder` under `protocol`, or go on with it, and test it; settings are written beside."""
     settings = folder.parent / f"{folder.name}.toml"
     specs.write_toml(settings, protocol)
-    words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--student", protocol.network]
-    words += ["--split", protocol.split, "--resume"]
-    words += ["--teacher", teacher] if teacher else []
+    words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
     words += ["--leave-out-bad"] if leave_out_bad else []
     test = ["evaluate", folder, "--data", data, "--out", folder / TEST]
     commands = tuple(tuple(map(str, command)) for command in (words, test))
@@ -156,20 +157,10 @@ def finished(folder: Path, asked: Protocol) -> bool:
     Raises:
         ArtifactError: it was begun under other settings than `asked`; they are named.
     """
-    path = folder / run.PROTOCOL
-    if not path.is_file():
+    if not (folder / run.PROTOCOL).is_file():
         return False
-    made = specs.load(Protocol, "protocols", str(path))
-    other = [
-        f.name
-        for f in dataclasses.fields(Protocol)
-        if f.name not in ("data", "workers", "source") and getattr(made, f.name) != getattr(asked, f.name)
-    ]
-    if other:
-        raise ArtifactError(
-            f"{folder} was trained under other settings than now asked for: {', '.join(other)}",
-            fix=f"give the settings in {path} again, or choose another --out",
-        )
+    made = specs.load(Protocol, "protocols", str(folder / run.PROTOCOL))
+    refuse_other_settings(folder, made, asked)
     return (folder / TEST).is_file()
 
 
