@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from edgekd.artifact import Card, Exit, put_card
 from edgekd.engines.graphs import graph, with_shapes
 from edgekd.errors import ArtifactError, ConfigError, GateError
-from edgekd.files import atomic_write
+from edgekd.files import NETWORK, atomic_write, refuse_other
 from edgekd.models.multi_exit import Outputs
 from edgekd.runtime.preprocess import Array
 
@@ -99,8 +99,10 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
 
     Raises:
         ConfigError: the network cannot be cut at an exit; its name and place are given.
+        ArtifactError: `out` is something else than such a file.
         GateError: an exit differs by more than `TOLERANCE` on an image; both are named and nothing is written.
     """
+    refuse_other(out, NETWORK)
     model = to_onnx(network, image_size=card.preprocess.image_size)
     _check_cuts(model, card, at=getattr(network, "exit_at", ()))
     put_card(model, card)

@@ -17,6 +17,7 @@ from edgekd.cli.common import (
     bar,
     next_command,
     read_or_scan,
+    reserve,
     say,
 )
 from edgekd.errors import ConfigError
@@ -43,6 +44,7 @@ def compile_(
     from edgekd import specs
     from edgekd.artifact import read_onnx, read_split
     from edgekd.engines import Recipe, compile_engine
+    from edgekd.engines.build import refuse_other_folder
     from edgekd.engines.device import require_local
     from edgekd.runtime.images import load_part
 
@@ -51,6 +53,8 @@ def compile_(
     asked = specs.load(Recipe, "compile", recipe, overrides=specs.parse_overrides(set_ or []))
     if (data is None) != (split is None):
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
+    refuse_other_folder(out)
+    reserve(out, data=data)
     calibration = validation = None
     with bar("read images") as progress:
         if data is not None and split is not None:
@@ -111,6 +115,7 @@ def tune(
 
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is no engine", fix="thresholds belong to an engine: edgekd compile first")
+    reserve(engine / MANIFEST)
     opened = open_engine(engine, threads=threads)
     chosen = read_or_scan(data, split, opened.card.classes)
     with bar("read images") as progress:

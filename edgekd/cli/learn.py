@@ -33,8 +33,11 @@ from edgekd.cli.common import (
     WeightsOption,
     bar,
     next_command,
+    outside,
     part_named,
     read_or_scan,
+    reserve,
+    resumable,
 )
 from edgekd.errors import ConfigError
 
@@ -101,16 +104,21 @@ def distill(
 def _run(given: dict[str, Any], flags: dict[str, Any], *, teacher: Path | None) -> Path:
     """What `train` and `distill` do with their options: one run, or a sweep; returns a run folder."""
     data, out, resume = given["data"], given["out"], given["resume"]
+    outside(out, data)
     flags |= {name: given[name] for name in ("weights", "epochs", "seed", "split", "fold", "group")}
     flags |= {"data": str(data.resolve()), "preprocess.image_size": given["image_size"]}
     as_teacher = teacher is not None and given["split"] is None and given["group"] is None
     if given["seeds"] or given["folds"]:
-        return _sweep(given, _protocol(given["protocol"], out, flags, given["set_"]), teacher, as_teacher=as_teacher)
+        reserve(out)
+        with resumable(out):
+            asked = _protocol(given["protocol"], out, flags, given["set_"])
+            return _sweep(given, asked, teacher, as_teacher=as_teacher)
     resumed = resume and (out / "protocol.toml").is_file()
     if as_teacher and not resumed:
         flags["split"] = f"{teacher}/split.json"
     asked = _protocol(given["protocol"], out, flags, given["set_"], resume=resumed)
-    _train(data, out, asked, teacher, resume, given["leave_out_bad"], given["devices"])
+    with resumable(out / "protocol.toml"):
+        _train(data, out, asked, teacher, resume, given["leave_out_bad"], given["devices"])
     return Path(out)
 
 
@@ -213,12 +221,14 @@ def evaluate(
 
     from edgekd.bench import accuracy
     from edgekd.bench.host import host
-    from edgekd.files import atomic_write, to_json
+    from edgekd.files import MEASURES, PLOT, atomic_write, to_json
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
 
     card, logits_of, device = _answers(target, threads)
     data = _data(target, data)
+    reserve(out, MEASURES, data=data)
+    reserve(plot, PLOT, data=data)
     if split is None and (target / "split.json").is_file():
         split = target
     chosen = read_or_scan(data, split, card.classes)
@@ -280,11 +290,13 @@ def export(
 
     from edgekd.artifact import read_split
     from edgekd.export import export
+    from edgekd.files import NETWORK
     from edgekd.runtime.images import load_part
     from edgekd.training.run import load_model
 
     network, header = load_model(run)
     split, data = read_split(run), _data(run, data)
+    reserve(out, NETWORK, data=data)
     batch, _ = load_part(split, "val", data=data, preprocess=header.preprocess, limit=images)
     with torch.no_grad():
         card = header.card(network(torch.from_numpy(batch[:1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from edgekd.data.folders import check, scan
 from edgekd.data.splits import make_split
 from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, locked, to_json
 from edgekd.models import build, hub_name
 from edgekd.models.weights import load_state, read_state
 from edgekd.specs import write_toml
@@ -48,12 +49,41 @@ def train(
     process calls this alike and the first one writes.
 
     Raises:
-        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts.
+        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts; another
+            process trains into `out`.
     """
     if needs_teacher(protocol.method) and teacher is None:
         raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
     fabric = Fabric(devices=devices, accelerator="auto", precision=protocol.precision)
     fabric.launch()
+    with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
+        return _train(
+            fabric,
+            data,
+            out,
+            protocol=protocol,
+            teacher=teacher,
+            resume=resume,
+            leave_out_bad=leave_out_bad,
+            on_check=on_check,
+            on_split=on_split,
+            progress=progress,
+        )
+
+
+def _train(
+    fabric: Fabric,
+    data: Path,
+    out: Path,
+    *,
+    protocol: Protocol,
+    teacher: Path | None,
+    resume: bool,
+    leave_out_bad: bool,
+    on_check: Callable[[int, int], None] | None,
+    on_split: Callable[[Split], None] | None,
+    progress: Progress | None,
+) -> list[dict[str, float]]:
     if fabric.is_global_zero:
         run.start(out, resume=resume)
         split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
