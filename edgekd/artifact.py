@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import onnx
 
 from edgekd.errors import ArtifactError, ConfigError
-from edgekd.files import atomic_write, sha256, to_json
+from edgekd.files import atomic_write, recover, sha256, to_json
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
 from edgekd.specs import from_dict
@@ -204,6 +204,7 @@ def read_card(path: Path) -> Card:
     Raises:
         ArtifactError: see `read_onnx` and `read_manifest`.
     """
+    recover(path)
     return _manifest(path).card if path.is_dir() else read_onnx(path)[1]
 
 
@@ -213,6 +214,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: no engine, or a file that is missing, cut short or edited; it is named.
     """
+    recover(folder)
     manifest = _manifest(folder)
     for name, file in manifest.files.items():
         path = folder / name

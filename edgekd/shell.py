@@ -25,7 +25,7 @@ class Stopped(KeyboardInterrupt):
     """Raised where a signal came, so that what is being written is cleared away."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.code = 128 + number
 
 

@@ -109,10 +109,12 @@ def tune(
     """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
     from edgekd.artifact import MANIFEST
     from edgekd.engines import open_engine
+    from edgekd.files import recover
     from edgekd.runtime.images import load_part
     from edgekd.runtime.tune import save_tuned
     from edgekd.runtime.tune import tune as search
 
+    recover(engine)
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is no engine", fix="thresholds belong to an engine: edgekd compile first")
     reserve(engine / MANIFEST)
@@ -133,7 +135,8 @@ def tune(
         )
     goal = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     asked = {k: v for k, v in goal.items() if v is not None}
-    save_tuned(engine, tuned, {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint})
+    facts = {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint}
+    save_tuned(engine, tuned, facts, digest=opened.manifest.digest if opened.manifest else "")
     typer.echo(_curve(tuned))
     next_command(f"edgekd bench {engine} --suite quick --data {data} --split {split} --out record.json")
 

@@ -41,8 +41,9 @@ def bench(
         raise ConfigError(f"--out {out}: the record is JSON, and a table would replace it", fix="give NAME.json")
     refuse_existing(out)
     reserve(out, data=data)
-    for suffix, kind in {".md": MARKDOWN, ".csv": CSV} | ({".html": PAGE} if report else {}):
-        reserve(out.with_suffix(suffix), kind)
+    for suffix, kind in ((".md", MARKDOWN), (".csv", CSV), (".html", PAGE)):
+        if report or kind is not PAGE:
+            reserve(out.with_suffix(suffix), kind)
     asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
     chosen = read_or_scan(data, split, read_card(engine).classes)

@@ -74,9 +74,9 @@ def reproduce(
         leave_out_bad=leave_out_bad,
     )
     outside(runs, data)
-    written = out / stem(table, asked.group)
-    reserve(written.with_suffix(".json"), RESULT, data=data)
-    reserve(written.with_suffix(".md"), PAPER)
+    name = stem(table, asked.group)
+    reserve(out / f"{name}.json", RESULT, data=data)
+    reserve(out / f"{name}.md", PAPER)
     with bar("check images") as checked, resumable(runs, "the same command"):
         result, failed = run(
             table, asked, say=typer.echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")

@@ -127,13 +127,10 @@ def refuse_other_folder(out: Path) -> None:
         return
     if not (out.is_dir() and ENGINE.has(out / MANIFEST)):
         raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
-    graph = re.compile(r"(stage_\d+|monolithic|final)\.|\.")
-    if more := [
-        p.name for p in sorted(out.iterdir()) if p.name != MANIFEST and not (p.is_file() and graph.match(p.name))
-    ]:
-        raise ConfigError(
-            f"{out} holds {more[0]} beside its engine: it would be lost", fix="move it out of that folder"
-        )
+    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
+    for path in out.iterdir():
+        if not (path.is_file() and own.fullmatch(path.name)):
+            raise ConfigError(f"{path} would be lost: it is no part of the engine", fix="move it out of that folder")
 
 
 def _step(progress: Progress | None, done: float, *, before: int, total: int) -> None:
