@@ -17,7 +17,7 @@ import onnx
 
 from edgekd import onnxcheck
 from edgekd.errors import ArtifactError, ConfigError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, recover, to_json
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
 from edgekd.specs import from_dict, parse_json
@@ -390,6 +390,7 @@ def read_card(path: Path) -> Card:
     Raises:
         ArtifactError: see `read_onnx` and `read_manifest`.
     """
+    recover(path)
     return _manifest(path).card if path.is_dir() else read_onnx(path)[1]
 
 
@@ -399,6 +400,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: no engine, or a file that is missing, cut short or edited; it is named.
     """
+    recover(folder)
     manifest = _manifest(folder)
     for name in manifest.files:
         read_file(folder, name, manifest)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnx
 from edgekd.artifact import Card
 from edgekd.engines.graphs import backbone, with_shapes
 from edgekd.errors import ConfigError, nearest
+from edgekd.files import temporary_folder
 from edgekd.fold import fold_norms
 from edgekd.host import exact_int8
 from edgekd.quantize_dla import quantize_dla
@@ -77,8 +79,8 @@ def quantize(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
 
     ready = _prepared(model)
-    with tempfile.TemporaryDirectory(prefix="edgekd-quantize-") as folder:
-        out = Path(folder) / "quantised.onnx"
+    with _temporary() as folder:
+        out = folder / "quantised.onnx"
         quantize_static(
             ready,
             str(out),
@@ -91,6 +93,17 @@ def quantize(
         quantised = onnx.load(str(out))
     del quantised.metadata_props[:]
     return quantised
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder that ONNX Runtime has its temporary folders in, too: it leaves them behind when it is killed."""
+    with temporary_folder("quantize") as folder:
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
 
 
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -181,7 +181,8 @@ def test_ctrl_c_while_training(cells: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, text
-    assert "interrupted" in text
+    assert "interrupted by SIGINT" in text
+    assert "--resume" in text
     assert "Traceback" not in text
     assert not list((tmp_path / "run").glob(".*partial*"))
 

@@ -7,7 +7,6 @@ import json
 import logging
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from edgekd.bench.variants import Group
 from edgekd.bench.worker import Job, Outcome
 from edgekd.engines import Engine, open_engine
 from edgekd.errors import BackendError, ConfigError
-from edgekd.files import sha256, to_json
+from edgekd.files import sha256, temporary_folder, to_json
 from edgekd.runtime.images import load, load_part
 from edgekd.runtime.preprocess import Array, Preprocess
 
@@ -96,10 +95,10 @@ def bench(
     _same_classes(entries, split)
     before, watts = host.load_average(), energy.idle_watts(energy.domains())
     items = split.part("test")
-    with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as folder:
-        images, labels = _prepare(entries, split, data, Path(folder))
+    with temporary_folder("bench") as folder:
+        images, labels = _prepare(entries, split, data, folder)
         preprocess_ms = _time_preprocessing([data / i.path for i in items], engine.card.preprocess)
-        measured = _measure(entries, suite, images, labels, watts, Path(folder), progress)
+        measured = _measure(entries, suite, images, labels, watts, folder, progress)
     record = Record(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekd.errors import ConfigError, DataError
+from edgekd.files import Kind, locked, real, refuse_other
 
 if TYPE_CHECKING:
     from edgekd.artifact import Part, Split
@@ -64,6 +65,50 @@ FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0
 def say(text: str) -> None:
     """Tell the user something that is no result."""
     sys.stderr.write(text + "\n")
+
+
+_reservations = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def reserved() -> Iterator[None]:
+    """Around a command: what it reserves is its own until it ends."""
+    with _reservations:
+        yield
+
+
+def reserve(out: Path | None, kind: Kind | None = None, *, data: Path | None = None) -> None:
+    """Before the work: see that `out` can be written, that nothing else is lost by it, and that nobody else writes it.
+
+    kind: what may be replaced, for a file. data: the images, among which it may not lie.
+
+    Raises:
+        ConfigError: it lies in the data folder. ArtifactError: something else is there, or another process writes it.
+    """
+    if out is None:
+        return
+    if data is not None:
+        outside(out, data)
+    if kind:
+        refuse_other(out, kind)
+    _reservations.enter_context(locked(out))
+
+
+def outside(out: Path, data: Path) -> None:
+    """Refuse an output among the images: the next scan would take it for some of them."""
+    if real(out).is_relative_to(real(data)):
+        raise ConfigError(f"{out} lies in the folder of the images, {data}", fix="choose a place outside of it")
+
+
+@contextlib.contextmanager
+def resumable(begun: Path, how: str = "the same command with --resume") -> Iterator[None]:
+    """Say how to go on with a run that is interrupted. begun: what is there once it can be."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if begun.exists():
+            stop.resume = f"\n  fix: {how} goes on from there"  # type: ignore[attr-defined]
+        raise
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.common import reserve
 from edgekd.errors import ArtifactError
 
 # On 300 validation images one is a third of a point: the gate of 0.5 would be a matter of luck.
@@ -32,10 +33,20 @@ def demo(out: Annotated[Path, typer.Option(help="A new folder for everything tha
     """The whole path on synthetic cells: each command is printed before it runs."""
     if out.exists() and any(out.iterdir()):
         raise ArtifactError(f"{out} is not empty", fix="remove it, or choose another --out")
+    reserve(out)
     for step in STEPS.strip().splitlines():
         words = [word.format(out=out) for word in shlex.split(step)]
         typer.secho(f"\n$ edgekd {shlex.join(words)}", bold=True)
-        code = subprocess.run([sys.executable, "-m", "edgekd", *words], check=False).returncode
-        if code:
-            raise typer.Exit(code)
+        if code := _run([sys.executable, "-m", "edgekd", *words]):
+            raise typer.Exit(code if code > 0 else 128 - code)
     typer.echo(f"\nopen {out}/record.html")
+
+
+def _run(command: list[str]) -> int:
+    """Exit code of a command that is given the time to clear away what it was writing when this one is stopped."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()

@@ -17,6 +17,7 @@ from edgekd.cli.common import (
     bar,
     next_command,
     read_or_scan,
+    reserve,
     say,
 )
 from edgekd.errors import ConfigError
@@ -43,6 +44,7 @@ def compile_(
     from edgekd import specs
     from edgekd.artifact import read_onnx, read_split
     from edgekd.engines import Recipe, compile_engine
+    from edgekd.engines.build import refuse_other_folder
     from edgekd.engines.device import require_local
     from edgekd.runtime.images import load_part
 
@@ -51,6 +53,8 @@ def compile_(
     asked = specs.load(Recipe, "compile", recipe, overrides=specs.parse_overrides(set_ or []))
     if (data is None) != (split is None):
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
+    refuse_other_folder(out)
+    reserve(out, data=data)
     calibration = validation = None
     with bar("read images") as progress:
         if data is not None and split is not None:
@@ -104,12 +108,15 @@ def tune(
     """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
     from edgekd.artifact import MANIFEST
     from edgekd.engines import open_engine
+    from edgekd.files import recover
     from edgekd.runtime.images import load_part
     from edgekd.runtime.tune import save_tuned
     from edgekd.runtime.tune import tune as search
 
+    recover(engine)
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is no engine", fix="thresholds belong to an engine: edgekd compile first")
+    reserve(engine / MANIFEST)
     opened = open_engine(engine, threads=threads)
     chosen = read_or_scan(data, split, opened.card.classes)
     with bar("read images") as progress:
@@ -127,7 +134,8 @@ def tune(
         )
     goal = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     asked = {k: v for k, v in goal.items() if v is not None}
-    save_tuned(engine, tuned, {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint})
+    facts = {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint}
+    save_tuned(engine, tuned, facts, digest=opened.manifest.digest if opened.manifest else "")
     typer.echo(_curve(tuned))
     record = engine.parent / f"{engine.stem}-record.json"
     next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)

@@ -38,8 +38,11 @@ from edgekd.cli.common import (
     WorkersOption,
     bar,
     next_command,
+    outside,
     part_named,
     read_or_scan,
+    reserve,
+    resumable,
     say,
 )
 from edgekd.errors import ConfigError
@@ -146,6 +149,7 @@ def _run(given: dict[str, Any], flags: dict[str, tuple[str, Any]], *, method: st
     from edgekd.training.protocol import refuse_other_settings
 
     data, out, name = given["data"], given["out"], given["protocol"]
+    outside(out, data)
     flags |= {key: (f"--{key.replace('_', '-')}", given[key]) for key in SAME}
     flags |= {"data": ("--data", str(data.resolve())), "preprocess.image_size": ("--image-size", given["image_size"])}
     values = {key: value for key, (_, value) in flags.items() if value is not None}
@@ -159,14 +163,17 @@ def _run(given: dict[str, Any], flags: dict[str, tuple[str, Any]], *, method: st
         asked = _fresh(name, values, flags, method)
         as_teacher = asked.teacher and not {"split", "group"} & values.keys() and not Path(asked.split).is_file()
         if many:
-            return _sweep(given, asked, as_teacher=bool(as_teacher)), asked
+            reserve(out)
+            with resumable(out):
+                return _sweep(given, asked, as_teacher=bool(as_teacher)), asked
         if as_teacher:
             asked = dataclasses.replace(asked, split=f"{asked.teacher}/split.json")
     if resumed:
         made = _load(str(own), {}, {})
         refuse_other_settings(out, made, asked)
         asked = dataclasses.replace(made, data=asked.data, workers=asked.workers)
-    _train(data, out, asked, given["resume"], given["leave_out_bad"], given["devices"])
+    with resumable(own):
+        _train(data, out, asked, given["resume"], given["leave_out_bad"], given["devices"])
     return out, asked
 
 
@@ -294,12 +301,14 @@ def evaluate(
 
     from edgekd.bench import accuracy
     from edgekd.bench.host import host
-    from edgekd.files import atomic_write, to_json
+    from edgekd.files import MEASURES, PLOT, atomic_write, to_json
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
 
     card, logits_of, device = _answers(target, threads)
     data = _data(target, data)
+    reserve(out, MEASURES, data=data)
+    reserve(plot, PLOT, data=data)
     if split is None and (target / "split.json").is_file():
         split = target
     chosen = read_or_scan(data, split, card.classes)
@@ -380,11 +389,13 @@ def export(
 
     from edgekd.artifact import read_split
     from edgekd.export import export
+    from edgekd.files import NETWORK
     from edgekd.runtime.images import load_part
     from edgekd.training.run import load_model
 
     network, header = load_model(run)
     split, data = read_split(run), _data(run, data)
+    reserve(out, NETWORK, data=data)
     batch, _ = load_part(split, "val", data=data, preprocess=header.preprocess, limit=images)
     with torch.no_grad():
         card = header.card(network(torch.from_numpy(batch[:1])))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import DataOption, OutOption, SetOption, SplitFile, bar, next_command, read_or_scan
+from edgekd.cli.common import DataOption, OutOption, SetOption, SplitFile, bar, next_command, read_or_scan, reserve
 from edgekd.errors import ConfigError
 
 
@@ -33,11 +33,17 @@ def bench(
     from edgekd.bench.suite import Suite
     from edgekd.bench.suite import bench as measure
     from edgekd.bench.tables import markdown, to_csv
-    from edgekd.files import atomic_write
+    from edgekd.files import CSV, MARKDOWN, PAGE, atomic_write
 
     if report and find_spec("matplotlib") is None:
         raise ConfigError("the HTML page needs matplotlib", fix="pip install 'edgekd[report]', or give --no-report")
+    if out.suffix in (".md", ".csv", ".html"):
+        raise ConfigError(f"--out {out}: the record is JSON, and a table would replace it", fix="give NAME.json")
     refuse_existing(out)
+    reserve(out, data=data)
+    for suffix, kind in ((".md", MARKDOWN), (".csv", CSV), (".html", PAGE)):
+        if report or kind is not PAGE:
+            reserve(out.with_suffix(suffix), kind)
     asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
     chosen = read_or_scan(data, split, read_card(engine).classes)

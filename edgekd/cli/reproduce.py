@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import BadOption, FoldsOption, GroupOption, JobsOption, SeedsOption, SetOption, bar, say
+from edgekd.cli.common import (
+    BadOption,
+    FoldsOption,
+    GroupOption,
+    JobsOption,
+    SeedsOption,
+    SetOption,
+    bar,
+    outside,
+    reserve,
+    resumable,
+    say,
+)
 from edgekd.errors import ConfigError
 
 
@@ -39,8 +51,9 @@ def reproduce(
         raise ConfigError("no table and images given", fix="edgekd reproduce TABLE --data DIR, or --list")
     from edgekd import specs
     from edgekd.errors import TrainingError
+    from edgekd.files import PAPER, RESULT
     from edgekd.reproduce.report import text
-    from edgekd.reproduce.run import Asked
+    from edgekd.reproduce.run import Asked, stem
     from edgekd.reproduce.run import reproduce as run
     from edgekd.training.launch import reason
 
@@ -60,7 +73,11 @@ def reproduce(
         at_once=jobs,
         leave_out_bad=leave_out_bad,
     )
-    with bar("check images") as checked:
+    outside(runs, data)
+    name = stem(table, asked.group)
+    reserve(out / f"{name}.json", RESULT, data=data)
+    reserve(out / f"{name}.md", PAPER)
+    with bar("check images") as checked, resumable(runs, "the same command"):
         result, failed = run(
             table, asked, say=typer.echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
         )

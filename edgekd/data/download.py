@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from edgekd import __version__
 from edgekd.errors import DataError, nearest
-from edgekd.files import atomic_folder
+from edgekd.files import atomic_folder, locked
 
 Progress = Callable[[int, int], None]
 TIMEOUT_S = 30
@@ -49,7 +49,8 @@ SIPAKMED = "https://www.cs.uoi.gr/~marina/sipakmed.html"
 def get(name: str, out: Path, *, progress: Progress | None = None) -> None:
     """Download `kather2016` or `cifar100` and write it to `out` as class folders.
 
-    The archive is kept beside `out` until it is unpacked, so a broken download goes on where it stopped.
+    The archive is kept beside `out`, hidden, until it is unpacked, so a broken download goes on where it stopped. One
+    that is there under its own name is used and left alone.
     progress: bytes done and in all, then images written and in all.
 
     Raises:
@@ -65,24 +66,29 @@ def get(name: str, out: Path, *, progress: Progress | None = None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty", fix="remove it or choose another folder")
     archive = out.parent / SOURCES[name].name
-    fetch(SOURCES[name], archive, progress=progress)
-    with atomic_folder(out) as folder:
-        if name == "cifar100":
-            _write_cifar100(archive, folder, progress)
-        else:
-            unzip(archive, folder)
-    archive.unlink()
+    ours = None if archive.exists() else archive.with_name(f".{archive.name}")
+    with locked(archive):
+        fetch(SOURCES[name], ours or archive, progress=progress)
+        with atomic_folder(out) as folder:
+            if name == "cifar100":
+                _write_cifar100(ours or archive, folder, progress)
+            else:
+                unzip(ours or archive, folder)
+        if ours:
+            ours.unlink()
 
 
 def fetch(source: Source, path: Path, *, progress: Progress | None = None) -> None:
-    """Download to `path`, or finish `path`.part from an earlier try; a file that is there and right is kept.
+    """Download to `path`, or finish `path`.part from an earlier try; a file that is there is kept.
 
     Raises:
-        DataError: no network, the connection broke (the part is kept), or a wrong checksum (the file is removed).
+        DataError: no network, the connection broke (the part is kept), or a wrong checksum (what came is removed).
     """
     part = path.with_name(path.name + ".part")
-    if path.is_file():
-        path.replace(part)  # checked below like any other; if it is short, the rest is fetched
+    if path.exists():
+        if not path.is_file() or _md5(path) != source.md5:
+            raise DataError(f"{path} is there and is not {source.url}", fix="move it, and it is fetched")
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if not part.is_file() or _md5(part) != source.md5:
         _download(source.url, part, progress)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from edgekd.engines.engine import Engine, built_engine, open_engine
 from edgekd.engines.graphs import graphs
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
-from edgekd.files import atomic_folder, sha256
+from edgekd.files import ENGINE, atomic_folder, sha256
 from edgekd.host import default_threads, host
 from edgekd.runtime.preprocess import Array
 
@@ -87,12 +88,11 @@ def compile_engine(
         otherwise computes them.
 
     Raises:
-        ConfigError: int8 without calibration images; `out` is something else than an engine.
+        ConfigError: int8 without calibration images; `out` is something else than an engine, or holds more.
         BackendError: no backend can build this here, or what ran is not the precision that was asked for.
         GateError: an exit loses more accuracy than the recipe allows; the table is in the message.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
+    refuse_other_folder(out)
     names = installed() if backend == "auto" else [backend]
     if validation and reference is None:
         reference = open_engine(source, threads=threads).logits(validation[0])
@@ -115,6 +115,22 @@ def compile_engine(
         manifest = built[_fastest(attempts, errors)]
         _keep(part, manifest, others=names)
     return manifest, attempts
+
+
+def refuse_other_folder(out: Path) -> None:
+    """See that nothing is lost when an engine is written to `out`: there is none, or an engine and nothing else.
+
+    Raises:
+        ConfigError: there is something else, which is named.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out.is_dir() and ENGINE.has(out / MANIFEST)):
+        raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
+    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
+    for path in out.iterdir():
+        if not (path.is_file() and own.fullmatch(path.name)):
+            raise ConfigError(f"{path} would be lost: it is no part of the engine", fix="move it out of that folder")
 
 
 def _step(progress: Progress | None, done: float, *, before: int, total: int) -> None:

@@ -16,6 +16,7 @@ from edgekd.engines.graphs import graph, graph_names, with_shapes
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import host_walker
 from edgekd.errors import ArtifactError, BackendError
+from edgekd.files import recover
 from edgekd.host import default_threads, host
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Array
@@ -142,6 +143,7 @@ def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> 
 
 
 def _open(path: Path, *, threads: int) -> Engine:
+    recover(path)
     if path.is_dir():
         manifest = read_manifest(path)
         check_host(manifest, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from edgekd.engines.backends import Read, Walker, refused, shares
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import Arrays, Linked, linked_walker
 from edgekd.errors import ArtifactError, BackendError
+from edgekd.files import temporary_folder
 from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".onnx"
@@ -121,8 +121,8 @@ def load(path: Path | bytes, *, recipe: Recipe, threads: int, read: Read = Path.
 
 def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
     """Shares of fp32 and int8 among the layers of the optimised graph."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
+    with temporary_folder("optimised") as folder:
+        optimised = folder / "optimised.onnx"
         _session(path, threads=1, optimised=optimised, name=path)
         types = [node.op_type for node in onnx.load(str(optimised)).graph.node]
     return shares(["int8" if t in _INT8 else "fp32" for t in types if t in _INT8 | _FLOAT])
