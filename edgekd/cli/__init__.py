@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from edgekd.cli import deploy, learn, measure
-from edgekd.cli.common import say
+from edgekd.cli.common import LogFormatter, say
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
 from edgekd.cli.models import app as models_app
@@ -67,7 +67,9 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("edgekd").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

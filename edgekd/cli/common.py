@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from edgekd.errors import ConfigError, DataError
+from edgekd.text import terminal
 
 if TYPE_CHECKING:
     from edgekd.artifact import Part, Split
@@ -23,7 +25,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
 ProtocolOption = Annotated[str, typer.Option(help="Shipped protocol or a .toml file.")]
 WeightsOption = Annotated[str | None, typer.Option(help="First weights: hub, none, a file or a run folder.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
@@ -46,9 +48,26 @@ BadOption = Annotated[bool, typer.Option("--leave-out-bad", help="Train without 
 DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
 
 
+def echo(text: str, *, bold: bool = False) -> None:
+    """Print a result. Names in it cannot steer the terminal, and what it cannot show is escaped."""
+    typer.secho(_shown(text, sys.stdout), bold=bold)
+
+
 def say(text: str) -> None:
     """Tell the user something that is no result."""
-    sys.stderr.write(text + "\n")
+    typer.echo(_shown(text, sys.stderr), err=True)
+
+
+def _shown(text: str, stream: TextIO | None) -> str:
+    encoding = (stream and stream.encoding) or "utf-8"  # a stream that was closed is None
+    return terminal(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
 
 
 @contextlib.contextmanager
@@ -81,7 +100,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
 
 def next_command(command: str) -> None:
     """Every command ends by saying what comes next."""
-    typer.echo(f"next: {command}")
+    echo(f"next: {command}")
 
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:

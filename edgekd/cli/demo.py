@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.common import echo
 from edgekd.errors import ArtifactError
 
 # On 300 validation images one is a third of a point: the gate of 0.5 would be a matter of luck.
@@ -34,8 +35,8 @@ def demo(out: Annotated[Path, typer.Option(help="A new folder for everything tha
         raise ArtifactError(f"{out} is not empty", fix="remove it, or choose another --out")
     for step in STEPS.strip().splitlines():
         words = [word.format(out=out) for word in shlex.split(step)]
-        typer.secho(f"\n$ edgekd {shlex.join(words)}", bold=True)
+        echo(f"\n$ edgekd {shlex.join(words)}", bold=True)
         code = subprocess.run([sys.executable, "-m", "edgekd", *words], check=False).returncode
         if code:
             raise typer.Exit(code)
-    typer.echo(f"\nopen {out}/record.html")
+    echo(f"\nopen {out}/record.html")

@@ -15,6 +15,7 @@ from edgekd.cli.common import (
     SplitFile,
     ThreadsOption,
     bar,
+    echo,
     next_command,
     read_or_scan,
     say,
@@ -70,11 +71,11 @@ def compile_(
             threads=threads,
             progress=progress,
         )
-    typer.echo(_attempts(attempts))
+    echo(_attempts(attempts))
     ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
-    typer.echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
+    echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
     for note in manifest.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     images = f" --data {data} --split {split}" if data else " --data … --split …"
     next_command(f"edgekd tune {out}{images} --max-accuracy-drop 0.3")
 
@@ -129,7 +130,7 @@ def tune(
     goal = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     asked = {k: v for k, v in goal.items() if v is not None}
     save_tuned(engine, tuned, {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint})
-    typer.echo(_curve(tuned))
+    echo(_curve(tuned))
     next_command(f"edgekd bench {engine} --suite quick --data {data} --split {split} --out record.json")
 
 
@@ -162,7 +163,7 @@ def devices() -> None:
     from edgekd.bench.accuracy import aligned
     from edgekd.engines.device import table
 
-    typer.echo(aligned(table()))
+    echo(aligned(table()))
 
 
 def doctor() -> None:
@@ -171,7 +172,7 @@ def doctor() -> None:
 
     lines, healthy = report()
     for line in lines:
-        typer.echo(line)
+        echo(line)
     if not healthy:
         say("error: a backend that is installed does not work")
         raise typer.Exit(1)

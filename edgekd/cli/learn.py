@@ -32,6 +32,7 @@ from edgekd.cli.common import (
     ThreadsOption,
     WeightsOption,
     bar,
+    echo,
     next_command,
     part_named,
     read_or_scan,
@@ -132,9 +133,9 @@ def _sweep(given: dict[str, Any], protocol: Protocol, teacher: Path | None, *, a
         resume=given["resume"],
         leave_out_bad=given["leave_out_bad"],
         at_once=given["jobs"],
-        on_end=lambda job, state: typer.echo(f"{out / job.name}: {state}"),
+        on_end=lambda job, state: echo(f"{out / job.name}: {state}"),
     )
-    typer.echo(sweep.summary_text(json.loads((out / sweep.SUMMARY).read_text())))
+    echo(sweep.summary_text(json.loads((out / sweep.SUMMARY).read_text())))
     if failed := [name for name, state in states.items() if state == "failed"]:
         raise TrainingError(
             "\n".join([f"{len(failed)} of {len(of)} runs failed; each log ends with the reason:", *_logs(out, failed)]),
@@ -188,11 +189,11 @@ def _train(
             leave_out_bad=leave_out_bad,
             devices=devices,
             on_check=checked,
-            on_split=lambda split: typer.echo(summary(split)),
+            on_split=lambda split: echo(summary(split)),
             progress=trained,
         )
     best = max(history, key=lambda row: (row["val_ensemble"], row["epoch"]))
-    typer.echo(f"{out}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
+    echo(f"{out}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
 
 
 def evaluate(
@@ -236,10 +237,10 @@ def evaluate(
         made_on = {"device": device, "host": dataclasses.asdict(host())}
         atomic_write(out, to_json({"part": part, "metrics": plain, **made_on}))
     if as_json:
-        typer.echo(json.dumps(plain, indent=1))
+        echo(json.dumps(plain, indent=1))
     else:
-        typer.echo(accuracy.text_table(rows))
-        typer.echo(accuracy.confusion_text(last))
+        echo(accuracy.text_table(rows))
+        echo(accuracy.confusion_text(last))
     if plot:
         from edgekd.bench.report import confusion_png
 
@@ -289,7 +290,7 @@ def export(
     with torch.no_grad():
         card = header.card(network(torch.from_numpy(batch[:1])))
     worst = export(network, card, out=out, images=batch, names=[i.path for i in split.part("val")])
-    typer.echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
+    echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
     engine, files = out.with_suffix(".engine"), f"--data {data} --split {run / 'split.json'}"
     next_command(f"edgekd compile {out} --recipe int8 {files} --out {engine}")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import BadOption, FoldsOption, GroupOption, JobsOption, SeedsOption, SetOption, bar, say
+from edgekd.cli.common import BadOption, FoldsOption, GroupOption, JobsOption, SeedsOption, SetOption, bar, echo, say
 from edgekd.errors import ConfigError
 
 
@@ -62,9 +62,9 @@ def reproduce(
     )
     with bar("check images") as checked:
         result, failed = run(
-            table, asked, say=typer.echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
+            table, asked, say=echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
         )
-    typer.echo(text(result))
+    echo(text(result))
     if failed:
         lines = [f"  {name}: {reason(log)} ({log})" for name, log in failed.items()]
         raise TrainingError(
@@ -85,8 +85,8 @@ def _list(table: str, out: Path) -> None:
     from edgekd.reproduce.report import states
 
     for name in [table] if table else tables.names():
-        typer.secho(f"{name}: {tables.read(name).caption}", bold=True)
+        echo(f"{name}: {tables.read(name).caption}", bold=True)
         rows = states(name, out)
         wide = max(len(label) for label, _, _ in rows)
         for label, state, why in rows:
-            typer.echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))
+            echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))
