@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from edgekd.artifact import Part
 from edgekd.errors import DataError, nearest
@@ -19,7 +20,20 @@ from edgekd.runtime.preprocess import EXTENSIONS, open_image
 
 log = logging.getLogger(__name__)
 
-PARTS: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS: dict[str, Part] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of folders above class folders, in any case, and the part that their images are."""
+PASSED_OVER = frozenset(
+    {"$recycle.bin", "#recycle", "@eadir", "@recycle", "__macosx", "lost+found", "system volume information"}
+)
+"""Folders that a system or storage device makes (in lower case): nothing in them counts, nor in hidden ones."""
 BYSTANDERS = frozenset({"", ".csv", ".dat", ".db", ".ini", ".json", ".md", ".txt", ".xml"})
 """Files of these kinds lie beside images everywhere: passed over and counted, as hidden ones are."""
 SHOWN = 20
@@ -80,8 +94,52 @@ def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
     return Folder(data, names, tuple(sorted_out.items), sorted_out.bad, sorted_out.ignored)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images under a folder: what `scan` takes in class folders, and `edgekd predict` in any folder.
+
+    By the ends of their names, in any case; hidden ones do not count. Links are followed, to files and to folders,
+    but not upwards, and each folder is entered once. A link that leads nowhere counts, so that it will be named.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
+    return [file for file in _files(folder) if _is_image(file)]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    seen = {_identity(above) for above in folder.resolve().parents}
+    for root, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        if (here := _identity(Path(root))) in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not _passed_over(name))
+        yield from (Path(root, name) for name in sorted(files))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})", fix="mend its permissions or remove it")
+
+
+def _is_image(file: Path) -> bool:
+    broken = file.is_symlink() and not file.exists()
+    return not file.name.startswith(".") and (broken or file.suffix.lower() in EXTENSIONS)
+
+
+def _passed_over(folder: str) -> bool:
+    return folder.startswith(".") or folder.lower() in PASSED_OVER
+
+
 def _visible(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+    try:
+        return sorted(p for p in folder.iterdir() if not _passed_over(p.name))
+    except OSError as error:
+        _unreadable(error)
 
 
 def _tops(data: Path) -> list[tuple[Part | None, Path]]:
@@ -135,15 +193,13 @@ class _Sorting:
     def add(self, folder: Path, label: int, part: Part | None) -> int:
         """Take everything under a class folder; the number of images is returned."""
         before = len(self.items)
-        for root, folders, files in os.walk(folder):
-            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-            for file in sorted(files):
-                self._file(Path(root, file), label, part)
+        for file in _files(folder):
+            self._file(file, label, part)
         return len(self.items) - before
 
     def _file(self, path: Path, label: int, part: Part | None) -> None:
         kind = path.suffix.lower()
-        if kind in EXTENSIONS and not path.name.startswith("."):
+        if _is_image(path):
             self.items.append(Found(_name(path, self.data), label, part))
         elif kind in BYSTANDERS or path.name.startswith("."):
             self.ignored += 1
@@ -152,8 +208,8 @@ class _Sorting:
 
     def loose(self, top: Path) -> None:
         """Complain of images that lie beside the class folders."""
-        for path in filter(Path.is_file, _visible(top)):
-            if path.suffix.lower() in EXTENSIONS:
+        for path in (p for p in _visible(top) if not p.is_dir()):
+            if _is_image(path):
                 self.bad[_name(path, self.data)] = "in no class folder"
             else:
                 self.ignored += 1

@@ -18,7 +18,37 @@ MIN_SIDE = 4
 """Smallest side (pixels) that is taken for a picture."""
 MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs; here it is an error, not a warning."""
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may open a file as, whatever its name: never a program (PostScript starts Ghostscript) or a document."""
+EXTENSIONS = frozenset(
+    [
+        ".apng",
+        ".avif",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".j2c",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpc",
+        ".jpe",
+        ".jpeg",
+        ".jpf",
+        ".jpg",
+        ".jpx",
+        ".mpo",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+"""How the name of a picture ends, in lower case."""
 
 
 @dataclass(frozen=True)
