@@ -18,11 +18,12 @@ _UNSEEN = re.compile(
 
 def visible(text: str) -> str:
     """One line in which every character shows: what moves the cursor, hides or is no text is escaped as in JSON."""
-    return _UNSEEN.sub(_escaped, text)
+    return _UNSEEN.sub(lambda match: code_point(match.group()), text)
 
 
-def _escaped(match: re.Match[str]) -> str:
-    return json.dumps(match.group())[1:-1].replace("\x7f", r"\u007f")
+def code_point(character: str) -> str:
+    r"""`\u001b` and the like, as in JSON."""
+    return json.dumps(character)[1:-1].replace("\x7f", r"\u007f")
 
 
 def terminal(text: str) -> str:

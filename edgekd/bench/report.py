@@ -11,7 +11,6 @@ from PIL import ImageOps
 
 from edgekd.bench import plots
 from edgekd.bench.accuracy import percent
-from edgekd.bench.plots import confusion_png
 from edgekd.bench.record import Record, Variant
 from edgekd.bench.tables import LEGEND, host_text, start_text, table, title
 from edgekd.bench.targets import target_text
@@ -19,8 +18,6 @@ from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write
 from edgekd.runtime.preprocess import open_image
 from edgekd.text import markup
-
-__all__ = ["confusion_png", "html", "write_report"]
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAILS = 7

@@ -201,7 +201,7 @@ def evaluate(
     data: DataFolder = None,
     split: SplitFile = None,
     part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    plot: Annotated[Path | None, typer.Option(help="Write the ensemble's confusion matrix as a picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
     svm: Annotated[
@@ -212,12 +212,14 @@ def evaluate(
     """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
-    from edgekd.bench import accuracy
+    from edgekd.bench import accuracy, plots
     from edgekd.bench.host import host
     from edgekd.files import atomic_write, to_json
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
 
+    if plot:
+        plots.picture_format(plot)
     card, logits_of, device = _answers(target, threads)
     data = _data(target, data)
     if split is None and (target / "split.json").is_file():
@@ -242,9 +244,7 @@ def evaluate(
         echo(accuracy.text_table(rows))
         echo(accuracy.confusion_text(last))
     if plot:
-        from edgekd.bench.report import confusion_png
-
-        confusion_png(last, plot)
+        plots.write_confusion(last, plot)
     if (target / "split.json").is_file() and not as_json:
         next_command(f"edgekd export {target} --out student.onnx")
 
