@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,29 @@ from edgekd.artifact import Item, Part, Split
 from edgekd.errors import DataError
 from edgekd.runtime.preprocess import Array, Preprocess, open_image, to_rgb
 
-Source: TypeAlias = Path | str | Image.Image | npt.NDArray[np.uint8]
+Source: TypeAlias = Path | str | bytes | IO[bytes] | Image.Image | npt.NDArray[np.uint8]
 Progress: TypeAlias = Callable[[int, int], None]
 
 
 def load(source: Source, preprocess: Preprocess) -> Array:
-    """A path, Pillow image, or uint8 array in RGB order (H, W, 3) or grey (H, W), to float32 (3, H, W).
+    """A picture to float32 (3, H, W).
+
+    source: a path, a file's bytes, a file opened in binary mode, a Pillow image, or a uint8 array in RGB order
+    (H, W, 3) or grey (H, W) or (H, W, 1).
 
     Raises:
-        DataError: the file cannot be used (it is named), or the array is no picture.
+        DataError: it cannot be used, or is no picture; a file is named.
     """
-    if isinstance(source, (str, Path)):
+    if isinstance(source, (str, os.PathLike)):
         return preprocess(open_image(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = io.BytesIO(source)
+    if hasattr(source, "read"):
+        try:
+            return preprocess(open_image(source))
+        except DataError as error:
+            name = getattr(source, "name", f"picture in a {type(source).__name__}")
+            raise DataError(f"{name}: {error.what.removeprefix(f'{source}: ')}", fix=error.fix) from None
     if isinstance(source, Image.Image):
         return preprocess(to_rgb(ImageOps.exif_transpose(source)))
     return preprocess(_picture(source).convert("RGB"))
@@ -37,12 +49,12 @@ def load(source: Source, preprocess: Preprocess) -> Array:
 def _picture(pixels: Any) -> Image.Image:
     shape: tuple[int, ...] = getattr(pixels, "shape", ())
     dtype = getattr(pixels, "dtype", type(pixels).__name__)
-    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:
         raise DataError(
             f"{dtype} of shape {tuple(shape)} is no picture",
-            fix="give a path, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
+            fix="give a path, bytes, an open file, a Pillow image, or a uint8 array (H, W, 3) in RGB order or (H, W)",
         )
-    return Image.fromarray(pixels)
+    return Image.fromarray(pixels[:, :, 0] if shape[2:] == (1,) else pixels)
 
 
 def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Progress | None = None) -> Array:

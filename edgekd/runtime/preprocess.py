@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import IO, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,7 @@ class Preprocess:
         return self.normalised(np.asarray(self.resized(image)))
 
 
-def open_image(path: Path | str) -> Image.Image:
+def open_image(path: Path | str | IO[bytes]) -> Image.Image:
     """Decode one still picture to 8-bit RGB, turned upright by its EXIF tag.
 
     Grey and CMYK are converted, 16-bit is scaled to 8, transparency is laid over white.
