@@ -74,7 +74,7 @@ def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     assert pixel(saved(Image.new("RGB", (8, 8), (1, 2, 3)), tmp_path / "key.png", transparency=(1, 2, 3))) == (255,) * 3
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0, 0), (65535, 255), (32768, 128), (256, 1), (200, 1)])
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (65535, 255), (32768, 128), (256, 1), (255, 0)])
 def test_16_bit_is_scaled_by_its_range(value: int, expected: int, tmp_path: Path) -> None:
     image = Image.fromarray(np.full((8, 8), value, np.uint16))
     assert pixel(saved(image, tmp_path / "deep.png")) == (expected,) * 3
@@ -86,16 +86,6 @@ def test_16_bit_colour_png(tmp_path: Path) -> None:
     path = tmp_path / "colour.png"
     path.write_bytes(png(8, 8, depth=16, kind=2, rows=rows))
     assert np.abs(np.subtract(pixel(path), (255, 128, 0))).max() <= 1
-
-
-def test_float_tiff(tmp_path: Path) -> None:
-    assert pixel(saved(Image.new("F", (8, 8), 99.0), tmp_path / "f.tif")) == (99, 99, 99)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_float_values_without_meaning(value: float, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"f\.tif: has pixels that are no numbers"):
-        open_image(saved(Image.new("F", (8, 8), value), tmp_path / "f.tif"))
 
 
 def test_exif_turns_the_picture_upright(tmp_path: Path) -> None:
@@ -155,7 +145,7 @@ BAD = {
     "one pixel": "only 1x1 pixels",
     "animated": "several frames",
     "pages": "several frames",
-    "folder": "cannot be decoded",
+    "folder": "is a folder",
     "missing": "no such file",
 }
 

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from edgekd.artifact import Part
 from edgekd.errors import DataError, nearest
+from edgekd.host import default_threads
 from edgekd.runtime.preprocess import EXTENSIONS, open_image
 
 log = logging.getLogger(__name__)
@@ -261,7 +262,7 @@ def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | N
 def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, str], dict[str, str]]:
     """Pixel hashes of the images that can be decoded, and reasons for those that cannot."""
     hashes, bad = {}, {}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(default_threads()) as pool:
         results = pool.map(partial(_pixel_hash, folder.root), folder.items)
         for done, (item, (digest, reason)) in enumerate(zip(folder.items, results), 1):
             if reason:

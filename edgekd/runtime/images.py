@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from edgekd.artifact import Item, Part, Split
 from edgekd.errors import DataError
-from edgekd.runtime.preprocess import Array, Preprocess, open_image, to_rgb
+from edgekd.host import default_threads
+from edgekd.runtime.preprocess import Array, File, Preprocess, opened, to_rgb
 
-Source: TypeAlias = Path | str | bytes | IO[bytes] | Image.Image | npt.NDArray[np.uint8]
+Source: TypeAlias = File | Image.Image | npt.NDArray[np.uint8]
 Progress: TypeAlias = Callable[[int, int], None]
 
 
 def load(source: Source, preprocess: Preprocess) -> Array:
-    """A picture to float32 (3, H, W).
+    """One picture to float32 (3, H, W).
 
-    source: a path, a file's bytes, a file opened in binary mode, a Pillow image, or a uint8 array in RGB order
-    (H, W, 3) or grey (H, W) or (H, W, 1).
+    source: a path, the bytes of an image file, one that is open for reading in binary, a Pillow image, or a uint8
+        array in RGB order (H, W, 3) or grey (H, W) or (H, W, 1).
 
     Raises:
-        DataError: it cannot be used, or is no picture; a file is named.
+        DataError: the file cannot be used (it is named), or the array is no picture.
     """
-    if isinstance(source, (str, os.PathLike)):
-        return preprocess(open_image(source))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = io.BytesIO(source)
-    if hasattr(source, "read"):
-        try:
-            return preprocess(open_image(source))
-        except DataError as error:
-            name = getattr(source, "name", f"picture in a {type(source).__name__}")
-            raise DataError(f"{name}: {error.what.removeprefix(f'{source}: ')}", fix=error.fix) from None
     if isinstance(source, Image.Image):
-        return preprocess(to_rgb(ImageOps.exif_transpose(source)))
-    return preprocess(_picture(source).convert("RGB"))
+        return preprocess(to_rgb(source))
+    if isinstance(source, np.ndarray) or not (isinstance(source, (str, Path, bytes)) or hasattr(source, "read")):
+        return preprocess(to_rgb(_picture(source)))
+    with opened(source) as image:
+        return preprocess(image)
 
 
 def _picture(pixels: Any) -> Image.Image:
@@ -52,7 +44,7 @@ def _picture(pixels: Any) -> Image.Image:
     if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:
         raise DataError(
             f"{dtype} of shape {tuple(shape)} is no picture",
-            fix="give a path, bytes, an open file, a Pillow image, or a uint8 array (H, W, 3) in RGB order or (H, W)",
+            fix="give a path, a file or its bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
         )
     return Image.fromarray(pixels[:, :, 0] if shape[2:] == (1,) else pixels)
 
@@ -65,7 +57,7 @@ def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Pro
     """
     size = preprocess.image_size
     batch = np.empty((len(paths), 3, size, size), np.float32)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(default_threads()) as pool:
         for done, pixels in enumerate(pool.map(partial(load, preprocess=preprocess), paths), start=1):
             batch[done - 1] = pixels
             if progress:
