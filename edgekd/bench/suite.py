@@ -204,6 +204,7 @@ def _job(entry: Entry, suite: Suite, images: Path, turn: int, watts: float | Non
         round=turn,
         idle_watts=watts,
         beside=variants.BESIDE.get(entry.kind, ""),
+        digest=entry.engine.digest,
     )
 
 

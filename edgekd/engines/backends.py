@@ -22,11 +22,21 @@ BACKENDS = {
 }
 
 
+Read: TypeAlias = Callable[[Path], bytes]
+"""How a backend gets a file's content; an engine's checks it against the manifest."""
+
+
 class Runner(Protocol):
     """One compiled graph; may be called from several threads at once."""
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         """The inputs to the outputs, both in graph order; the outputs belong to the caller."""
+
+
+class Loaded(Runner, Protocol):
+    """A runner as a backend gives it. ends: shapes of a row of its first input and of its first output, -1 for any."""
+
+    ends: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Walk(Protocol):
@@ -73,8 +83,11 @@ class Backend(Protocol):
             BackendError: this machine cannot run the recipe's precision.
         """
 
-    def load(self, path: Path, *, recipe: Recipe, threads: int) -> Runner:
-        """Compile a written graph for this machine."""
+    def load(self, path: Path, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> Loaded:
+        """Compile a written graph for this machine; its files are read once, by `read`, and not looked at again."""
+
+    def suffixes(self, recipe: Recipe) -> tuple[str, ...]:
+        """The files that `build` writes for each graph."""
 
     def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
         """Read back what runs: fp32, fp16, bf16 or int8 to its share of convolution and matrix layers."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekd.artifact import Card, Manifest, read_manifest, read_onnx
+from edgekd.artifact import Card, Manifest, read_file, read_manifest, read_onnx
 from edgekd.engines import onnxruntime
-from edgekd.engines.backends import Decider, Runner, Walker, find_backend
-from edgekd.engines.graphs import graph, with_shapes
+from edgekd.engines.backends import Decider, Loaded, Runner, Walker, find_backend
+from edgekd.engines.graphs import graph, graph_names, with_shapes
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import host_walker
 from edgekd.errors import ArtifactError, BackendError
@@ -46,13 +46,14 @@ class Engine:
     It belongs to the process that opened it: a process forked from that one cannot use it.
 
     card: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
+    digest: SHA-256 of what was opened, of the manifest or of student.onnx.
     name: backend and precision, for tables. largest_batch: that walkers take; None for any.
     """
 
     def __init__(
         self,
         card: Card,
-        load: Callable[[str], Runner],
+        load: Callable[[str], Loaded],
         *,
         backend: str,
         precision: str,
@@ -64,6 +65,7 @@ class Engine:
     ) -> None:
         self.card = card
         self.manifest = manifest
+        self.digest = manifest.digest if manifest else card.sha256
         self.backend = backend
         self.name = f"{backend} {precision}"
         self.threads = threads
@@ -144,29 +146,53 @@ class Engine:
         name = name if len(self.card.exits) > 1 else "monolithic"
         with self._lock:
             if name not in self._runners:
-                self._runners[name] = self._load(name)
+                self._runners[name] = self._checked(name, self._load(name))
             return self._runners[name]
 
+    def _checked(self, name: str, runner: Loaded) -> Runner:
+        """A graph that reads and answers what the card says.
 
-def open_engine(path: Path, *, threads: int | None = None) -> Engine:
+        Raises:
+            ArtifactError: it does not.
+        """
+        size = self.card.preprocess.image_size
+        read, answered = runner.ends
+        if name in ("stage_0", "monolithic", "final") and read != (3, size, size):
+            raise ArtifactError(f"{name} reads {read}, its card says (3, {size}, {size})", fix="compile again")
+        if answered != (len(self.card.classes),):
+            what = f"{name} answers {answered}, its card has {len(self.card.classes)} classes"
+            raise ArtifactError(what, fix="compile again")
+        return runner
+
+
+def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
-    threads: cores to use; all that the process may use if None.
+    What is open stays what it was: a graph that is loaded later is checked against the manifest as it was read here.
+    threads: cores to use; all that the process may use if None. digest: of the engine that it has to be, if any.
 
     Raises:
-        ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine.
+        ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine; not
+            the one of this digest.
         BackendError: the backend is not installed.
     """
-    threads = threads or default_threads()
+    engine = _open(path, threads=threads or default_threads())
+    if digest and engine.digest != digest:
+        raise ArtifactError(f"{path} was replaced since it was opened", fix="run the command again")
+    return engine
+
+
+def _open(path: Path, *, threads: int) -> Engine:
     if path.is_dir():
         manifest = read_manifest(path)
         check_host(manifest, path)
+        _check_files(manifest, path)
         return built_engine(path, manifest, threads=threads)
     find_backend("onnxruntime")
     model, card = read_onnx(path)
     model = with_shapes(model)
 
-    def load(name: str) -> Runner:
+    def load(name: str) -> Loaded:
         data = graph(model, card, name=name).SerializeToString()
         return onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads)
 
@@ -175,7 +201,7 @@ def open_engine(path: Path, *, threads: int | None = None) -> Engine:
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
-    """The engine whose files lie in `folder`, unchecked."""
+    """The engine whose files lie in `folder`; they are checked when they are loaded."""
     backend = find_backend(manifest.backend)
     recipe = from_dict(Recipe, manifest.recipe, where=f"{folder}: recipe", error=ArtifactError)
     if manifest.backend != "onnxruntime" and manifest.backend in dict(_inherited):
@@ -184,8 +210,9 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
             fix="start processes by multiprocessing's spawn method, or close engines before the fork",
         )
 
-    def load(name: str) -> Runner:
-        return backend.load(folder / f"{name}{backend.SUFFIX}", recipe=recipe, threads=threads)
+    def load(name: str) -> Loaded:
+        path = folder / f"{name}{backend.SUFFIX}"
+        return backend.load(path, recipe=recipe, threads=threads, read=lambda p: read_file(folder, p.name, manifest))
 
     return Engine(
         manifest.card,
@@ -198,6 +225,22 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
         make_decider=getattr(backend, "decider", None),
         largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
     )
+
+
+def _check_files(manifest: Manifest, path: Path) -> None:
+    """Whether the files are the graphs of this card, as this backend writes them, and no others.
+
+    Raises:
+        ArtifactError: they are not.
+    """
+    recipe = from_dict(Recipe, manifest.recipe, where=f"{path}: recipe", error=ArtifactError)
+    suffixes = find_backend(manifest.backend).suffixes(recipe)
+    asked = {f"{name}{suffix}": name for name in graph_names(manifest.card) for suffix in suffixes}
+    found = {name: file.graph for name, file in manifest.files.items()}
+    if found != asked:
+        odd = min(found.items() ^ asked.items())[0]
+        what = f"{path}: its manifest lists other files than the graphs of {manifest.backend}: {odd}"
+        raise ArtifactError(what, fix="compile again")
 
 
 def check_host(manifest: Manifest, path: Path) -> None:

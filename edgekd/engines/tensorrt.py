@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from edgekd.artifact import Manifest
-from edgekd.engines.backends import shares
+from edgekd.engines.backends import Read, shares
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.trt_build import build_plan
@@ -52,13 +52,18 @@ def build(
         atomic_write(path.with_suffix(".onnx"), given.SerializeToString())
 
 
-def load(path: Path, *, recipe: Recipe, threads: int) -> Opened:  # the GPU does the work
+def suffixes(recipe: Recipe) -> tuple[str, ...]:
+    """The files that `build` writes for each graph."""
+    return (SUFFIX, ".onnx") if recipe.tensorrt.strip_weights else (SUFFIX,)
+
+
+def load(path: Path, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> Opened:  # the GPU does the work
     """Deserialise a written engine.
 
     Raises:
         BackendError: TensorRT refuses it; or no driver, GPU or CUDA bindings.
     """
-    return Opened(path, recipe)
+    return Opened(path, recipe, read)
 
 
 def here() -> dict[str, Any]:
