@@ -25,15 +25,14 @@ from edgekd.specs import from_dict
 
 log = logging.getLogger(__name__)
 
-
-_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+_alive: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: list[tuple[str, list[Runner]]] = []
-"""Backends and graphs of the process that this one was forked from: their threads stayed there, so that using or freeing
-them here may wait for ever."""
+"""Backends and graphs of the process that this one was forked from. Their threads stayed there, so that to use or free
+them here may never end."""
 
 
 def _forked() -> None:
-    _inherited.extend((engine.backend, list(engine._runners.values())) for engine in _open)
+    _inherited.extend((engine.backend, list(engine._runners.values())) for engine in _alive)
 
 
 if hasattr(os, "register_at_fork"):
@@ -77,7 +76,7 @@ class Engine:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._is_closed = False
-        _open.add(self)
+        _alive.add(self)
 
     def close(self) -> None:
         """Free the graphs. The engine cannot be used afterwards."""
