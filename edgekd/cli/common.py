@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -49,18 +49,13 @@ DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torch
 
 
 def echo(text: str, *, bold: bool = False) -> None:
-    """Print a result. Names in it cannot steer the terminal, and what it cannot show is escaped."""
-    typer.secho(_shown(text, sys.stdout), bold=bold)
+    """Print a result; names in it cannot steer the terminal."""
+    typer.secho(terminal(text), bold=bold)
 
 
 def say(text: str) -> None:
     """Tell the user something that is no result."""
-    typer.echo(_shown(text, sys.stderr), err=True)
-
-
-def _shown(text: str, stream: TextIO | None) -> str:
-    encoding = (stream and stream.encoding) or "utf-8"  # a stream that was closed is None
-    return terminal(text).encode(encoding, "backslashreplace").decode(encoding)
+    sys.stderr.write(terminal(text) + "\n")
 
 
 class LogFormatter(logging.Formatter):
