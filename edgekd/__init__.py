@@ -26,3 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(classifier, name)
     raise AttributeError(f"module 'edgekd' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

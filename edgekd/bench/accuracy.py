@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.cells import cell_len
 
 from edgekd.errors import BackendError, DataError
+from edgekd.text import visible
 
 BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
@@ -175,9 +177,14 @@ def confusion_text(result: Metrics) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right."""
+    rows = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*rows)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
+        "  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows
     )
+
+
+def _padded(cell: str, width: int, *, left: bool) -> str:
+    spaces = " " * (width - cell_len(cell))
+    return cell + spaces if left else spaces + cell

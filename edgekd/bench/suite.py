@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from edgekd.artifact import Split, read_json
 from edgekd.bench import energy, host, variants
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.record import Record, Timing, Variant
-from edgekd.bench.targets import targets, warnings
+from edgekd.bench.targets import Limits, targets, warnings
 from edgekd.bench.variants import Group
 from edgekd.bench.worker import Job, Outcome
 from edgekd.engines import Engine, open_engine
@@ -40,6 +40,7 @@ class Suite:
 
     batch_sizes: start with 1. min_seconds and min_count (one a batch size): each process measures until both are
     reached. warmup_seconds: thrown away. rounds: fresh processes a variant. pool: test images that are rotated.
+    targets: limits that the record judges by; without them it has figures and no verdicts.
     """
 
     batch_sizes: tuple[int, ...]
@@ -50,6 +51,7 @@ class Suite:
     pool: int
     threads: int | None = None
     variants: tuple[Group, ...] = ("exits", "cascade", "no-leaving", "full", "final")
+    targets: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.batch_sizes[:1] != (1,) or list(self.batch_sizes) != sorted(set(self.batch_sizes)):
@@ -119,7 +121,7 @@ def bench(
         preprocess_ms=preprocess_ms,
         variants=tuple(measured),
     )
-    return replace(record, targets=targets(record), warnings=warnings(record))
+    return replace(record, targets=targets(record, suite.targets), warnings=warnings(record))
 
 
 def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) -> list[Entry]:

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from edgekd import extras, shell
 from edgekd.__main__ import main as main  # where scripts of older editable installs look for it
 from edgekd.cli import deploy, learn, measure
-from edgekd.cli.common import reserved, say
+from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
 from edgekd.cli.models import app as models_app
@@ -105,7 +105,9 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("edgekd").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import sys
 import time
@@ -15,6 +16,7 @@ import typer
 
 from edgekd.errors import ConfigError, DataError
 from edgekd.files import Kind, locked, real, refuse_other
+from edgekd.text import terminal
 
 if TYPE_CHECKING:
     from edgekd.artifact import Part, Split
@@ -27,7 +29,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
 ProtocolOption = Annotated[
     str | None, typer.Option(help="Shipped protocol or a .toml file; finetune if not given.", show_default=False)
 ]
@@ -62,9 +64,21 @@ FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0
 """When progress is first told where stderr is no terminal, and how often then."""
 
 
+def echo(text: str, *, bold: bool = False) -> None:
+    """Print a result; names in it cannot steer the terminal."""
+    typer.secho(terminal(text), bold=bold)
+
+
 def say(text: str) -> None:
     """Tell the user something that is no result."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(terminal(text) + "\n")
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
 
 
 _reservations = contextlib.ExitStack()
@@ -147,7 +161,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
 
 def next_command(*words: object) -> None:
     """Every command ends by saying what comes next, as a shell takes it."""
-    typer.echo(f"next: edgekd {shlex.join(map(str, words))}")
+    echo(f"next: edgekd {shlex.join(map(str, words))}")
 
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:

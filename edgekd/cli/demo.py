@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import reserve
+from edgekd.cli.common import echo, reserve
 from edgekd.errors import ArtifactError
 
 # On 300 validation images one is a third of a point: the gate of 0.5 would be a matter of luck.
@@ -36,10 +36,10 @@ def demo(out: Annotated[Path, typer.Option(help="A new folder for everything tha
     reserve(out)
     for step in STEPS.strip().splitlines():
         words = [word.format(out=out) for word in shlex.split(step)]
-        typer.secho(f"\n$ edgekd {shlex.join(words)}", bold=True)
+        echo(f"\n$ edgekd {shlex.join(words)}", bold=True)
         if code := _run([sys.executable, "-m", "edgekd", *words]):
             raise typer.Exit(code if code > 0 else 128 - code)
-    typer.echo(f"\nopen {out}/record.html")
+    echo(f"\nopen {out}/record.html")
 
 
 def _run(command: list[str]) -> int:

@@ -15,6 +15,7 @@ from edgekd.cli.common import (
     SplitFile,
     ThreadsOption,
     bar,
+    echo,
     next_command,
     read_or_scan,
     reserve,
@@ -74,11 +75,11 @@ def compile_(
             threads=threads,
             progress=progress,
         )
-    typer.echo(_attempts(attempts))
+    echo(_attempts(attempts))
     ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
-    typer.echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
+    echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
     for note in manifest.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
 
 
@@ -136,7 +137,7 @@ def tune(
     asked = {k: v for k, v in goal.items() if v is not None}
     facts = {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint}
     save_tuned(engine, tuned, facts, digest=opened.manifest.digest if opened.manifest else "")
-    typer.echo(_curve(tuned))
+    echo(_curve(tuned))
     record = engine.parent / f"{engine.stem}-record.json"
     next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
 
@@ -170,7 +171,7 @@ def devices() -> None:
     from edgekd.bench.accuracy import aligned
     from edgekd.engines.device import table
 
-    typer.echo(aligned(table()))
+    echo(aligned(table()))
 
 
 def doctor() -> None:
@@ -179,7 +180,7 @@ def doctor() -> None:
 
     lines, healthy = report()
     for line in lines:
-        typer.echo(line)
+        echo(line)
     if not healthy:
         say("error: a backend that is installed does not work")
         raise typer.Exit(1)

@@ -37,6 +37,7 @@ from edgekd.cli.common import (
     WeightsOption,
     WorkersOption,
     bar,
+    echo,
     next_command,
     outside,
     part_named,
@@ -236,9 +237,9 @@ def _sweep(given: dict[str, Any], protocol: Protocol, *, as_teacher: bool) -> Pa
         resume=given["resume"],
         leave_out_bad=given["leave_out_bad"],
         at_once=given["jobs"],
-        on_end=lambda job, state: typer.echo(f"{out / job.name}: {state}"),
+        on_end=lambda job, state: echo(f"{out / job.name}: {state}"),
     )
-    typer.echo(sweep.summary_text(json.loads((out / sweep.SUMMARY).read_text())))
+    echo(sweep.summary_text(json.loads((out / sweep.SUMMARY).read_text())))
     if failed := [name for name, state in states.items() if state == "failed"]:
         raise TrainingError(
             "\n".join([f"{len(failed)} of {len(of)} runs failed; each log ends with the reason:", *_logs(out, failed)]),
@@ -276,11 +277,11 @@ def _train(data: Path, out: Path, protocol: Protocol, resume: bool, leave_out_ba
             leave_out_bad=leave_out_bad,
             devices=devices,
             on_check=checked,
-            on_split=lambda split: typer.echo(summary(split)),
+            on_split=lambda split: echo(summary(split)),
             progress=trained,
         )
     best = max(history, key=lambda row: (row["val_ensemble"], row["epoch"]))
-    typer.echo(f"{out}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
+    echo(f"{out}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
 
 
 def evaluate(
@@ -288,7 +289,7 @@ def evaluate(
     data: DataFolder = None,
     split: SplitFile = None,
     part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    plot: Annotated[Path | None, typer.Option(help="Write the ensemble's confusion matrix as a picture.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
     svm: Annotated[
@@ -299,12 +300,14 @@ def evaluate(
     """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
-    from edgekd.bench import accuracy
+    from edgekd.bench import accuracy, plots
     from edgekd.bench.host import host
     from edgekd.files import MEASURES, PLOT, atomic_write, to_json
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
 
+    if plot:
+        plots.picture_format(plot)
     card, logits_of, device = _answers(target, threads)
     data = _data(target, data)
     reserve(out, MEASURES, data=data)
@@ -329,14 +332,12 @@ def evaluate(
         made_on = {"device": device, "host": dataclasses.asdict(host())}
         atomic_write(out, to_json({"part": part, "metrics": plain, **made_on}))
     if as_json:
-        typer.echo(json.dumps(plain, indent=1))
+        echo(json.dumps(plain, indent=1))
     else:
-        typer.echo(accuracy.text_table(rows))
-        typer.echo(accuracy.confusion_text(last))
+        echo(accuracy.text_table(rows))
+        echo(accuracy.confusion_text(last))
     if plot:
-        from edgekd.bench.report import confusion_png
-
-        confusion_png(last, plot)
+        plots.write_confusion(last, plot)
     if (target / "split.json").is_file() and not as_json:
         next_command("export", target, "--out", target.with_name(f"{target.name}.onnx"))
 
@@ -400,7 +401,7 @@ def export(
     with torch.no_grad():
         card = header.card(network(torch.from_numpy(batch[:1])))
     worst = export(network, card, out=out, images=batch, names=[i.path for i in split.part("val")])
-    typer.echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
+    echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
     files: tuple[object, ...] = ("--data", data, "--split", run / "split.json", "--out", out.with_suffix(".engine"))
     next_command("compile", out, "--recipe", "int8", *files)
 

@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import DataOption, OutOption, SetOption, SplitFile, bar, next_command, read_or_scan, reserve
+from edgekd.cli.common import (
+    DataOption,
+    OutOption,
+    SetOption,
+    SplitFile,
+    bar,
+    echo,
+    next_command,
+    read_or_scan,
+    reserve,
+)
 from edgekd.errors import ConfigError
 
 
@@ -55,12 +65,12 @@ def bench(
     text = markdown(record)
     atomic_write(out.with_suffix(".md"), text.encode())
     atomic_write(out.with_suffix(".csv"), to_csv(record).encode())
-    typer.echo(text)
+    echo(text)
     if report:
         from edgekd.bench.report import write_report
 
         write_report(record, out.with_suffix(".html"), data=data)
-        typer.echo(f"report: {out.with_suffix('.html')}")
+        echo(f"report: {out.with_suffix('.html')}")
     next_command("compare", out)
 
 
@@ -86,4 +96,4 @@ def compare(
     from edgekd.bench.compare import compare as table
     from edgekd.bench.record import read_record
 
-    typer.echo(table({str(path): read_record(path) for path in records}, force=force))
+    echo(table({str(path): read_record(path) for path in records}, force=force))

@@ -15,6 +15,7 @@ from edgekd.cli.common import (
     SeedsOption,
     SetOption,
     bar,
+    echo,
     outside,
     reserve,
     resumable,
@@ -79,9 +80,9 @@ def reproduce(
     reserve(out / f"{name}.md", PAPER)
     with bar("check images") as checked, resumable(runs, "the same command"):
         result, failed = run(
-            table, asked, say=typer.echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
+            table, asked, say=echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
         )
-    typer.echo(text(result))
+    echo(text(result))
     if failed:
         lines = [f"  {name}: {reason(log)} ({log})" for name, log in failed.items()]
         raise TrainingError(
@@ -102,8 +103,8 @@ def _list(table: str, out: Path) -> None:
     from edgekd.reproduce.report import states
 
     for name in [table] if table else tables.names():
-        typer.secho(f"{name}: {tables.read(name).caption}", bold=True)
+        echo(f"{name}: {tables.read(name).caption}", bold=True)
         rows = states(name, out)
         wide = max(len(label) for label, _, _ in rows)
         for label, state, why in rows:
-            typer.echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))
+            echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))
