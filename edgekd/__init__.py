@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import EdgekdError
+
+# Nothing is sent anywhere. ONNX Runtime reads this once, when it is imported, and processes started from here inherit it.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 if TYPE_CHECKING:
     from edgekd.runtime.classifier import Classifier as Classifier

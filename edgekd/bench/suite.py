@@ -57,7 +57,7 @@ class Suite:
             raise ValueError("batch_sizes: rising, and the first is 1")
         if len(self.min_count) != len(self.batch_sizes) or min(self.min_count) < 2:
             raise ValueError("min_count: one for each batch size, 2 or more")
-        if self.rounds < 1 or self.pool < 1 or (self.threads or 1) < 1 or not self.variants:
+        if min(self.rounds, self.pool, 1 if self.threads is None else self.threads) < 1 or not self.variants:
             raise ValueError("rounds, pool, threads and variants: 1 or more")
 
 

@@ -23,7 +23,7 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
 ProtocolOption = Annotated[str, typer.Option(help="Shipped protocol or a .toml file.")]
 WeightsOption = Annotated[str | None, typer.Option(help="First weights: hub, none, a file or a run folder.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]

@@ -19,13 +19,15 @@ from edgekd.engines.backends import Walker, refused, shares
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import Linked, linked_walker
 from edgekd.errors import BackendError
-from edgekd.host import default_threads
+from edgekd.host import cpu_flags, kept_from_vnni, visible_cores
 from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".xml"
 EXTRA = "cpu"
 TARGET = "cpu"
 ANY_BATCH = True
+SATURATES = True
+WITHOUT_VNNI = "without VNNI, weights keep to 7 bits, or 8-bit sums would saturate"
 _LAYERS = ("Convolution", "FullyConnected", "MatMul")
 _NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
@@ -147,6 +149,9 @@ def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
 def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> Any:
     import openvino
 
+    if kept_from_vnni() and "avx512f" in cpu_flags():
+        what = "with ONEDNN_MAX_CPU_ISA, OpenVINO ends in a segmentation fault at LayerNormalization on this CPU"
+        raise BackendError(what, fix="unset ONEDNN_MAX_CPU_ISA, or use --backend onnxruntime")
     core = openvino.Core()
     try:
         model = core.read_model(path)
@@ -158,7 +163,7 @@ def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> A
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _hint(recipe),
             # One pool of threads for all stages. It has all cores; threads are slow to move between pools of their own.
-            "EXCLUSIVE_ASYNC_REQUESTS": threads >= default_threads(),
+            "EXCLUSIVE_ASYNC_REQUESTS": threads >= visible_cores(),
         }
         with own_signal_stack():
             return core.compile_model(model, "CPU", options)
