@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import DataOption, OutOption, SetOption, SplitFile, bar, next_command, read_or_scan
+from edgekd.cli.common import DataOption, OutOption, SetOption, SplitFile, bar, next_command, read_or_scan, say
 from edgekd.errors import ConfigError
 
 
@@ -43,7 +43,14 @@ def bench(
     chosen = read_or_scan(data, split, read_card(engine).classes)
     with bar("bench") as progress:
         record = measure(
-            engine, suite=asked, data=data, split=chosen, against=others, command=_command(), progress=progress
+            engine,
+            suite=asked,
+            data=data,
+            split=chosen,
+            against=others,
+            command=_command(),
+            progress=progress,
+            foretell=lambda seconds: say(f"measuring will take about {_about(seconds)}"),
         )
     write_record(out, record)
     text = markdown(record)
@@ -56,6 +63,11 @@ def bench(
         write_report(record, out.with_suffix(".html"), data=data)
         typer.echo(f"report: {out.with_suffix('.html')}")
     next_command(f"edgekd compare {out} other.json")
+
+
+def _about(seconds: float) -> str:
+    """`40 s`, `3 min`."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _named(pair: str) -> tuple[str, Path]:
