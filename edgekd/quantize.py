@@ -15,7 +15,6 @@ from edgekd.engines.graphs import backbone, with_shapes
 from edgekd.errors import ConfigError, nearest
 from edgekd.files import temporary_folder
 from edgekd.fold import fold_norms
-from edgekd.host import exact_int8
 from edgekd.quantize_dla import quantize_dla
 from edgekd.quantize_tensorrt import quantize_tensorrt
 from edgekd.runtime.preprocess import Array
@@ -25,7 +24,7 @@ _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Tells ONNX Runtime that shapes are there, or it logs advice to infer them."""
 
 
-def _cpu_settings() -> dict[str, Any]:
+def _cpu_settings(reduce_range: bool) -> dict[str, Any]:
     """uint8 activations with a zero point, int8 weights a channel: what ONNX Runtime and OpenVINO run fast.
 
     Symmetric int8 activations, which TensorRT wants, ran slower than float in ONNX Runtime. Linear layers stay
@@ -33,7 +32,6 @@ def _cpu_settings() -> dict[str, Any]:
     the shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4 crashes in GhostNet, MixNet
     and DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large. Depthwise convolutions take
     part; ONNX Runtime quantises one left in float between others by itself, a whole tensor at once, and badly.
-    Weights keep to 7 bits on CPUs whose 8-bit sums would saturate.
     """
     from onnxruntime.quantization import QuantType
 
@@ -42,7 +40,7 @@ def _cpu_settings() -> dict[str, Any]:
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QInt8,
         "per_channel": True,
-        "reduce_range": not exact_int8(),
+        "reduce_range": reduce_range,
     }
 
 
@@ -57,12 +55,14 @@ def quantize(
     *,
     target: str,
     heads: bool,
+    reduce_range: bool = False,
     method: str = "minmax",
     progress: Callable[[int, int], None] | None = None,
 ) -> onnx.ModelProto:
     """A Q/DQ graph with the same inputs, outputs and boundaries.
 
     images: (N, 3, H, W), preprocessed, of the training split. heads: quantise the exit heads, too.
+    reduce_range: keep the weights of the target `cpu` to 7 bits, for CPUs whose sums of 8-bit products saturate.
     method: `minmax`, `percentile` or `entropy`; the last two keep every activation in memory.
 
     Raises:
@@ -88,7 +88,7 @@ def quantize(
             quant_format=QuantFormat.QDQ,
             calibrate_method={m.name.lower(): m for m in CalibrationMethod}[method],
             nodes_to_exclude=[] if heads else _head_names(ready, card),
-            **_cpu_settings(),
+            **_cpu_settings(reduce_range),
         )
         quantised = onnx.load(str(out))
     del quantised.metadata_props[:]

@@ -11,7 +11,6 @@ import pytest
 from edgekd import specs
 from edgekd.artifact import read_manifest
 from edgekd.engines import Recipe, compile_engine, open_engine
-from edgekd.engines.check import drops
 from edgekd.errors import BackendError, ConfigError, GateError
 from edgekd.files import sha256
 
@@ -151,12 +150,8 @@ def test_heads_stay_float_when_quantised_ones_are_refused(
         validation=validation,
     )
     assert manifest.precision["int8"] == pytest.approx(20 / 58)
-    assert manifest.notes == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
+    assert manifest.notes[:2] == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
     assert manifest.calibration["images"] == 12
-
-
-def test_drops_in_points() -> None:
-    assert drops({"float": [0.9, 0.8], "engine": [0.89, 0.81]}) == pytest.approx([1.0, -1.0])
 
 
 @pytest.mark.parametrize("calibration", [None, IMAGES[:0]])

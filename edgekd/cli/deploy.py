@@ -84,14 +84,18 @@ def compile_(
 
 
 def _attempts(attempts: Iterable[Attempt]) -> str:
+    """A row for each backend; a remark of several lines is below, too, and whole."""
     from edgekd.bench.accuracy import aligned
 
-    rows = [("backend", "ms at batch 1", "accuracy drop (points)", "remarks")]
+    rows, below = [("backend", "ms at batch 1", "accuracy drop (points) [95 %]", "remarks")], ""
     for a in attempts:
         ms = "–" if a.batch1_ms is None else f"{a.batch1_ms:.2f}"
         drop = "unchecked" if a.drop is None else f"{a.drop:.2f}"
-        rows.append((a.backend, ms, drop if a.ok else "refused", a.note.splitlines()[0] if a.note else ""))
-    return aligned(rows)
+        drop += "" if a.drop_bounds is None else f" [{a.drop_bounds[0]:.2f}, {a.drop_bounds[1]:.2f}]"
+        first, *others = a.note.splitlines()
+        rows.append((a.backend, ms, drop if a.ok else "refused", first + (" …" if others else "")))
+        below += f"\n{a.backend}: {a.note}" if others else ""
+    return aligned(rows) + below
 
 
 def tune(

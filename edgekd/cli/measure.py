@@ -20,6 +20,7 @@ from edgekd.cli.common import (
     next_command,
     read_or_scan,
     reserve,
+    say,
 )
 from edgekd.errors import ConfigError
 
@@ -59,7 +60,14 @@ def bench(
     chosen = read_or_scan(data, split, read_card(engine).classes)
     with bar("bench") as progress:
         record = measure(
-            engine, suite=asked, data=data, split=chosen, against=others, command=_command(), progress=progress
+            engine,
+            suite=asked,
+            data=data,
+            split=chosen,
+            against=others,
+            command=_command(),
+            progress=progress,
+            foretell=lambda seconds: say(f"measuring will take about {_about(seconds)}"),
         )
     write_record(out, record)
     text = markdown(record)
@@ -72,6 +80,11 @@ def bench(
         write_report(record, out.with_suffix(".html"), data=data)
         echo(f"report: {out.with_suffix('.html')}")
     next_command("compare", out)
+
+
+def _about(seconds: float) -> str:
+    """`40 s`, `3 min`."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _named(pair: str) -> tuple[str, Path]:

@@ -19,7 +19,7 @@ from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import host_walker
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.files import recover
-from edgekd.host import default_threads, host
+from edgekd.host import checked_threads, host
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Array
 from edgekd.specs import from_dict
@@ -175,8 +175,9 @@ def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> 
         ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine; not
             the one of this digest.
         BackendError: the backend is not installed.
+        ConfigError: fewer threads than one.
     """
-    engine = _open(path, threads=threads or default_threads())
+    engine = _open(path, threads=checked_threads(threads))
     if digest and engine.digest != digest:
         raise ArtifactError(f"{path} was replaced since it was opened", fix="run the command again")
     return engine
@@ -267,6 +268,9 @@ def check_host(manifest: Manifest, path: Path) -> None:
         what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {backend.version()}"
         raise ArtifactError(what, fix=rebuild)
     if recipe.precision == "int8" and there.get("exact_int8") and not here["exact_int8"]:
-        raise ArtifactError(f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none", fix=rebuild)
+        what = f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none"
+        if backend.SATURATES:
+            raise ArtifactError(what, fix=rebuild)
+        log.warning("%s: it answers the same here, and takes longer", what)
     if there.get("cpu") != here["cpu"]:
         log.warning("%s was built on %s; here is %s: its times do not hold", path, there.get("cpu"), here["cpu"])
