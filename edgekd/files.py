@@ -185,7 +185,7 @@ def _acquire(lock: Path, *, wait: bool, make: bool = True) -> int | None:
             return None
         except OSError as error:
             if make and error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                log.warning("%s: no locks on this file system; see that no second command writes there", lock.parent)
+                _say_no_locks(lock.parent)
                 return handle
             os.close(handle)
             raise
@@ -195,6 +195,11 @@ def _acquire(lock: Path, *, wait: bool, make: bool = True) -> int | None:
         os.close(handle)  # removed by its last owner while this one was opening it
         if not make:
             return None
+
+
+@functools.cache
+def _say_no_locks(folder: Path) -> None:
+    log.warning("%s: no locks on this file system; see that no second command writes there", folder)
 
 
 def _release(lock: Path, handle: int, path: Path) -> None:
