@@ -8,7 +8,7 @@ import json
 import reprlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import onnx
@@ -181,6 +181,12 @@ class Card:
     @cached_property
     def outputs(self) -> list[str]:
         return [e.output for e in self.exits]
+
+
+def is_stray(path: str) -> bool:
+    """Whether a path that should lie in a folder is none, or leads out of it."""
+    parts = PurePosixPath(path).parts
+    return not parts or path.startswith("/") or ".." in parts
 
 
 def check_classes(classes: tuple[str, ...]) -> None:
