@@ -247,6 +247,12 @@ class Card:
         return [e.output for e in self.exits]
 
 
+def is_stray(path: str) -> bool:
+    """Whether a path that should lie in a folder is none, or leads out of it."""
+    parts = PurePosixPath(path).parts
+    return not parts or path.startswith("/") or ".." in parts
+
+
 def check_classes(classes: tuple[str, ...]) -> None:
     """Whether these can be the names of a classifier's classes.
 
