@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,8 +143,7 @@ def test_trained_distilled_and_evaluated_with_labels(few_cells: Path, tmp_path: 
     from edgekd.cli import app
 
     file, data = tmp_path / "labels.csv", tmp_path / "data"
-    data.mkdir()
-    (data / "all").symlink_to(few_cells)
+    shutil.copytree(few_cells, data / "all")
     paths = sorted(p.relative_to(data).as_posix() for p in image_files(data))
     file.write_text("label,path\n" + "".join(f"{path.split('/')[1]},{path}\n" for path in paths))
 
@@ -165,5 +165,12 @@ def test_trained_distilled_and_evaluated_with_labels(few_cells: Path, tmp_path: 
     )
     assert '"n": 10' in edgekd("evaluate", student, "--data", data, "--labels", file, "--json")
     edgekd("evaluate", student, "--labels", file, "--split", teacher, code=1)
+    seen, unseen = read_split(student).part("train")[3].path, read_split(student).part("test")[0].path
+    Image.new("RGB", (24, 24), "red").save(data / unseen)
+    edgekd("distill", "--data", data, "--out", student, "--resume")  # does not read it
+    edgekd("evaluate", student, "--data", data, "--part", "val")
+    edgekd("evaluate", student, "--data", data, code=1)
+    Image.new("RGB", (24, 24), "blue").save(data / seen)
+    edgekd("distill", "--data", data, "--out", student, "--resume", code=1)
     training = job("seed0", tmp_path / "seed0", Protocol(), data=data, labels=file).commands[0]
     assert training[training.index("--labels") + 1] == str(file)
