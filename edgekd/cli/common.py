@@ -25,6 +25,10 @@ DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a r
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
 OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
 SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option("--labels", help="CSV file with the columns path, label and, if you like, group and part."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
@@ -164,8 +168,8 @@ def next_command(*words: object) -> None:
     echo(f"next: edgekd {shlex.join(map(str, words))}")
 
 
-def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:
-    """The split given, or all images under `data` as its test part."""
+def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
+    """The split given; or the images under `data`, or those that `labels` lists: the test part, but where they say."""
     from edgekd.artifact import Item, read_split
     from edgekd.artifact import Split as SplitType
 
@@ -178,10 +182,15 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Sp
             )
         return found
     from edgekd.data.folders import check, scan  # light modules: no torch
+    from edgekd.data.labels import read_labels
 
-    checked = check(scan(data, classes=classes))
-    items = tuple(Item(f.path, f.label) for f in checked.folder.items)
-    return SplitType(classes, {"test": items}, "whole folder", 0, "none", 0, 0, checked.fingerprint)
+    folder = read_labels(data, labels, classes=classes) if labels else scan(data, classes=classes)
+    checked = check(folder)
+    parts = {
+        part: tuple(Item(f.path, f.label, digest=f.digest) for f in checked.folder.items if (f.part or "test") == part)
+        for part in ("train", "val", "test")
+    }
+    return SplitType(classes, parts, "whole folder", 0, "none", 0, 0, checked.fingerprint)
 
 
 def part_named(name: str) -> Part:

@@ -22,6 +22,7 @@ from edgekd.cli.common import (
     FoldsOption,
     GroupOption,
     JobsOption,
+    LabelsOption,
     LrOption,
     OutOption,
     PrecisionOption,
@@ -84,6 +85,7 @@ def train(
     precision: PrecisionOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
+    labels: LabelsOption = None,
     resume: ResumeOption = False,
     leave_out_bad: BadOption = False,
     devices: DevicesOption = 1,
@@ -126,6 +128,7 @@ def distill(
     precision: PrecisionOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
+    labels: LabelsOption = None,
     resume: ResumeOption = False,
     leave_out_bad: BadOption = False,
     devices: DevicesOption = 1,
@@ -174,7 +177,7 @@ def _run(given: dict[str, Any], flags: dict[str, tuple[str, Any]], *, method: st
         refuse_other_settings(out, made, asked)
         asked = dataclasses.replace(made, data=asked.data, workers=asked.workers)
     with resumable(own):
-        _train(data, out, asked, given["resume"], given["leave_out_bad"], given["devices"])
+        _train(asked, given)
     return out, asked
 
 
@@ -234,6 +237,7 @@ def _sweep(given: dict[str, Any], protocol: Protocol, *, as_teacher: bool) -> Pa
         of=of,
         teacher=Path(protocol.teacher) if protocol.teacher else None,
         keep_split=not as_teacher,
+        labels=given["labels"],
         resume=given["resume"],
         leave_out_bad=given["leave_out_bad"],
         at_once=given["jobs"],
@@ -264,30 +268,29 @@ def _exits(text: str | None) -> list[int | str] | None:
     return [int(part) if part.isdecimal() else part for part in parts]
 
 
-def _train(data: Path, out: Path, protocol: Protocol, resume: bool, leave_out_bad: bool, devices: int) -> None:
+def _train(protocol: Protocol, given: dict[str, Any]) -> None:
     from edgekd.data.splits import summary
     from edgekd.training.train import train
 
     with bar("check images") as checked, bar("train") as trained:
         history = train(
-            data,
-            out,
+            given["data"],
+            given["out"],
             protocol=protocol,
-            resume=resume,
-            leave_out_bad=leave_out_bad,
-            devices=devices,
+            **{name: given[name] for name in ("labels", "resume", "leave_out_bad", "devices")},
             on_check=checked,
             on_split=lambda split: echo(summary(split)),
             progress=trained,
         )
     best = max(history, key=lambda row: (row["val_ensemble"], row["epoch"]))
-    echo(f"{out}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
+    echo(f"{given['out']}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
 
 
 def evaluate(
     target: Annotated[Path, typer.Argument(help="Run folder, student.onnx or student.engine.")],
     data: DataFolder = None,
     split: SplitFile = None,
+    labels: LabelsOption = None,
     part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -312,17 +315,19 @@ def evaluate(
     data = _data(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
-    if split is None and (target / "split.json").is_file():
+    if labels and split:
+        raise ConfigError("--labels and --split", fix="give one of them")
+    if not labels and split is None and (target / "split.json").is_file():
         split = target
-    chosen = read_or_scan(data, split, card.classes)
+    chosen = read_or_scan(data, split, card.classes, labels=labels)
     if svm is not None:
         logits_of = _svm(target, svm, chosen, data)
     with bar("read images") as progress:
-        images, labels = load_part(chosen, part_named(part), data=data, preprocess=card.preprocess, progress=progress)
+        images, truth = load_part(chosen, part_named(part), data=data, preprocess=card.preprocess, progress=progress)
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
-    rows = {f"exit_{k}": accuracy.metrics(p, labels, card.classes) for k, p in enumerate(probabilities)}
+    rows = {f"exit_{k}": accuracy.metrics(p, truth, card.classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:
-        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), labels, card.classes)
+        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, card.classes)
     last = list(rows.values())[-1]
     known = _validated(target)
     if part == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):

@@ -84,13 +84,13 @@ def load_part(
             split was made, or cannot be used.
     """
     items = _spread(split.part(part), limit)
-    require_unchanged(items, data)
+    require_unchanged(items, data, what=f"{part} images")
     images = load_batch([data / item.path for item in items], preprocess, progress=progress)
     return images, np.array([item.label for item in items], np.int64)
 
 
-def require_unchanged(items: Sequence[Item], data: Path) -> None:
-    """Compare image files with the SHA-256 that a split has of them.
+def require_unchanged(items: Sequence[Item], data: Path, *, what: str = "images") -> None:
+    """Compare image files with the SHA-256 that a split has of them. what: how errors call them.
 
     Raises:
         DataError: files that are missing from `data` or were changed since; some are named.
@@ -100,12 +100,12 @@ def require_unchanged(items: Sequence[Item], data: Path) -> None:
     missing = [item.path for item, digest in zip(items, found) if digest is None]
     if missing:
         raise DataError(
-            f"{data} lacks {_counted(missing, items)}",
+            f"{data} lacks {_counted(missing, items, what)}",
             fix="give the folder that the split was made from with --data",
         )
     if changed := [item.path for item, digest in zip(items, found) if item.digest not in ("", digest)]:
         raise DataError(
-            f"{data} holds other pictures than the split was made of: {_counted(changed, items)}",
+            f"{data} holds other pictures than the split was made of: {_counted(changed, items, what)}",
             fix="bring back the pictures, or make a new split and train on it",
         )
 
@@ -117,8 +117,8 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _counted(some: Sequence[str], items: Sequence[Item]) -> str:
-    return f"{len(some)} of the split's {len(items)} images: {', '.join(some[:3])}" + (", …" if some[3:] else "")
+def _counted(some: Sequence[str], items: Sequence[Item], what: str) -> str:
+    return f"{len(some)} of the split's {len(items)} {what}: {', '.join(some[:3])}" + (", …" if some[3:] else "")
 
 
 def _spread(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:

@@ -73,6 +73,7 @@ def sweep(
     of: Sequence[Member],
     teacher: Path | None = None,
     keep_split: bool = True,
+    labels: Path | None = None,
     resume: bool = False,
     leave_out_bad: bool = False,
     at_once: int = 1,
@@ -81,8 +82,9 @@ def sweep(
     """Train and test each member in out/<its name>, a normal run folder; write out/summary.json.
 
     teacher: a run folder for all, or a sweep in which each member finds its own; so for `protocol.weights`.
-    keep_split: divide the images as the protocol says, not as the teacher's were. resume: keep the runs that are
-    finished, go on with those that were begun. What a run prints is in out/<its name>.log.
+    keep_split: divide the images as the protocol says, not as the teacher's were. labels: a CSV file instead of class
+    folders. resume: keep the runs that are finished, go on with those that were begun. What a run prints is in
+    out/<its name>.log.
 
     Raises:
         ArtifactError: runs that are there already, or were made under other settings.
@@ -109,7 +111,7 @@ def sweep(
                 )
             asked = dataclasses.replace(asked, split=str(own_teacher / run.SPLIT))
         if not finished(folder, asked):
-            jobs.append(job(member.name, folder, asked, data=data, leave_out_bad=leave_out_bad))
+            jobs.append(job(member.name, folder, asked, data=data, labels=labels, leave_out_bad=leave_out_bad))
     states = launch(jobs, at_once=at_once, on_end=on_end)
     atomic_write(
         out / SUMMARY, to_json(summary({m.name: scores(f) for m in of if (f := out / m.name / TEST).is_file()}))
@@ -139,6 +141,7 @@ def job(
     protocol: Protocol,
     *,
     data: Path,
+    labels: Path | None = None,
     leave_out_bad: bool = False,
     after: tuple[str, ...] = (),
 ) -> Job:
@@ -146,6 +149,7 @@ def job(
     settings = folder.parent / f"{folder.name}.toml"
     specs.write_toml(settings, protocol)
     words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
+    words += ["--labels", labels] if labels else []
     words += ["--leave-out-bad"] if leave_out_bad else []
     test = ["evaluate", folder, "--data", data, "--out", folder / TEST]
     commands = tuple(tuple(map(str, command)) for command in (words, test))

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from edgekd.artifact import Part, Split, read_split
 from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet
-from edgekd.data.folders import check, scan
+from edgekd.data.folders import check
 from edgekd.data.loader import Loader, loader, start_processes
-from edgekd.data.splits import make_split
+from edgekd.data.splits import images_of, make_split
 from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
 from edgekd.files import atomic_write, locked, to_json
 from edgekd.host import default_threads
 from edgekd.models import build, has_stems, hub_name, stem_of
 from edgekd.models.weights import load_state, read_state
+from edgekd.runtime.images import require_unchanged
 from edgekd.specs import write_toml
 from edgekd.training import run
 from edgekd.training.loop import Progress, Task, fit
@@ -38,6 +39,7 @@ def train(
     *,
     protocol: Protocol,
     teacher: Path | None = None,
+    labels: Path | None = None,
     resume: bool = False,
     leave_out_bad: bool = False,
     devices: int = 1,
@@ -48,7 +50,8 @@ def train(
     """Train `protocol.network` on the images under `data` and write the run folder `out`.
 
     teacher: a run folder, for methods that learn from one; the protocol's if not given. devices: processes or GPUs;
-    under torchrun each process calls this alike and the first one writes.
+    under torchrun each process calls this alike and the first one writes. labels: a CSV file instead of class folders;
+    a run that is resumed has its images in its split.
 
     Raises:
         EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts; another
@@ -66,7 +69,7 @@ def train(
             run.start(out, resume=resume)
             if protocol.workers:
                 start_processes()  # they get ready while the images are checked
-            split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
+            split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
             if on_split:
                 on_split(split)
             for source in (teacher, Path(protocol.weights)):
@@ -105,12 +108,21 @@ def _decided(protocol: Protocol, *, classes: int, device: torch.device) -> tuple
 
 
 def _split(
-    data: Path, out: Path, *, protocol: Protocol, leave_out_bad: bool, on_check: Callable[[int, int], None] | None
+    data: Path,
+    out: Path,
+    *,
+    protocol: Protocol,
+    labels: Path | None,
+    leave_out_bad: bool,
+    on_check: Callable[[int, int], None] | None,
 ) -> Split:
-    """The split of the run that is resumed, or a new one."""
+    """The split of the run that is resumed, whose images must be what they were; or a new one."""
     if (out / run.SPLIT).is_file():
-        return read_split(out)
-    checked = check(scan(data), leave_out_bad=leave_out_bad, progress=on_check)
+        split = read_split(out)
+        require_unchanged([*split.part("train"), *split.part("val")], data)
+        return split
+    images = images_of(data, labels=labels, method=protocol.split)
+    checked = check(images, leave_out_bad=leave_out_bad, progress=on_check)
     return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
 
 
