@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.common import ThreadsOption, bar
+from edgekd.cli.common import ThreadsOption, bar, one_of
 from edgekd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def predict(
     engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")],
     images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
-    strategy: Annotated[str | None, typer.Option(help="cascade, full or final.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="cascade, full or final.", callback=one_of("cascade", "full", "final"))
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     device_side_exit: Annotated[

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgekd.engines import Engine, open_engine
 from edgekd.engines.walks import resized
-from edgekd.errors import ConfigError, DataError, nearest
+from edgekd.errors import BackendError, ConfigError, DataError, nearest
 from edgekd.runtime.images import Source, load, load_batch
 from edgekd.runtime.policy import (
     FEW_CLASSES,
@@ -143,7 +143,7 @@ class Classifier:
         """Classify preprocessed images, float32 (N, 3, H, W).
 
         Raises:
-            DataError: another type or shape.
+            DataError: another type or shape. BackendError: the engine cannot run, or its answers are not finite.
         """
         size = self.card.preprocess.image_size
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -155,13 +155,19 @@ class Classifier:
         cascade = self._cascade_of_one if is_small else self._cascade
         decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
-            return decide(images)
+            return self._finite(decide(images))
         decision = Decision.empty(len(images), len(self.card.classes))
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found = decide(images[part])
+            found = self._finite(decide(images[part]))
             decision.probabilities[part] = found.probabilities
             decision.exits[part], decision.confidence[part] = found.exits, found.confidence
+        return decision
+
+    def _finite(self, decision: Decision) -> Decision:
+        if not np.isfinite(decision.confidence).all():
+            what = f"{self.engine.name} answers with numbers that are not finite"
+            raise BackendError(what, fix="compile with --recipe fp32; if it says so then, train anew")
         return decision
 
     def _at_once(self, images: Array) -> Decision:
