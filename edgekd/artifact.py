@@ -409,17 +409,17 @@ def read_manifest(folder: Path) -> Manifest:
     recover(folder)
     manifest = _manifest(folder)
     for name in manifest.files:
-        read_file(folder, name, manifest)
+        read_file(folder / name, manifest)
     return manifest
 
 
-def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
+def read_file(path: Path, manifest: Manifest) -> bytes:
     """The content of an engine's file, which is what its manifest says.
 
     Raises:
         ArtifactError: it is not, whatever has become of the folder since the manifest was read.
     """
-    path, file = folder / name, manifest.files.get(name)
+    file = manifest.files.get(path.name)
     if file is None:
         raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
     if not path.is_file():
