@@ -60,7 +60,7 @@ def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgekd.runtime.preprocess import Preprocess
 
     torch.manual_seed(0)
-    network = build("multi-exit-resnet18", classes=5, image_size=32)
+    network = build("multi-exit-resnet18", classes=5, image_size=32, stem="small")
     for head in network.exits:  # the blocks start as identities; these shall do something
         torch.nn.init.normal_(head.context.transform[-1].weight, std=0.05)
     images = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
@@ -133,10 +133,10 @@ def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     @functools.cache
     def make(name: str) -> Exported:
-        size = 72 if "resnet" in name else 48  # ResNets have larger maps at 64 pixels and below
+        size = 72 if "resnet" in name else 48
         cells = load_batch(files, Preprocess(size))
         torch.manual_seed(0)
-        network = build(name, classes=5, image_size=size)
+        network = build(name, classes=5, image_size=size, stem="small" if name == "msdnet" else "imagenet")
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0
