@@ -300,14 +300,14 @@ class Kind:
 
 
 NETWORK = Kind("student.onnx", (b"\x08",), b"\n\x06edgekd\x12")
-ENGINE = Kind("engine", (b"{",), b'"backend_version": ')
+ENGINE = Kind("engine", (b'{\n "card": ',), b'"backend_version": ')
 PLOT = Kind("plot", (b"\x89PNG", b"<?xml", b"%PDF"), b"Matplotlib")
-MEASURES = Kind("file of edgekd evaluate", (b"{",), b'"metrics": ')
+MEASURES = Kind("file of edgekd evaluate", (b'{\n "part": ',), b'"metrics": ')
 MARKDOWN = Kind("table of edgekd bench", (b"## ",), b"| variant |")
 CSV = Kind("table of edgekd bench", (b"variant,network,",), b"")
 PAGE = Kind("report of edgekd bench", (b"<!doctype html>",), b"How it was measured")
-SUMMARY = Kind("summary of a sweep", (b"{",), b'"runs": ')
-RESULT = Kind("table of edgekd reproduce", (b"{",), b'"caption": ')
+SUMMARY = Kind("summary of a sweep", (b'{\n "n": ',), b'"runs": ')
+RESULT = Kind("table of edgekd reproduce", (b'{\n "table": ',), b'"caption": ')
 PAPER = Kind("table of edgekd reproduce", (b"## ",), b"ours: mean")
 
 

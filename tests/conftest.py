@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 from fakes.box import box, small_student  # noqa: F401  # fixtures
+from faults.base import make_base
 
 if TYPE_CHECKING:
     from edgekd.training.protocol import Protocol
@@ -46,6 +47,14 @@ def shared() -> Path:
     if not (SHARED / "data" / "sipakmed").is_dir():
         pytest.skip(f"real images are missing: no {SHARED / 'data'}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the fault tests work on: see tests/faults/base.py."""
+    folder = tmp_path_factory.mktemp("faults") / "base"
+    make_base(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ COMMANDS = {
     "data": ["data", "synthetic", "--count", "40", "--size", "16", "--out", "drawn"],
 }  # fmt: skip
 EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "ctypes.dlsym"}
-RENAMES = {"os.rename", "os.rmdir", "os.remove", "ctypes.dlsym"}
+RENAMES = {"os.rename", "os.rmdir", "ctypes.dlsym"}
 """Where what is there changes its name; `ctypes.dlsym` is the exchange of two folders, just before it happens."""
 SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
