@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from edgekd.errors import DataError
-from edgekd.runtime import preprocess
-from edgekd.runtime.preprocess import open_image, to_rgb
+from edgekd.runtime import images, preprocess
+from edgekd.runtime.preprocess import Preprocess, open_image, to_rgb
 
 Make = Callable[[np.ndarray], Image.Image | bytes]
 
@@ -341,14 +343,14 @@ def i16(a: np.ndarray, mode: str) -> Image.Image:
     return Image.frombytes(mode, a.shape[::-1], wide_grey(a).astype(">u2" if mode[-1] == "B" else "<u2").tobytes())
 
 
-def rgb_of(source: Image.Image | bytes, tmp_path: Path) -> np.ndarray:
-    """As decoded from a file without a telling name, and alike from its bytes."""
+def rgb_of(source: Image.Image | bytes, folder: Path | None) -> np.ndarray:
+    """As decoded from its bytes, and alike from a file without a telling name."""
     if isinstance(source, Image.Image):
         return np.asarray(to_rgb(source)).astype(int)
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(source)
-    rgb = np.asarray(open_image(path))
-    assert (rgb == np.asarray(open_image(source))).all()
+    rgb = np.asarray(open_image(source))
+    if folder:
+        (folder / "picture.jpg").write_bytes(source)
+        assert (rgb == np.asarray(open_image(folder / "picture.jpg"))).all()
     return rgb.astype(int)
 
 
@@ -527,3 +529,70 @@ def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / name).write_bytes(script)
         with pytest.raises(DataError, match="not an image"):
             open_image(tmp_path / name)
+
+
+def test_a_large_picture_is_reduced_alike_in_every_container(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+    """Its sides by a power of two; the network's input moves by 2 of 255 levels at the most, as ENOUGH says."""
+    tiles = sorted((shared / "data" / "kather2016").glob("*/*"))[::500]
+    rgb = np.concatenate([np.concatenate([np.asarray(open_image(t)) for t in tiles[k : k + 5]], 1) for k in (0, 5)], 0)
+    whole = Image.fromarray(rgb)
+    kinds: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": FINE, "TIFF": {"compression": "tiff_lzw"}}
+    full = {kind: open_image(saved(whole, kind, **options)) for kind, options in kinds.items()}
+    monkeypatch.setattr(preprocess, "ENOUGH", 128)
+    monkeypatch.setattr(preprocess, "STRIP", 1 << 14)
+    network = Preprocess(16)
+    for kind, options in kinds.items():
+        reduced = open_image(saved(whole, kind, **options))
+        assert full[kind].size == (750, 300)
+        assert reduced.size == (375, 150)
+        moved = np.asarray(network.resized(reduced)).astype(int) - np.asarray(network.resized(full[kind]))
+        assert np.abs(moved).max() <= 2
+    assert open_image(saved(whole.rotate(90, expand=True), "PNG")).size == (150, 375)
+    assert open_image(saved(whole.crop((0, 0, 750, 255)), "PNG")).size == (750, 255)
+
+
+def test_strips_are_no_other_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    makes = [make for _, make in COLOUR.values()] + [make for levels, make in GREY.values() if levels == 16]
+    colour, grey = blocks(256, 3), blocks(16, 1)[..., 0]
+    pictures = [make(colour if n < len(COLOUR) else grey) for n, make in enumerate(makes)]
+    whole = [rgb_of(one, None) for one in pictures]
+    monkeypatch.setattr(preprocess, "STRIP", 1000)
+    for one, expected in zip(pictures, whole):
+        assert (rgb_of(one, None) == expected).all()
+
+
+def test_pictures_in_flight_share_one_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each takes 40 % of the memory: of eight threads two work at a time; a larger one than all of it is refused."""
+    path, inside, most = tmp_path / "cell.png", [], []
+    path.write_bytes(saved(Image.fromarray(blocks(256, 3)), "PNG"))
+    size = preprocess._peak(Image.open(path))
+
+    def watched(self: Preprocess, image: Image.Image) -> np.ndarray:
+        inside.append(image)
+        time.sleep(0.005)
+        most.append(len(inside))
+        inside.pop()
+        return np.zeros((3, 8, 8), np.float32)
+
+    monkeypatch.setattr(Preprocess, "__call__", watched)
+    monkeypatch.setattr(images, "default_threads", lambda: 8)
+    monkeypatch.setattr(preprocess, "_BUDGET", preprocess._Budget(size * 5 // 2))
+    images.load_batch([path] * 30, Preprocess(8))
+    assert max(most) == 2
+    monkeypatch.setattr(preprocess, "MEMORY", size - 1)
+    with pytest.raises(DataError, match=r"cell\.png: takes .* GiB to decode"):
+        open_image(path)
+
+
+def test_pictures_are_decoded_by_no_more_threads_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+
+    def watched(self: Preprocess, image: Image.Image) -> np.ndarray:
+        names.add(threading.current_thread().name)
+        time.sleep(0.002)
+        return np.zeros((3, 8, 8), np.float32)
+
+    monkeypatch.setattr(Preprocess, "__call__", watched)
+    monkeypatch.setattr(images, "default_threads", lambda: 3)
+    images.load_batch([saved(Image.fromarray(blocks(256, 3)), "PNG")] * 30, Preprocess(8))
+    assert len(names) == 3

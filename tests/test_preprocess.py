@@ -12,6 +12,7 @@ from PIL import Image
 
 from edgekd.artifact import Item, Split
 from edgekd.errors import ArtifactError, DataError
+from edgekd.files import sha256
 from edgekd.runtime.images import load, load_batch, load_part
 from edgekd.runtime.preprocess import Preprocess, open_image
 
@@ -190,7 +191,7 @@ def test_load_refuses_what_is_no_picture(source: object) -> None:
 def make_split(folder: Path, count: int) -> Split:
     for i in range(count):
         Image.new("L", (8, 8), i).save(folder / f"{i}.png")
-    items = tuple(Item(f"{i}.png", i % 3) for i in range(count))
+    items = tuple(Item(f"{i}.png", i % 3, digest=sha256(folder / f"{i}.png")) for i in range(count))
     return Split(("a", "b", "c"), {"val": items}, "ratio", 0, "none", 0, 0, "")
 
 
@@ -219,6 +220,24 @@ def test_load_part_names_missing_files(tmp_path: Path) -> None:
         load_part(split, "val", data=tmp_path, preprocess=PLAIN)
     with pytest.raises(ArtifactError, match="no test images"):
         load_part(split, "test", data=tmp_path, preprocess=PLAIN)
+
+
+@pytest.mark.parametrize("change", ["other pixels", "cut short", "one bit", "another file"])
+def test_load_part_names_pictures_that_were_changed(change: str, tmp_path: Path) -> None:
+    split, path = make_split(tmp_path, 10), tmp_path / "7.png"
+    data = path.read_bytes()
+    if change == "other pixels":
+        Image.new("L", (8, 8), 200).save(path)
+    elif change == "another file":
+        path.unlink()
+        path.symlink_to("8.png")
+    else:
+        path.write_bytes(data[:-5] if change == "cut short" else data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    with pytest.raises(
+        DataError, match=r"other pictures than the split was made of: 1 of the split's 10 val images: 7\.png"
+    ):
+        load_part(split, "val", data=tmp_path, preprocess=PLAIN)
+    load_part(split, "val", data=tmp_path, preprocess=PLAIN, limit=3)  # does not read it
 
 
 def test_real_cells(shared: Path) -> None:

@@ -87,6 +87,25 @@ def confusion_matrix(
     return np.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
 
 
+def gap(test: Metrics, *, accuracy: float, images: int) -> str:
+    """That test accuracy is not the validation images' `accuracy`, where chance cannot explain it; else nothing.
+
+    Two proportions are compared with the pooled z-test; a difference counts from 3 standard errors on, one in 370 by
+    chance. The best epoch was chosen on the validation images, which favours them by much less than that.
+    """
+    pooled = (accuracy * images + test.accuracy * test.n) / (images + test.n)
+    error = (pooled * (1 - pooled) * (1 / images + 1 / test.n)) ** 0.5
+    if abs(test.accuracy - accuracy) <= 3 * error:
+        return ""
+    lower, why = "above", "the test images are easier, or some of them were trained on"
+    if test.accuracy < accuracy:
+        lower, why = "below", "the test images are of another kind, or validation images resemble training images"
+    return (
+        f"accuracy on {test.n} test images, {test.accuracy:.2%}, is far {lower} the {accuracy:.2%} on {images} "
+        f"validation images ({abs(test.accuracy - accuracy) / error:.1f} standard errors): {why}"
+    )
+
+
 def calibration_error(
     probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], *, bins: int = BINS
 ) -> float:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from edgekd import extras
 from edgekd.cli import deploy, learn, measure
 from edgekd.cli.common import LogFormatter, say
 from edgekd.cli.data import app as data_app
@@ -30,8 +31,11 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             say("interrupted; files that were being written are as they were before")
             raise typer.Exit(130) from None
-        except EdgekdError as error:
-            say(f"error: {error.what}" + (f"\n  fix: {error.fix}" if error.fix else ""))
+        except (EdgekdError, ModuleNotFoundError) as error:
+            told = extras.missing(error) if isinstance(error, ModuleNotFoundError) else error
+            if told is None:
+                raise
+            say(f"error: {told.what}" + (f"\n  fix: {told.fix}" if told.fix else ""))
             raise typer.Exit(1) from None
         except BrokenPipeError:  # `edgekd … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

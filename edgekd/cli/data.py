@@ -21,7 +21,7 @@ def get(
 
     with bar(f"get {name}") as progress:
         download(name, out, progress=progress)
-    next_command(f"edgekd train --data {out} --model resnet18 --out runs/teacher")
+    next_command("train", "--data", out, "--model", "resnet18", "--out", "runs/teacher")
 
 
 @app.command()
@@ -36,4 +36,4 @@ def synthetic(
 
     with bar("draw cells") as progress:
         write_cells(out, count=count, size=size, seed=seed, progress=progress)
-    next_command(f"edgekd train --data {out} --model resnet18 --protocol demo --out runs/teacher")
+    next_command("train", "--data", out, "--model", "resnet18", "--protocol", "demo", "--out", "runs/teacher")

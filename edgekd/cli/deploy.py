@@ -76,8 +76,7 @@ def compile_(
     echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
     for note in manifest.notes:
         echo(f"note: {note}")
-    images = f" --data {data} --split {split}" if data else " --data … --split …"
-    next_command(f"edgekd tune {out}{images} --max-accuracy-drop 0.3")
+    next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
 
 
 def _attempts(attempts: Iterable[Attempt]) -> str:
@@ -131,7 +130,8 @@ def tune(
     asked = {k: v for k, v in goal.items() if v is not None}
     save_tuned(engine, tuned, {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint})
     echo(_curve(tuned))
-    next_command(f"edgekd bench {engine} --suite quick --data {data} --split {split} --out record.json")
+    record = engine.parent / f"{engine.stem}-record.json"
+    next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
 
 
 def _curve(tuned: Tuned) -> str:

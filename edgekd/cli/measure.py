@@ -55,7 +55,7 @@ def bench(
 
         write_report(record, out.with_suffix(".html"), data=data)
         echo(f"report: {out.with_suffix('.html')}")
-    next_command(f"edgekd compare {out} other.json")
+    next_command("compare", out)
 
 
 def _named(pair: str) -> tuple[str, Path]:

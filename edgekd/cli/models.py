@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 ClassesOption = Annotated[int, typer.Option(min=1, help="How many classes it tells apart.")]
 PixelsOption = Annotated[int, typer.Option(min=1, help="Side of the input in pixels.")]
 
+StemOption = Annotated[str, typer.Option(help="imagenet, or small: that of a ResNet or MSDNet for tiny images.")]
+
 app = typer.Typer(no_args_is_help=True, help="List networks, look inside them, count what they cost.")
 
 
@@ -37,12 +39,13 @@ def show(
     features: Annotated[bool, typer.Option("--features", help="List every feature point.")] = False,
     image_size: PixelsOption = 224,
     classes: ClassesOption = 5,
+    stem: StemOption = "imagenet",
 ) -> None:
     """A network's size, stages and feature points: the places for exits and for methods that compare maps."""
     from edgekd.bench.accuracy import aligned
-    from edgekd.models import build, points
+    from edgekd.models import build, points, stem_named
 
-    network = build(name, classes=classes, image_size=image_size)
+    network = build(name, classes=classes, image_size=image_size, stem=stem_named(stem))
     parameters = sum(p.numel() for p in network.parameters())
     found = points.points(network, image_size=image_size)
     try:
@@ -65,13 +68,15 @@ def cost(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Any names of edgekd models list.")],
     image_size: PixelsOption = 224,
     classes: ClassesOption = 5,
+    stem: StemOption = "imagenet",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Parameters, multiply-adds, memory of the activations and size of the weights, counted for one image."""
     from edgekd.files import to_json
+    from edgekd.models import stem_named
     from edgekd.models.cost import cost
 
-    costs = [cost(name, classes=classes, image_size=image_size) for name in names]
+    costs = [cost(name, classes=classes, image_size=image_size, stem=stem_named(stem)) for name in names]
     if as_json:
         echo(to_json([vars(c) for c in costs]).decode())
     else:

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from edgekd.artifact import Part
 from edgekd.errors import DataError, nearest
+from edgekd.files import sha256
 from edgekd.host import default_threads
-from edgekd.runtime.preprocess import EXTENSIONS, open_image
+from edgekd.runtime.preprocess import EXTENSIONS, STRIP, opened
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +45,31 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Found:
-    """One image file: posix path relative to the data folder, class index, and the part its folder puts it in."""
+    """One image file: posix path relative to the data folder, class index, and the part its folder puts it in.
+
+    group: the picture it was cut from, where a CSV file says so. digest: SHA-256 of the file, once it was checked.
+    """
 
     path: str
     label: int
     part: Part | None = None
+    group: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What `scan` found. bad: files that cannot be used, and why. ignored: how many files were passed over."""
+    """Labelled images. bad: files that cannot be used, and why. ignored: how many files were passed over.
+
+    labels: name of the CSV file that gave the labels; empty if folders did.
+    """
 
     root: Path
     classes: tuple[str, ...]
     items: tuple[Found, ...]
     bad: Mapping[str, str]
     ignored: int
+    labels: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,8 +251,9 @@ def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | N
     Raises:
         DataError: files that cannot be used (unless leave_out_bad), or a class that has none left without them.
     """
-    hashes, bad = _decode(folder, progress)
-    bad = {**folder.bad, **bad, **_copies(folder, hashes)}
+    looks, bad = _decode(folder, progress)
+    pixels = {path: look.pixels for path, look in looks.items()}
+    bad = {**folder.bad, **bad, **_copies(folder, pixels)}
     if bad and not leave_out_bad:
         lines = [f"  {path}: {reason}" for path, reason in sorted(bad.items())]
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -250,39 +261,50 @@ def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | N
             "\n".join([f"{len(bad)} of the files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
             fix="mend or remove them, or leave them out with --leave-out-bad",
         )
-    items = tuple(item for item in folder.items if item.path not in bad)
+    items = tuple(dataclasses.replace(i, digest=looks[i.path].file) for i in folder.items if i.path not in bad)
     if gone := {i.label for i in folder.items} - {i.label for i in items}:
         classes = some(folder.classes[label] for label in sorted(gone))
         raise DataError(f"no usable image is left of {classes}", fix="mend the files, or remove the class folder")
     if bad:
         log.warning("%d of the files in %s are left out", len(bad), folder.root)
-    return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, hashes))
+    return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, pixels))
 
 
-def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Pixel hashes of the images that can be decoded, and reasons for those that cannot."""
-    hashes, bad = {}, {}
+class _Look(NamedTuple):
+    """What decoding an image once tells: SHA-256 of the file and of its pixels, or the reason why it cannot be used."""
+
+    file: str = ""
+    pixels: str = ""
+    reason: str = ""
+
+
+def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, _Look], dict[str, str]]:
+    """The images that can be decoded, and reasons for those that cannot."""
+    looks, bad = {}, {}
     with ThreadPoolExecutor(default_threads()) as pool:
-        results = pool.map(partial(_pixel_hash, folder.root), folder.items)
-        for done, (item, (digest, reason)) in enumerate(zip(folder.items, results), 1):
-            if reason:
-                bad[item.path] = reason
+        results = pool.map(partial(_look_at, folder.root), folder.items)
+        for done, (item, look) in enumerate(zip(folder.items, results), 1):
+            if look.reason:
+                bad[item.path] = look.reason
             else:
-                hashes[item.path] = digest
+                looks[item.path] = look
             if progress:
                 progress(done, len(folder.items))
-    return hashes, bad
+    return looks, bad
 
 
-def _pixel_hash(root: Path, item: Found) -> tuple[str, str]:
+def _look_at(root: Path, item: Found) -> _Look:
     path = root / item.path
-    if path.is_file() and not path.stat().st_size:
-        return "", "empty"
     try:
-        image = open_image(path)
+        with opened(path) as image:
+            pixels = hashlib.sha256(repr(image.size).encode())
+            rows = max(1, STRIP // image.width)
+            for top in range(0, image.height, rows):
+                pixels.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     except DataError as error:
-        return "", error.what.removeprefix(f"{path}: ")
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), ""
+        reason = error.what.removeprefix(f"{path}: ")
+        return _Look(reason="empty" if reason.startswith("not an image") and not path.stat().st_size else reason)
+    return _Look(sha256(path), pixels.hexdigest())
 
 
 def _copies(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from edgekd.artifact import Item, Part, Split
 from edgekd.errors import DataError
+from edgekd.files import sha256
 from edgekd.host import default_threads
 from edgekd.runtime.preprocess import Array, File, Preprocess, opened, to_rgb
 
@@ -79,18 +80,45 @@ def load_part(
     limit: at most so many, spread evenly over the part (which is sorted by class), the same ones each time.
 
     Raises:
-        ArtifactError: the split has no such part. DataError: files are missing from `data` or cannot be used.
+        ArtifactError: the split has no such part. DataError: files are missing from `data`, were changed since the
+            split was made, or cannot be used.
     """
     items = _spread(split.part(part), limit)
-    missing = [item.path for item in items if not (data / item.path).is_file()]
-    if missing:
-        raise DataError(
-            f"{data} lacks {len(missing)} of the split's {len(items)} {part} images: {', '.join(missing[:3])}"
-            + (", …" if len(missing) > 3 else ""),
-            fix="give the folder that the split was made from with --data",
-        )
+    require_unchanged(items, data, what=f"{part} images")
     images = load_batch([data / item.path for item in items], preprocess, progress=progress)
     return images, np.array([item.label for item in items], np.int64)
+
+
+def require_unchanged(items: Sequence[Item], data: Path, *, what: str = "images") -> None:
+    """Compare image files with the SHA-256 that a split has of them. what: how errors call them.
+
+    Raises:
+        DataError: files that are missing from `data` or were changed since; some are named.
+    """
+    with ThreadPoolExecutor(default_threads()) as pool:
+        found = list(pool.map(lambda item: _digest(data / item.path), items))
+    missing = [item.path for item, digest in zip(items, found) if digest is None]
+    if missing:
+        raise DataError(
+            f"{data} lacks {_counted(missing, items, what)}",
+            fix="give the folder that the split was made from with --data",
+        )
+    if changed := [item.path for item, digest in zip(items, found) if item.digest not in ("", digest)]:
+        raise DataError(
+            f"{data} holds other pictures than the split was made of: {_counted(changed, items, what)}",
+            fix="bring back the pictures, or make a new split and train on it",
+        )
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return sha256(path) if path.is_file() else None
+    except OSError:  # such names cannot be, or it may not be read
+        return None
+
+
+def _counted(some: Sequence[str], items: Sequence[Item], what: str) -> str:
+    return f"{len(some)} of the split's {len(items)} {what}: {', '.join(some[:3])}" + (", …" if some[3:] else "")
 
 
 def _spread(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:

@@ -23,6 +23,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from edgekd.host import default_threads
+
 GRACE_S = 10
 """Seconds that a process has to end by itself."""
 State = Literal["done", "failed", "left"]
@@ -93,7 +95,7 @@ class _Processes:
     """Processes of this machine, which share its processors; with several GPUs each has one of them."""
 
     def __init__(self, at_once: int) -> None:
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+        threads = {"OMP_NUM_THREADS": str(max(1, default_threads() // at_once))} if at_once > 1 else {}
         self.env = threads | os.environ
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
         named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -102,7 +102,9 @@ def fit(
         ArtifactError: resume.pt is damaged or belongs to other settings.
     """
     protocol, network = task.protocol, task.network.to(memory_format=torch.channels_last)
-    digest = hashlib.sha256(to_json(dataclasses.replace(protocol, data="", workers=0))).hexdigest()
+    digest = hashlib.sha256(
+        to_json(dataclasses.replace(protocol, source="", data="", teacher="", workers=0))
+    ).hexdigest()
     live = _setup(fabric, task, network)
     parts: dict[str, Any] = {"network": network, "criterion": live.criterion, "optimizer": live.optim}
     parts |= {"ema": live.ema} if live.ema else {}
@@ -251,7 +253,7 @@ def _stop(task: Task, index: Tensor, epoch: int, step: int, criterion: Criterion
     files = "\n".join(f"  {task.names[i]}" for i in index.tolist())
     raise TrainingError(
         f"the loss is not finite at epoch {epoch + 1}, batch {step + 1} ({terms}); its files:\n{files}",
-        fix="lower --set lr=…, add --set clip_norm=1, or look at these files",
+        fix="lower --lr, add --set clip_norm=1, or look at these files",
     )
 
 
