@@ -247,6 +247,12 @@ class Card:
         return [e.output for e in self.exits]
 
 
+def is_stray(path: str) -> bool:
+    """Whether a path that should lie in a folder is none, or leads out of it."""
+    parts = PurePosixPath(path).parts
+    return not parts or path.startswith("/") or ".." in parts
+
+
 def check_classes(classes: tuple[str, ...]) -> None:
     """Whether these can be the names of a classifier's classes.
 
@@ -401,17 +407,17 @@ def read_manifest(folder: Path) -> Manifest:
     """
     manifest = _manifest(folder)
     for name in manifest.files:
-        read_file(folder, name, manifest)
+        read_file(folder / name, manifest)
     return manifest
 
 
-def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
+def read_file(path: Path, manifest: Manifest) -> bytes:
     """The content of an engine's file, which is what its manifest says.
 
     Raises:
         ArtifactError: it is not, whatever has become of the folder since the manifest was read.
     """
-    path, file = folder / name, manifest.files.get(name)
+    file = manifest.files.get(path.name)
     if file is None:
         raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
     if not path.is_file():

@@ -49,6 +49,18 @@ class Metrics:
     confusion: tuple[tuple[int, ...], ...]
     ece: float
 
+    def __post_init__(self) -> None:
+        counts = [count for row in self.confusion for count in row]
+        if not (0 <= self.accuracy <= 1 and 0 <= self.ece <= 1):
+            raise ValueError("accuracy, ece: fractions from 0 to 1")
+        for r in (self.macro, *self.per_class.values()):
+            if not all(f is None or 0 <= f <= 1 for f in (r.sensitivity, r.specificity, r.precision, r.f1)):
+                raise ValueError("macro, per_class: fractions from 0 to 1")
+        if {len(self.confusion), *map(len, self.confusion)} != {len(self.per_class)}:
+            raise ValueError("confusion: a row and a column for each class")
+        if min(counts) < 0 or sum(counts) != self.n:
+            raise ValueError("confusion: counts of all images")
+
 
 def metrics(
     probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]

@@ -19,6 +19,7 @@ from edgekd.cli.demo import demo
 from edgekd.cli.models import app as models_app
 from edgekd.cli.predict import predict
 from edgekd.cli.reproduce import reproduce
+from edgekd.cli.sign import sign, verify
 from edgekd.errors import EdgekdError
 
 
@@ -89,6 +90,8 @@ for command in (
     predict,
     measure.bench,
     measure.compare,
+    sign,
+    verify,
     reproduce,
     deploy.devices,
     deploy.doctor,

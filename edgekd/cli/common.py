@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.errors import ConfigError, DataError
+from edgekd.errors import DataError, check_known
 from edgekd.text import terminal
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Part, Split
+    from edgekd.artifact import Split
 
 DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a run folder remembers its own.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
@@ -148,8 +148,12 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, la
     return SplitType(classes, parts, "whole folder", 0, "none", 0, 0, checked.fingerprint)
 
 
-def part_named(name: str) -> Part:
-    """`train`, `val` or `test`."""
-    if name in ("train", "val", "test"):
-        return name  # type: ignore[return-value]
-    raise ConfigError(f"--part {name}: no such part", fix="known: train, val, test")
+def one_of(*known: str) -> Callable[[typer.CallbackParam, str | None], str | None]:
+    """Callback of an option that takes one of a few words."""
+
+    def check(option: typer.CallbackParam, value: str | None) -> str | None:
+        if value is not None:
+            check_known(f"--{option.name}", value, known)
+        return value
+
+    return check

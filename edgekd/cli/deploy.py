@@ -17,6 +17,7 @@ from edgekd.cli.common import (
     bar,
     echo,
     next_command,
+    one_of,
     read_or_scan,
     say,
 )
@@ -32,7 +33,13 @@ OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, f
 def compile_(
     source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
     recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-fp16, dla-int8, or a .toml file.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="auto, onnxruntime, openvino or tensorrt.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="auto, onnxruntime, openvino or tensorrt.",
+            callback=one_of("auto", "onnxruntime", "openvino", "tensorrt"),
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
     data: OptionalData = None,
     split: SplitFile = None,
@@ -98,8 +105,16 @@ def tune(
         float | None, typer.Option(help="Points below the ensemble; the fastest within.")
     ] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Mean ms an image; the most accurate within.")] = None,
-    confidence: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
-    average: Annotated[str, typer.Option(help="own: the exit's probabilities; mean: over the exits so far.")] = "mean",
+    confidence: Annotated[
+        str,
+        typer.Option(
+            help="max_probability, margin or entropy.", callback=one_of("max_probability", "margin", "entropy")
+        ),
+    ] = "max_probability",
+    average: Annotated[
+        str,
+        typer.Option(help="own: the exit's probabilities; mean: of all so far.", callback=one_of("own", "mean")),
+    ] = "mean",
     threads: ThreadsOption = None,
 ) -> None:
     """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
@@ -122,7 +137,7 @@ def tune(
             labels,
             max_accuracy_drop=max_accuracy_drop,
             latency_ms=latency_ms,
-            confidence=confidence,  # type: ignore[arg-type]  # checked by the policy
+            confidence=confidence,  # type: ignore[arg-type]  # checked above
             average=average,  # type: ignore[arg-type]
             progress=progress,
         )

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -40,14 +40,14 @@ from edgekd.cli.common import (
     bar,
     echo,
     next_command,
-    part_named,
+    one_of,
     read_or_scan,
     say,
 )
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Split
+    from edgekd.artifact import Part, Split
     from edgekd.training.protocol import Protocol
 
 
@@ -284,7 +284,7 @@ def evaluate(
     data: DataFolder = None,
     split: SplitFile = None,
     labels: LabelsOption = None,
-    part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    part: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
@@ -314,7 +314,7 @@ def evaluate(
     if svm is not None:
         logits_of = _svm(target, svm, chosen, data)
     with bar("read images") as progress:
-        images, truth = load_part(chosen, part_named(part), data=data, preprocess=card.preprocess, progress=progress)
+        images, truth = load_part(chosen, cast("Part", part), data=data, preprocess=card.preprocess, progress=progress)
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
     rows = {f"exit_{k}": accuracy.metrics(p, truth, card.classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -52,7 +53,7 @@ class Engine:
     def __init__(
         self,
         card: Card,
-        load: Callable[[str], Loaded],
+        load: Callable[[str], Runner],
         *,
         backend: str,
         precision: str,
@@ -145,23 +146,8 @@ class Engine:
         name = name if len(self.card.exits) > 1 else "monolithic"
         with self._lock:
             if name not in self._runners:
-                self._runners[name] = self._checked(name, self._load(name))
+                self._runners[name] = self._load(name)
             return self._runners[name]
-
-    def _checked(self, name: str, runner: Loaded) -> Runner:
-        """A graph that reads and answers what the card says.
-
-        Raises:
-            ArtifactError: it does not.
-        """
-        size = self.card.preprocess.image_size
-        read, answered = runner.ends
-        if name in ("stage_0", "monolithic", "final") and read != (3, size, size):
-            raise ArtifactError(f"{name} reads {read}, its card says (3, {size}, {size})", fix="compile again")
-        if answered != (len(self.card.classes),):
-            what = f"{name} answers {answered}, its card has {len(self.card.classes)} classes"
-            raise ArtifactError(what, fix="compile again")
-        return runner
 
 
 def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
@@ -191,9 +177,9 @@ def _open(path: Path, *, threads: int) -> Engine:
     model, card = read_onnx(path)
     model = with_shapes(model)
 
-    def load(name: str) -> Loaded:
+    def load(name: str) -> Runner:
         data = graph(model, card, name=name).SerializeToString()
-        return onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads)
+        return _checked(onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads), name, card)
 
     walker = onnxruntime.walker
     return Engine(card, load, backend="onnxruntime", precision="fp32", threads=threads, make_walker=walker)
@@ -209,9 +195,10 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
             fix="start processes by multiprocessing's spawn method, or close engines before the fork",
         )
 
-    def load(name: str) -> Loaded:
+    def load(name: str) -> Runner:
         path = folder / f"{name}{backend.SUFFIX}"
-        return backend.load(path, recipe=recipe, threads=threads, read=lambda p: read_file(folder, p.name, manifest))
+        read = functools.partial(read_file, manifest=manifest)
+        return _checked(backend.load(path, recipe=recipe, threads=threads, read=read), name, manifest.card)
 
     return Engine(
         manifest.card,
@@ -224,6 +211,21 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
         make_decider=getattr(backend, "decider", None),
         largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
     )
+
+
+def _checked(runner: Loaded, name: str, card: Card) -> Runner:
+    """A graph that reads and answers what the card says.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    image = (3, card.preprocess.image_size, card.preprocess.image_size)
+    read, answered = runner.ends
+    if name in ("stage_0", "monolithic", "final") and read != image:
+        raise ArtifactError(f"{name} reads {read}, its card says {image}", fix="compile again")
+    if answered != (len(card.classes),):
+        raise ArtifactError(f"{name} answers {answered}, its card has {len(card.classes)} classes", fix="compile again")
+    return runner
 
 
 def _check_files(manifest: Manifest, path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgekd.engines import Engine, open_engine
 from edgekd.engines.walks import resized
-from edgekd.errors import ArtifactError, ConfigError, DataError, nearest
+from edgekd.errors import ArtifactError, BackendError, ConfigError, DataError, nearest
 from edgekd.runtime.images import Source, load, load_batch
 from edgekd.runtime.policy import (
     FEW_CLASSES,
@@ -216,7 +216,8 @@ class Classifier:
 
         Raises:
             DataError: another type or shape.
-            BackendError: the engine is closed, or was opened before this process was forked.
+            BackendError: the engine is closed, was opened before this process was forked, or cannot run; or its answers
+                are not finite.
         """
         self.engine.check_usable()
         size = self.card.preprocess.image_size
@@ -229,13 +230,19 @@ class Classifier:
         cascade = self._cascade_of_one if is_small else self._cascade
         decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
-            return decide(images)
+            return self._finite(decide(images))
         decision = Decision.empty(len(images), len(self.card.classes))
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found = decide(images[part])
+            found = self._finite(decide(images[part]))
             decision.probabilities[part] = found.probabilities
             decision.exits[part], decision.confidence[part] = found.exits, found.confidence
+        return decision
+
+    def _finite(self, decision: Decision) -> Decision:
+        if not np.isfinite(decision.confidence).all():
+            what = f"{self.engine.name} answers with numbers that are not finite"
+            raise BackendError(what, fix="compile with --recipe fp32; if it says so then, train anew")
         return decision
 
     def _at_once(self, images: Array) -> Decision:
