@@ -216,8 +216,8 @@ class Classifier:
 
         Raises:
             DataError: another type or shape.
-            BackendError: the engine is closed, or was opened before this process was forked; it cannot
-                run, or its answers are not finite.
+            BackendError: the engine is closed, was opened before this process was forked, or cannot run; or its answers
+                are not finite.
         """
         self.engine.check_usable()
         size = self.card.preprocess.image_size
