@@ -194,9 +194,12 @@ def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises many kinds
         raise ArtifactError(f"{path} is damaged ({type(error).__name__})", fix=anew) from None
-    kinds = {"epoch": int, "history": list, "best": float, "network": Mapping, "optimizer": Mapping, "digest": str}
+    kinds: dict[str, Any] = {"epoch": int, "history": list, "best": float, "digest": str}
+    kinds |= dict.fromkeys(("network", "criterion", "optimizer"), Mapping)
     if not isinstance(state, Mapping) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
         raise ArtifactError(f"{path} is no state of a run", fix=anew)
+    if not all(isinstance(v, Tensor) and torch.isfinite(v).all() for v in state["network"].values()):
+        raise ArtifactError(f"{path} holds weights that are not finite", fix=anew)
     if state.get("digest") != digest:
         raise ArtifactError(
             f"{folder} was trained under other settings than now asked for",
