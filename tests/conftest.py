@@ -220,13 +220,3 @@ def resumes_exactly(data: Path, out: Path, protocol: Protocol, *, teacher: Path 
         assert len(held) == 3
         assert all(torch.equal(value, file[name]) for net in held for name, value in net.state_dict().items())
     return whole
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the fault tests, made once for all of them."""
-    from faults.base import make_base
-
-    folder = tmp_path_factory.mktemp("faults") / "base"
-    make_base(folder)
-    return folder
