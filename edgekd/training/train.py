@@ -22,6 +22,7 @@ from edgekd.errors import ConfigError
 from edgekd.files import atomic_write, locked, to_json
 from edgekd.models import build, hub_name
 from edgekd.models.weights import load_state, read_state
+from edgekd.shell import shield_tracker
 from edgekd.specs import write_toml
 from edgekd.training import run
 from edgekd.training.loop import Progress, Task, fit
@@ -56,6 +57,8 @@ def train(
         raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
     fabric = Fabric(devices=devices, accelerator="auto", precision=protocol.precision)
     fabric.launch()
+    if protocol.workers:
+        shield_tracker()
     with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
         return _train(
             fabric,
