@@ -105,6 +105,21 @@ class _Output(io.FileIO):
             raise
 
 
+def shield_tracker() -> None:
+    """Start multiprocessing's resource tracker so that it outlives SIGHUP, as it does SIGINT and SIGTERM by itself.
+
+    A terminal that is closed would end it, and the one that follows it prints tracebacks.
+    """
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        from multiprocessing import resource_tracker
+
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
 def streams() -> None:
     """Open what was closed (`>&-`): else the next file that is opened would get its number, and what is printed.
 

@@ -97,7 +97,7 @@ class _Processes:
         threads = {"OMP_NUM_THREADS": str(max(1, default_threads() // at_once))} if at_once > 1 else {}
         self.env = threads | os.environ
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
-        import torch  # seconds, in which a job's process could only end with a traceback
+        import torch  # not above: the process of a job would spend seconds in it before it heeds signals
 
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = list(map(str, range(torch.cuda.device_count()))) if named is None else named.split(",")
