@@ -72,10 +72,10 @@ def train(
             split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
             if on_split:
                 on_split(split)
-            for source in (teacher, Path(protocol.weights)):
-                _refuse_seen(source, split)
             protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
             task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+            for source in (teacher, Path(protocol.weights)):
+                _refuse_seen(source, split)
             if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
                 write_toml(out / run.PROTOCOL, protocol)
                 atomic_write(out / run.SPLIT, to_json(split))
@@ -127,18 +127,14 @@ def _split(
 
 
 def _refuse_seen(folder: Path | None, split: Split) -> None:
-    """A teacher, or first weights, must not have been trained on images that will test the student.
+    """A teacher, or first weights, must not have been trained on images, by any name, that will test the student.
 
     Raises:
         ConfigError: the run folder's training part holds some of them.
     """
     if folder is not None and (folder / run.SPLIT).is_file():
-        known = read_split(folder)
-        seen = {i.path for i in known.parts.get("train", ())}
-        common = seen & {i.path for i in split.parts.get("test", ())}
-        if common and known.fingerprint != split.fingerprint:
-            log.warning("%s was trained on other data in which %d test images' names occur", folder, len(common))
-        elif common:
+        seen = {i.digest for i in read_split(folder).parts.get("train", ())}
+        if common := [i.path for i in split.parts.get("test", ()) if i.digest in seen]:
             raise ConfigError(
                 f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
                 fix=f"use its split: --split {folder / run.SPLIT}",
