@@ -55,7 +55,7 @@ def bench(
 
         write_report(record, out.with_suffix(".html"), data=data)
         typer.echo(f"report: {out.with_suffix('.html')}")
-    next_command("compare", out)
+    next_command("predict", engine, data)
 
 
 def _named(pair: str) -> tuple[str, Path]:
