@@ -59,7 +59,7 @@ def load(
     except ConfigError as error:
         given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
         problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]
-        raise ConfigError("\n".join(problems), fix=f"the keys and their form are in {path}") from None
+        raise ConfigError("\n".join(problems), fix="mend what was given") from None
 
 
 def _given(key: str, value: Any, flags: Mapping[str, str]) -> str:

@@ -79,7 +79,7 @@ def bench(
 
         write_report(record, out.with_suffix(".html"), data=data)
         echo(f"report: {out.with_suffix('.html')}")
-    next_command("compare", out)
+    next_command("predict", engine, data)
 
 
 def _about(seconds: float) -> str:

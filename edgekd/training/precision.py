@@ -21,7 +21,7 @@ IMAGES = 8
 
 
 def choose(
-    asked: Literal["auto"] | Precision, network: nn.Module, *, device: torch.device, image_size: int
+    asked: Literal["auto", Precision], network: nn.Module, *, device: torch.device, image_size: int
 ) -> Precision:
     """The precision to train `network` in: `asked` unless that is `auto`; it is said what was taken, and why.
 
@@ -42,7 +42,7 @@ def choose(
         return asked
     if not can or device.type != "cpu":
         taken: Precision = "bf16-mixed" if can else "32-true"
-        log.info("precision %s: this %s has %s bf16", taken, _name(device), "" if can else "no")
+        log.info("precision %s: this %s %s bf16", taken, _name(device), "has" if can else "has no")
         return taken
     plain, mixed = step_seconds(network, image_size=image_size)
     taken = "bf16-mixed" if mixed < plain else "32-true"

@@ -35,7 +35,7 @@ class Protocol(Settings):
     data: str = ""
     teacher: str = ""
     network: str = ""
-    stem: Literal["auto"] | Stem = "auto"
+    stem: Literal["auto", Stem] = "auto"
     exits: tuple[int | str, ...] = (1, 2, 3, 4)
     weights: str = "hub"
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(224))
@@ -56,7 +56,7 @@ class Protocol(Settings):
     milestones: tuple[int, ...] = (100, 150)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
-    precision: Literal["auto"] | Precision = "auto"
+    precision: Literal["auto", Precision] = "auto"
     clip_norm: float = 0.0
     ema: float = 0.0
     anchor_every: int = 0
