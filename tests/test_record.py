@@ -3,14 +3,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgekd import specs
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.host import Host
 from edgekd.bench.record import Record, Timing, Variant, read_record, refuse_existing, write_record
+from edgekd.bench.suite import Suite
 from edgekd.bench.tables import markdown, table, to_csv
 from edgekd.bench.targets import Limits, target_text, targets, warnings
 from edgekd.errors import ArtifactError
@@ -153,6 +156,16 @@ def test_without_limits_there_are_figures_and_no_verdicts() -> None:
     assert [t.value for t in found] == [t.value for t in sample().targets]
     assert {t.met for t in found} == {None}
     assert not any("met" in target_text(t) for t in found)
+
+
+def test_a_suite_sets_limits() -> None:
+    """Those in the comments of the shipped one, which itself has none."""
+    quick = Path(__file__).parents[1] / "benchmarks" / "suites" / "quick.toml"
+    assert specs.load(Suite, "benchmarks/suites", str(quick)).targets == Limits()
+    lines = re.findall(r"# (\w+ = [\d.]+)", quick.read_text().partition("[targets]")[2])
+    pairs = [f"targets.{line.replace(' ', '')}" for line in lines]
+    asked = specs.load(Suite, "benchmarks/suites", "quick", overrides=specs.parse_overrides(pairs))
+    assert asked.targets == LIMITS
 
 
 def test_targets_that_are_missed_say_so() -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_record import sample
+from typer.testing import CliRunner
 
 from edgekd.bench import plots
 from edgekd.bench.record import read_record, write_record
 from edgekd.bench.report import html, write_report
+from edgekd.cli import app
 from edgekd.errors import ArtifactError, ConfigError, DataError
 
 VOID = {"meta", "img", "br", "path", "use", "rect"}
@@ -110,6 +112,8 @@ def test_a_picture_file_is_what_its_name_says(name: str, start: bytes, tmp_path:
 def test_other_names_of_pictures_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="no kind of picture"):
         plots.picture_format(Path(name))
+    before_all_else = CliRunner().invoke(app, ["evaluate", "nothing", "--plot", name])
+    assert "no kind of picture" in before_all_else.output
 
 
 def test_names_in_a_picture_are_drawn_as_they_are_or_as_code_points(

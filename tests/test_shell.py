@@ -33,7 +33,7 @@ def test_a_signal_is_raised_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     cleared = False
     with stopping() as stops:
-        with pytest.raises(Stopped, match=number.name) as caught:
+        with pytest.raises(Stopped, match=number.name) as caught:  # noqa: PT012
             try:
                 send(number)
             finally:
@@ -52,7 +52,7 @@ def test_an_import_is_finished_first(number: signal.Signals, tmp_path: Path, mon
     outer = "try:\n    import odd_inner\nexcept BaseException:\n    raise ImportError('as some extensions do')\n"
     (tmp_path / "odd_outer.py").write_text(outer)
     monkeypatch.syspath_prepend(tmp_path)
-    with stopping(), pytest.raises(Stopped):
+    with stopping(), pytest.raises(Stopped):  # noqa: PT012
         importlib.import_module("odd_outer")
         time.sleep(5)
     assert {"odd_inner", "odd_outer"} <= sys.modules.keys()

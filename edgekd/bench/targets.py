@@ -69,7 +69,7 @@ def target_text(t: Target) -> str:
     """Figure, range over the rounds, limit, met or not."""
     spread = f" (rounds {min(t.rounds):.2f} to {max(t.rounds):.2f})" if len(t.rounds) > 1 else ""
     verdict = "" if t.met is None else f"; asked {t.sign} {t.limit:g}: {'met' if t.met else 'NOT met'}"
-    signed = "+" if t.unit == "points" else ""
+    signed = "+" if t.unit == "points" and t.sign == "≥" else ""
     return f"{t.name}: {t.value:{signed}.2f} {t.unit}{spread}{verdict}"
 
 

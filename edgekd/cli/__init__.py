@@ -85,7 +85,6 @@ def _tell(text: str) -> None:
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="A folder of labelled images to a compact classifier that answers early when an image is easy.",
 )

@@ -16,7 +16,7 @@ import typer
 
 from edgekd.errors import ConfigError, DataError, check_known
 from edgekd.files import Kind, locked, real, refuse_other
-from edgekd.text import terminal
+from edgekd.text import terminal, visible
 
 if TYPE_CHECKING:
     from edgekd.artifact import Split
@@ -136,11 +136,15 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = Progress(
-        *columns, TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
-    task = shown.add_task(what, total=None, note="", visible=False)
+    task = shown.add_task(visible(what), total=None, note="", visible=False)
     due = time.monotonic() + FIRST_LINE_S
 
     def update(done: int, total: int, loss: float | None = None) -> None:

@@ -73,7 +73,7 @@ def predict(
             for done, (path, answer) in enumerate(_answers(classifier, inputs), start=1):
                 write(rows.row(path, answer))
                 if isinstance(answer, DataError):
-                    bad.append(answer.what)
+                    bad.append(visible(answer.what))
                 if out or not sys.stdout.isatty():  # where rows are seen, they are the progress
                     progress(done, len(inputs))
         finally:  # an interrupted array is whole, too
