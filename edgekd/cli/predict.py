@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.cells import cell_len
 
-from edgekd.cli.common import ThreadsOption, bar, echo, one_of
+from edgekd.cli.common import ThreadsOption, bar, echo, one_of, reserve
 from edgekd.errors import ConfigError, DataError
+from edgekd.files import ANSWERS, atomic_path
 from edgekd.text import csv_line, visible
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def predict(
     form = _form(out, as_json=as_json, as_csv=as_csv)
     if probabilities and form == "table":
         raise ConfigError("--probabilities goes with --csv", fix="give --csv, or --json, which has them always")
+    reserve(out, ANSWERS)
     classifier = Classifier(
         engine,
         strategy=strategy,  # type: ignore[arg-type]  # checked there
@@ -149,8 +151,6 @@ def _predicted(classifier: Classifier, files: list[Path]) -> list[Prediction | D
 def _sink(out: Path | None) -> Iterator[Callable[[str], object]]:
     """Where rows go: to standard output one by one, so that a reader has them at once and a kill leaves whole ones."""
     if out:
-        from edgekd.files import atomic_path
-
         with atomic_path(out) as part, part.open("w", encoding="utf-8", newline="") as file:
             yield file.write
     else:

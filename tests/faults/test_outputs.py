@@ -59,6 +59,8 @@ def refused(line: str, said: str, work: Path) -> None:
         ("export run --out run/model.safetensors", "is no student.onnx"),
         ("export run --out student.engine/stage_0.onnx", "is no student.onnx"),
         ("export run --out site", "is a folder"),
+        ("predict student.engine cells --out record.json", "is no file of edgekd predict"),
+        ("predict student.engine cells --out record.csv", "is no file of edgekd predict"),
         ("compile student.onnx --out run", "is no engine"),
         ("compile student.onnx --out site", "is no engine"),
         ("compile student.onnx --out notes.md", "is no engine"),
