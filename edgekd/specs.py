@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -26,10 +27,17 @@ DEPTH = 50
 """Lists and tables inside each other that are read, far more than any file has and far fewer than Python can."""
 
 
-def load(cls: type[T], kind: str, name: str, *, overrides: Mapping[str, Any] | None = None) -> T:
+def load(
+    cls: type[T],
+    kind: str,
+    name: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> T:
     """Read the protocol, recipe, suite or device called `name` (or the TOML file at that path).
 
-    overrides: keys that replace the file's, as from `--set` (see `parse_overrides`) and other flags.
+    overrides: keys that replace the file's. flags: key to the flag that gave it, where that was not `--set`.
 
     Raises:
         ConfigError: no such name, no TOML, or keys and values that do not fit `cls`.
@@ -41,9 +49,33 @@ def load(cls: type[T], kind: str, name: str, *, overrides: Mapping[str, Any] | N
         raise ConfigError(f"{path} cannot be read: {error.strerror}", fix="check the path and its rights") from None
     except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
         raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
-    for key, value in (overrides or {}).items():
+    if not overrides:
+        return from_dict(cls, table, where=str(path))
+    from_dict(cls, copy.deepcopy(table), where=str(path))  # what is wrong in the file itself
+    for key, value in overrides.items():
         _set(table, key, value)
-    return from_dict(cls, table, where=str(path))
+    try:
+        return from_dict(cls, table, where="")
+    except ConfigError as error:
+        given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
+        problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]
+        raise ConfigError("\n".join(problems), fix="mend what was given") from None
+
+
+def _given(key: str, value: Any, flags: Mapping[str, str]) -> str:
+    text = value if isinstance(value, str) else _toml(value)
+    return f"{flags[key]} {text}" if key in flags else f"--set {key}={text}"
+
+
+def _blamed(problem: str, given: Mapping[str, str]) -> str:
+    """A problem with what was given on the command line for its key, or with all of it if none was."""
+    at, _, what = problem.partition(": ")
+    for key, text in given.items():
+        if at == key:
+            return f"{text}: {what}"
+        if at.startswith((f"{key}.", f"{key}[")):
+            return f"{text}: {problem}"
+    return f"{', '.join(given.values())}: {problem}"
 
 
 def _parsed(text: str) -> dict[str, Any]:

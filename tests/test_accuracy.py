@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekd.bench.accuracy import Rates, calibration_error, confusion_text, metrics, text_table
+from edgekd.bench.accuracy import Metrics, Rates, calibration_error, confusion_text, gap, metrics, text_table
 from edgekd.errors import BackendError, DataError
 
 # truth 0 0 0 1 1 2, answers 0 0 1 1 2 2
@@ -97,3 +97,25 @@ def test_texts() -> None:
     first, second, *_ = text_table({"exit_0": result, "ensemble": result}).splitlines()
     assert first.split() == ["accuracy", "sensitivity", "specificity", "precision", "F1", "calibration", "error"]
     assert second.split()[:3] == ["exit_0", "66.67", "72.22"]
+
+
+def scored(right: int, images: int) -> Metrics:
+    answers = np.arange(images) < right
+    return metrics(np.stack([answers, ~answers], axis=1).astype(float), np.zeros(images, int), "ab")
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "validation", "of", "said"),
+    [
+        (70, 100, 0.95, 200, "far below the 95.00% on 200 validation images (6.0 standard errors)"),
+        (95, 100, 0.70, 200, "far above the 70.00% on 200 validation images"),
+        (7, 10, 0.9, 10, ""),  # as far apart, on few images
+        (90, 100, 0.95, 200, ""),
+        (10, 10, 1.0, 10, ""),
+    ],
+)
+def test_a_gap_that_chance_does_not_explain(right: int, images: int, validation: float, of: int, said: str) -> None:
+    """Pooled by hand: (190 + 70) / 300 = 0.8667; sqrt(0.8667 * 0.1333 * (1/200 + 1/100)) = 0.0416; 0.25 of it 6.0."""
+    found = gap(scored(right, images), accuracy=validation, images=of)
+    assert said in found
+    assert bool(said) == bool(found)

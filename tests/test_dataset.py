@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from edgekd.artifact import Item
-from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet, loader
+from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet
+from edgekd.data.loader import loader
 from edgekd.data.transforms import Augment, augmented
 from edgekd.errors import ConfigError, DataError
 from edgekd.runtime.preprocess import Preprocess, open_image

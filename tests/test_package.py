@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from edgekd.extras import extras, missing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,7 +48,7 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'timm', 'safetensors')));"
         f"sys.path.insert(0, {str(tmp_path / 'site')!r});"
-        "import edgekd; assert 'site' in edgekd.__file__; from edgekd.cli import main; main()"
+        "import edgekd; assert 'site' in edgekd.__file__; from edgekd.__main__ import main; main()"
     )
 
     def edgekd(*words: str) -> str:
@@ -58,3 +62,84 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
     assert "orin-nano" in edgekd("devices")
     edgekd("compile", str(student_onnx), "--backend", "onnxruntime", "--out", "s.engine")
     assert "cell.png" in edgekd("predict", "s.engine", "cell.png")
+
+
+WITHOUT = {
+    "train": ("torch", "torchvision", "timm", "safetensors", "lightning_fabric", "torchmetrics", "onnxsim", "sklearn"),
+    "cpu": ("onnxruntime", "openvino"),
+    "report": ("matplotlib",),
+}
+
+
+def bare(*words: str, missing: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command where the extras named are not installed."""
+    modules = [module for extra in missing for module in WITHOUT[extra]]
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); from edgekd.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, student_onnx: Path) -> Path:
+    """student.onnx and images of its classes."""
+    from edgekd.data.synthetic import write_cells
+
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "student.onnx").write_bytes(student_onnx.read_bytes())
+    write_cells(folder / "drawn", count=10, size=24)
+    (folder / "cells").mkdir()
+    for name, drawn in zip("abcde", sorted((folder / "drawn").iterdir())):
+        drawn.rename(folder / "cells" / name)
+    (folder / "run").mkdir()
+    (folder / "run" / "protocol.toml").touch()
+    (folder / "run" / "split.json").touch()
+    return folder
+
+
+NEEDS = {
+    "train --data cells --model resnet18 --out r": "train",
+    "distill --data cells --out r": "train",
+    "evaluate run --data cells": "train",
+    "evaluate student.onnx --data cells --plot p.png": "report",
+    "export run --out s.onnx": "train",
+    "reproduce gao2022-table3 --data cells": "train",
+    "models list": "train",
+    "models show resnet18": "train",
+    "models cost resnet18": "train",
+    "bench student.onnx --data cells --out r.json": "report",
+    "evaluate student.onnx --data cells": "cpu",
+    "predict student.onnx cells": "cpu",
+    "compile student.onnx --backend openvino": "cpu",
+    "compile student.onnx --backend onnxruntime": "cpu",
+}
+
+
+@pytest.mark.parametrize("line", NEEDS)
+def test_a_command_that_lacks_an_extra_names_it(line: str, place: Path) -> None:
+    done = bare(*line.split(), missing=[NEEDS[line]], cwd=place)
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stderr
+    assert "error: " in done.stderr
+    assert f"edgekd[{NEEDS[line]}]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["evaluate student.onnx --data cells", "predict student.onnx cells", "devices", "doctor", "data get x --out d"],
+)
+def test_other_commands_work_without_torch_and_matplotlib(line: str, place: Path) -> None:
+    done = bare(*line.split(), missing=["train", "report"], cwd=place)
+    assert "Traceback" not in done.stderr
+    assert "edgekd[" not in done.stderr
+    assert (done.returncode == 0) == ("get" not in line), done.stderr
+
+
+def test_extras_are_those_of_the_project() -> None:
+    """What `edgekd doctor` lists and errors name is read from the installed metadata."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    written = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.split("[>=<;]", line)[0] for line in lines} for extra, lines in written.items()}
+    assert {extra: set(found) for extra, found in extras().items()} == {k: v for k, v in names.items() if k != "dev"}
+    assert missing(ModuleNotFoundError(name="edgekd.nothing")) is None

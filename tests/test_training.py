@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,8 @@ TINY = Protocol(
     network="multi-exit-resnet18",
     method="sd",
     weights="none",
+    precision="32-true",
+    stem="small",
     exits=(2, 4),
     preprocess=Preprocess(16),
     augment=Augment(crop_scale=(0.7, 1.0), hflip=0.5),
@@ -43,7 +46,8 @@ TINY = Protocol(
 )
 FLAGS = [
     *("--student", "multi-exit-resnet18", "--method", "sd", "--weights", "none", "--exits", "2,4", "--epochs", "3"),
-    *("--image-size", "16", "--set", "batch_size=16", "--set", "workers=0", "--set", "ema=0.9"),
+    *("--image-size", "16", "--batch-size", "16", "--workers", "0", "--precision", "32-true"),
+    *("--set", "ema=0.9", "--set", "stem=small"),
 ]
 
 
@@ -56,7 +60,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distill(cells: Path, out: Path, *more: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     command = [*launcher, "-m", "edgekd", "distill", "--data", str(cells), "--out", str(out), *FLAGS, *more]
-    env = os.environ | {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
@@ -161,6 +165,11 @@ def test_a_teacher_that_has_seen_the_test_images(cells: Path, tmp_path: Path) ->
     for wrong in (replace(TINY, method="kd", seed=1), replace(TINY, seed=1, weights=str(tmp_path / "t"))):
         with pytest.raises(ConfigError, match=r"was trained on \d+ of the test images, .*\.png for one"):
             train(cells, tmp_path / "s", protocol=wrong, teacher=tmp_path / "t" if wrong.method == "kd" else None)
+    for file in sorted(cells.rglob("*.png")):
+        (tmp_path / "renamed" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "renamed" / file.parent.name / f"x{file.name[::-1]}.png")
+    with pytest.raises(ConfigError, match=r"was trained on \d+ of the test images"):
+        train(tmp_path / "renamed", tmp_path / "s", protocol=replace(TINY, weights=str(tmp_path / "t")))
     assert not (tmp_path / "s").exists()
 
 

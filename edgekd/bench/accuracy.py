@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.cells import cell_len
 
 from edgekd.errors import BackendError, DataError
+from edgekd.text import visible
 
 BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
@@ -97,6 +99,25 @@ def confusion_matrix(
     return np.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
 
 
+def gap(test: Metrics, *, accuracy: float, images: int) -> str:
+    """That test accuracy is not the validation images' `accuracy`, where chance cannot explain it; else nothing.
+
+    Two proportions are compared with the pooled z-test; a difference counts from 3 standard errors on, one in 370 by
+    chance. The best epoch was chosen on the validation images, which favours them by much less than that.
+    """
+    pooled = (accuracy * images + test.accuracy * test.n) / (images + test.n)
+    error = (pooled * (1 - pooled) * (1 / images + 1 / test.n)) ** 0.5
+    if abs(test.accuracy - accuracy) <= 3 * error:
+        return ""
+    lower, why = "above", "the test images are easier, or some of them were trained on"
+    if test.accuracy < accuracy:
+        lower, why = "below", "the test images are of another kind, or validation images resemble training images"
+    return (
+        f"accuracy on {test.n} test images, {test.accuracy:.2%}, is far {lower} the {accuracy:.2%} on {images} "
+        f"validation images ({abs(test.accuracy - accuracy) / error:.1f} standard errors): {why}"
+    )
+
+
 def calibration_error(
     probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], *, bins: int = BINS
 ) -> float:
@@ -168,9 +189,14 @@ def confusion_text(result: Metrics) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right."""
+    rows = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*rows)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
+        "  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows
     )
+
+
+def _padded(cell: str, width: int, *, left: bool) -> str:
+    spaces = " " * (width - cell_len(cell))
+    return cell + spaces if left else spaces + cell

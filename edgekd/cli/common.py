@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.errors import DataError, check_known
+from edgekd.errors import ConfigError, DataError, check_known
+from edgekd.files import Kind, locked, real, refuse_other
+from edgekd.text import terminal, visible
 
 if TYPE_CHECKING:
     from edgekd.artifact import Split
@@ -19,14 +25,26 @@ DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a r
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
 OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
 SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option("--labels", help="CSV file with the columns path, label and, if you like, group and part."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
-ProtocolOption = Annotated[str, typer.Option(help="Shipped protocol or a .toml file.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
+ProtocolOption = Annotated[
+    str | None, typer.Option(help="Shipped protocol or a .toml file; finetune if not given.", show_default=False)
+]
 WeightsOption = Annotated[str | None, typer.Option(help="First weights: hub, none, a file or a run folder.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+LrOption = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Images in a training step, for each process.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Processes that read images; 0 for none.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="auto (what this machine gains by), 32-true, bf16-mixed or 16-mixed.")
+]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the input in pixels.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of split, first weights and augmentation.")]
 SplitOption = Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")]
@@ -46,30 +64,100 @@ BadOption = Annotated[bool, typer.Option("--leave-out-bad", help="Train without 
 DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
 
 
+FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0
+"""When progress is first told where stderr is no terminal, and how often then."""
+
+
+def echo(text: str, *, bold: bool = False) -> None:
+    """Print a result; names in it cannot steer the terminal."""
+    typer.secho(terminal(text), bold=bold)
+
+
 def say(text: str) -> None:
     """Tell the user something that is no result."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(terminal(text) + "\n")
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
+
+
+_reservations = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def reserved() -> Iterator[None]:
+    """Around a command: what it reserves is its own until it ends."""
+    with _reservations:
+        yield
+
+
+def reserve(out: Path | None, kind: Kind | None = None, *, data: Path | None = None) -> None:
+    """Before the work: see that `out` can be written, that nothing else is lost by it, and that nobody else writes it.
+
+    kind: what may be replaced, for a file. data: the images, among which it may not lie.
+
+    Raises:
+        ConfigError: it lies in the data folder. ArtifactError: something else is there, or another process writes it.
+    """
+    if out is None:
+        return
+    if data is not None:
+        outside(out, data)
+    if kind:
+        refuse_other(out, kind)
+    _reservations.enter_context(locked(out))
+
+
+def outside(out: Path, data: Path) -> None:
+    """Refuse an output among the images: the next scan would take it for some of them."""
+    if real(out).is_relative_to(real(data)):
+        raise ConfigError(f"{out} lies in the folder of the images, {data}", fix="choose a place outside of it")
+
+
+@contextlib.contextmanager
+def resumable(begun: Path, how: str = "the same command with --resume") -> Iterator[None]:
+    """Say how to go on with a run that is interrupted. begun: what is there once it can be."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if begun.exists():
+            stop.resume = f"\n  fix: {how} goes on from there"  # type: ignore[attr-defined]
+        raise
 
 
 @contextlib.contextmanager
 def bar(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; silent where stderr is no terminal."""
+    """A progress bar with rate and time left; where stderr is no terminal, a line of them now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = Progress(
-        *columns, TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
-    task = shown.add_task(what, total=None, note="", visible=False)
+    task = shown.add_task(visible(what), total=None, note="", visible=False)
+    due = time.monotonic() + FIRST_LINE_S
 
     def update(done: int, total: int, loss: float | None = None) -> None:
+        nonlocal due
         if not shown.disable and not shown.live.is_started:
             shown.start()
-        speed = shown.tasks[0].speed
-        note = (f"{speed:.1f}/s" if speed else "") + (f" loss {loss:.3f}" if loss is not None else "")
+        state = shown.tasks[0]
+        note = (f"{state.speed:.3g}/s" if state.speed else "") + (f" loss {loss:.3f}" if loss is not None else "")
         shown.update(task, completed=done, total=total, note=note, visible=True)
+        if shown.disable and time.monotonic() >= due:
+            due = time.monotonic() + NEXT_LINE_S
+            left = f"{timedelta(seconds=int(state.time_remaining))} left " if state.time_remaining else ""
+            say(f"{what}: {done}/{total} {left}{note}".rstrip())
         if done == total:  # two bars cannot be shown at once
             shown.stop()
 
@@ -79,13 +167,13 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
         shown.stop()
 
 
-def next_command(command: str) -> None:
-    """Every command ends by saying what comes next."""
-    typer.echo(f"next: {command}")
+def next_command(*words: object) -> None:
+    """Every command ends by saying what comes next, as a shell takes it."""
+    echo(f"next: edgekd {shlex.join(map(str, words))}")
 
 
-def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:
-    """The split given, or all images under `data` as its test part."""
+def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
+    """The split given; or the images under `data`, or those that `labels` lists: the test part, but where they say."""
     from edgekd.artifact import Item, read_split
     from edgekd.artifact import Split as SplitType
 
@@ -98,10 +186,15 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Sp
             )
         return found
     from edgekd.data.folders import check, scan  # light modules: no torch
+    from edgekd.data.labels import read_labels
 
-    checked = check(scan(data, classes=classes))
-    items = tuple(Item(f.path, f.label) for f in checked.folder.items)
-    return SplitType(classes, {"test": items}, "whole folder", 0, "none", 0, 0, checked.fingerprint)
+    folder = read_labels(data, labels, classes=classes) if labels else scan(data, classes=classes)
+    checked = check(folder)
+    parts = {
+        part: tuple(Item(f.path, f.label, digest=f.digest) for f in checked.folder.items if (f.part or "test") == part)
+        for part in ("train", "val", "test")
+    }
+    return SplitType(classes, parts, "whole folder", 0, "none", 0, 0, checked.fingerprint)
 
 
 def one_of(*known: str) -> Callable[[typer.CallbackParam, str | None], str | None]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekd.cli.common import echo
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 ClassesOption = Annotated[int, typer.Option(min=1, help="How many classes it tells apart.")]
 PixelsOption = Annotated[int, typer.Option(min=1, help="Side of the input in pixels.")]
+
+StemOption = Annotated[str, typer.Option(help="imagenet, or small: that of a ResNet or MSDNet for tiny images.")]
 
 app = typer.Typer(no_args_is_help=True, help="List networks, look inside them, count what they cost.")
 
@@ -27,7 +30,7 @@ def list_(part: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only nam
         raise ConfigError(f"no network has '{part}' in its name", fix=nearest_network(part))
     for title, names in (("edgekd", own), (f"timm and torchvision; {PREFIX}NAME adds exits", others)):
         if names:
-            typer.echo("\n".join([f"{title}:", *(f"  {name}" for name in names)]))
+            echo("\n".join([f"{title}:", *(f"  {name}" for name in names)]))
 
 
 @app.command()
@@ -36,12 +39,13 @@ def show(
     features: Annotated[bool, typer.Option("--features", help="List every feature point.")] = False,
     image_size: PixelsOption = 224,
     classes: ClassesOption = 5,
+    stem: StemOption = "imagenet",
 ) -> None:
     """A network's size, stages and feature points: the places for exits and for methods that compare maps."""
     from edgekd.bench.accuracy import aligned
-    from edgekd.models import build, points
+    from edgekd.models import build, points, stem_named
 
-    network = build(name, classes=classes, image_size=image_size)
+    network = build(name, classes=classes, image_size=image_size, stem=stem_named(stem))
     parameters = sum(p.numel() for p in network.parameters())
     found = points.points(network, image_size=image_size)
     try:
@@ -50,13 +54,13 @@ def show(
         stages = ()
     own = hasattr(network, "exits")  # a multi-exit network returns its pooled features itself
     pooled = "" if own else points.pooled(network, image_size=image_size)
-    typer.echo(f"{name}: {parameters:,} parameters with {classes} classes")
-    typer.echo(f"stages: {', '.join(stages) or 'none'}")
-    typer.echo(f"pooled: {pooled or 'in front of each exit'}")
+    echo(f"{name}: {parameters:,} parameters with {classes} classes")
+    echo(f"stages: {', '.join(stages) or 'none'}")
+    echo(f"pooled: {pooled or 'in front of each exit'}")
     if features:
         marks = {pooled.removesuffix(points.INPUT): "pooled"} | {s: f"stage {k}" for k, s in enumerate(stages, start=1)}
         rows = [[p.name, marks.get(p.name, ""), p.kind, " x ".join(map(str, p.shape))] for p in found]
-        typer.echo(aligned([["feature point", "default", "class", "channels x height x width"], *rows]))
+        echo(aligned([["feature point", "default", "class", "channels x height x width"], *rows]))
 
 
 @app.command()
@@ -64,17 +68,19 @@ def cost(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Any names of edgekd models list.")],
     image_size: PixelsOption = 224,
     classes: ClassesOption = 5,
+    stem: StemOption = "imagenet",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Parameters, multiply-adds, memory of the activations and size of the weights, counted for one image."""
     from edgekd.files import to_json
+    from edgekd.models import stem_named
     from edgekd.models.cost import cost
 
-    costs = [cost(name, classes=classes, image_size=image_size) for name in names]
+    costs = [cost(name, classes=classes, image_size=image_size, stem=stem_named(stem)) for name in names]
     if as_json:
-        typer.echo(to_json([vars(c) for c in costs]))
+        echo(to_json([vars(c) for c in costs]).decode())
     else:
-        typer.echo(_table(costs))
+        echo(_table(costs))
 
 
 def _table(costs: list[Cost]) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.common import echo
+
 TargetArgument = Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")]
 
 
@@ -16,7 +18,7 @@ def sign(
     """Sign an engine or student.onnx with your own key (needs cryptography)."""
     from edgekd.sign import sign as make
 
-    typer.echo(f"{make(target, key)}: signed")
+    echo(f"{make(target, key)}: signed")
 
 
 def verify(
@@ -26,4 +28,4 @@ def verify(
     from edgekd.sign import verify as check
 
     check(target, key)
-    typer.echo(f"{target}: signed with the key of {key}")
+    echo(f"{target}: signed with the key of {key}")

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from edgekd.artifact import Item
 from edgekd.data.transforms import Augment, augmented
@@ -146,31 +146,3 @@ def _hands(own: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> I
     """Without end: `count` of one class's images at a time; what a round leaves over waits for its next shuffle."""
     while True:
         yield from rng.permutation(own)[: len(own) // count * count].reshape(-1, count)
-
-
-def loader(
-    images: ImageSet, *, batch_size: int, sampler: EpochSampler, workers: int = 0, drop_last: bool = False
-) -> DataLoader[Sample]:
-    """Batches (float32 (N, 3, H, W), labels (N,), indices (N,)), read by `workers` processes that stay alive.
-
-    A script that trains with workers needs `if __name__ == "__main__":`, as always with Python's processes.
-
-    Raises:
-        ConfigError: dropping the last, smaller batch would leave none.
-    """
-    if drop_last and len(sampler) < batch_size:
-        raise ConfigError(
-            f"{len(sampler)} training images a process do not fill a batch of {batch_size}",
-            fix=f"use --set batch_size={max(1, len(sampler) // 2)} or fewer",
-        )
-    return DataLoader(
-        images,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=drop_last,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        # a fork of a process in which OpenVINO has run gives wrong pixels or dies
-        multiprocessing_context="forkserver" if workers else None,
-    )

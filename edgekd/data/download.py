@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from edgekd import __version__
 from edgekd.errors import DataError, EdgekdError, nearest
-from edgekd.files import atomic_folder
+from edgekd.files import atomic_folder, locked
 
 Progress = Callable[[int, int], None]
 TIMEOUT_S = 30
@@ -72,18 +72,20 @@ def get(name: str, out: Path, *, progress: Progress | None = None) -> None:
     archive = own = out.parent / source.name
     if not (own.is_file() and _md5(own) == source.md5):
         archive = out.parent / f".edgekd-{source.name}"  # a name that no file of the user has
-        fetch(source, archive, progress=progress)
-    with atomic_folder(out) as folder:
-        if name == "cifar100":
-            _write_cifar100(archive, folder, progress)
-        else:
-            unzip(archive, folder)
-    if archive != own:
-        archive.unlink()
+    with locked(archive):
+        if archive != own:
+            fetch(source, archive, progress=progress)
+        with atomic_folder(out) as folder:
+            if name == "cifar100":
+                _write_cifar100(archive, folder, progress)
+            else:
+                unzip(archive, folder)
+        if archive != own:
+            archive.unlink()
 
 
 def fetch(source: Source, path: Path, *, progress: Progress | None = None) -> None:
-    """Download to `path`, or finish `path`.part from an earlier try; a file that is there and right is kept.
+    """Download to `path`, or finish `path`.part from an earlier try; a file that is there is kept.
 
     Raises:
         DataError: no network, the connection broke (the part is kept), a wrong checksum (the download is removed), or

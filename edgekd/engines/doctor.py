@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,30 +11,15 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.engines.backends import BACKENDS, find_backend
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError
+from edgekd.extras import extras
+from edgekd.files import temporary_folder
 from edgekd.host import host
-
-EXTRAS = {
-    "train": (
-        "torch",
-        "torchvision",
-        "timm",
-        "torchmetrics",
-        "lightning-fabric",
-        "safetensors",
-        "onnxsim",
-        "tensorboard",
-    ),
-    "cpu": ("onnxruntime", "openvino"),
-    "tensorrt": ("tensorrt", "cuda-python"),
-    "pycuda": ("pycuda",),
-    "report": ("matplotlib",),
-}
 
 
 def report() -> tuple[list[str], bool]:
     """Lines for `edgekd doctor`, and whether every installed backend works."""
     lines = [", ".join(f"{k} {v}" for k, v in host().items() if isinstance(v, (str, int)))]
-    for extra, packages in EXTRAS.items():
+    for extra, packages in extras().items():
         lines.append(f"[{extra}] " + ", ".join(f"{p} {_version(p) or 'missing'}" for p in packages))
     tried = {name: _try(name) for name in BACKENDS}
     lines += [f"{name}: {said}" for name, (said, _) in tried.items()]
@@ -56,9 +39,9 @@ def _try(name: str) -> tuple[str, bool]:
         backend = find_backend(name)
     except BackendError as error:
         return error.what, True
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("doctor") as folder:
         path, recipe = (
-            Path(folder) / f"stage_0{backend.SUFFIX}",
+            folder / f"stage_0{backend.SUFFIX}",
             Recipe("fp32", batch_sizes=(1,), static_batch_sizes=(1,)),
         )
         try:

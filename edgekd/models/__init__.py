@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, get_args
 
 import timm
 import torchvision.models
 from torch import Tensor, nn
 
-from edgekd.errors import ConfigError, closest
+from edgekd.errors import ConfigError, closest, nearest
 from edgekd.models.msdnet import msdnet
-from edgekd.models.multi_exit import SMALL_IMAGE as SMALL_IMAGE
 from edgekd.models.multi_exit import (
     MultiExit,
     Outputs,
+    Stem,
     deepest,
     multi_exit_resnet18,
     multi_exit_resnet50,
@@ -25,7 +25,7 @@ from edgekd.models.papers import compact_vgg, deep_pap, mlp
 from edgekd.models.scan import scan_resnet18, scan_resnet50
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-"""The libraries' networks whose stem follows the image size."""
+"""The libraries' networks that have a choice of stem."""
 PREFIX = "multi-exit-"
 """In front of any library's name: that network with exits."""
 
@@ -33,8 +33,8 @@ PREFIX = "multi-exit-"
 class Own(NamedTuple):
     """A network of edgekd's own.
 
-    make: takes classes and image_size, and exits unless it is plain. hub: the network whose weights fit its backbone,
-    if there is one. plain: it returns logits alone.
+    make: takes classes and, if it is plain, image_size, else stem and exits. hub: the network whose weights fit its
+    backbone, if there is one. plain: it returns logits alone.
     """
 
     make: Callable[..., nn.Module]
@@ -52,6 +52,8 @@ OWN: dict[str, Own] = {
     "compact-vgg": Own(compact_vgg, plain=True),
     "deep-pap": Own(deep_pap, plain=True),
 }
+STEMS = (*RESNETS, *(name for name, own in OWN.items() if not own.plain))
+"""The networks that have a choice of stem; a library's also with exits."""
 
 
 class SingleExit(nn.Module):
@@ -72,22 +74,29 @@ def build(
     image_size: int,
     exits: Sequence[int | str] = (1, 2, 3, 4),
     pretrained: bool = False,
+    stem: Stem = "imagenet",
 ) -> nn.Module:
     """A network that maps (B, 3, H, W) to `Outputs`, on the CPU.
 
     name: one of `OWN`, any timm or torchvision classifier (timm is asked first), or `multi-exit-` and such a name.
     exits: where a multi-exit network answers, shallow to deep: stages by number, or names of feature points; the last
-    is the highest stage or `final`. pretrained: weights of a library's network from its hub.
+    is the highest stage or `final`. pretrained: weights of a library's network from its hub. stem: `small` keeps the
+    map of images of up to about 64 pixels four times as wide and high, at 15 times the
+    multiply-adds for ResNet18; only the networks of `has_stems` have that choice.
 
     Raises:
-        ConfigError: an unknown name, exits that do not fit, or weights that cannot be fetched.
+        ConfigError: an unknown name, exits that do not fit, weights that cannot be fetched, or a stem that it lacks.
     """
+    if stem == "small" and not has_stems(name):
+        raise ConfigError(f"'{name}' has no small stem", fix=f"leave it out; it is there for {', '.join(STEMS)}")
     if name in OWN:
         make, _, plain = OWN[name]
         if plain:
             return SingleExit(make(classes=classes, image_size=image_size))
-        return make(classes=classes, image_size=image_size, exits=exits)
-    net = _classifier(name, classes=classes, image_size=image_size, pretrained=pretrained)
+        return make(classes=classes, stem=stem, exits=exits)
+    net = _classifier(name, classes=classes, pretrained=pretrained)
+    if stem == "small":
+        net = small_image_stem(net)
     if name.startswith(PREFIX):
         return MultiExit(net, classes=classes, image_size=image_size, exits=exits)
     return SingleExit(net)
@@ -106,13 +115,31 @@ def hub_name(name: str) -> str:
     return OWN[name].hub
 
 
+def stem_named(text: str) -> Stem:
+    """`imagenet` or `small`."""
+    if text in get_args(Stem):
+        return text  # type: ignore[return-value]
+    raise ConfigError(f"--stem {text}: no such stem", fix=nearest(text, get_args(Stem)))
+
+
+def has_stems(name: str) -> bool:
+    """Whether a network can be built with either stem."""
+    return (name if name in OWN else name.removeprefix(PREFIX).partition(".")[0]) in STEMS
+
+
+def stem_of(name: str, state: Mapping[str, Tensor]) -> Stem:
+    """The stem of the network `name` that these weights are of, told by the convolution that takes the image."""
+    first = next((v for v in state.values() if v.dim() == 4 and v.shape[1] == 3), None)
+    return "small" if has_stems(name) and first is not None and first.shape[-1] == 3 else "imagenet"
+
+
 @functools.cache
 def library() -> tuple[frozenset[str], frozenset[str]]:
     """The names of timm's and of torchvision's classifiers."""
     return frozenset(timm.list_models()), frozenset(torchvision.models.list_models(module=torchvision.models))
 
 
-def _classifier(name: str, *, classes: int, image_size: int, pretrained: bool) -> nn.Module:
+def _classifier(name: str, *, classes: int, pretrained: bool) -> nn.Module:
     """The library's network behind `name`, with or without `multi-exit-`."""
     of_timm, of_vision = library()
     plain = name.removeprefix(PREFIX)
@@ -122,7 +149,7 @@ def _classifier(name: str, *, classes: int, image_size: int, pretrained: bool) -
         if plain in of_vision - of_timm:
             net = torchvision.models.get_model(plain, weights="DEFAULT" if pretrained else None)
             return _new_head(net, classes)
-        net = timm.create_model(plain, pretrained=pretrained, num_classes=classes)
+        return timm.create_model(plain, pretrained=pretrained, num_classes=classes)
     except (OSError, RuntimeError) as error:  # hub errors are OSError or RuntimeError
         if not pretrained:
             raise
@@ -130,7 +157,6 @@ def _classifier(name: str, *, classes: int, image_size: int, pretrained: bool) -
             f"weights of '{plain}' cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]})",
             fix="give a local file with --weights FILE, or --weights none",
         ) from error
-    return small_image_stem(net) if image_size <= SMALL_IMAGE and plain in RESNETS else net
 
 
 def nearest_network(name: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgekd.models import build
+from edgekd.models.multi_exit import Stem
 from edgekd.models.points import fitting
 
 
@@ -33,14 +34,14 @@ class Cost:
     checkpoint_mb: float
 
 
-def cost(name: str, *, classes: int, image_size: int) -> Cost:
+def cost(name: str, *, classes: int, image_size: int, stem: Stem = "imagenet") -> Cost:
     """The cost of the network `name` (see `models.build`), without memory or time for its weights.
 
     Raises:
-        ConfigError: an unknown network, or one that cannot work on such images.
+        ConfigError: an unknown network, one that cannot work on such images, or lacks that stem.
     """
     with torch.device("meta"):
-        network = build(name, classes=classes, image_size=image_size)
+        network = build(name, classes=classes, image_size=image_size, stem=stem)
         image = torch.zeros(1, 3, image_size, image_size)
     with fitting(image_size):
         macs, activations = count(network, image)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ConfigError
-from edgekd.models.multi_exit import SMALL_IMAGE, Outputs
+from edgekd.models.multi_exit import Outputs, Stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +181,10 @@ def _blocks(form: Form, count: int) -> tuple[nn.ModuleList, list[int]]:
     return blocks, widths
 
 
-def msdnet(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MSDNet:
-    """MSDNet in its CIFAR form for images of up to 64 pixels, else in its ImageNet form; four blocks unless exits say
-    otherwise (the published code's examples have 7 and 5).
+def msdnet(*, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)) -> MSDNet:
+    """MSDNet in its ImageNet form, or with the small stem in its CIFAR form; four blocks unless exits say otherwise
+    (the published code's examples have 7 and 5).
 
     Parameters: 1.53 M with 100 classes in the small form, 19.50 M with 1,000 classes in the large one.
     """
-    return MSDNet(SMALL if image_size <= SMALL_IMAGE else LARGE, classes=classes, exits=exits)
+    return MSDNet(SMALL if stem == "small" else LARGE, classes=classes, exits=exits)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from edgekd.models import points
 
 FINAL = "final"
 """The deepest exit, by whatever number it has."""
-SMALL_IMAGE = 64
-"""Images up to this side (pixels) get the 3x3 stride-1 stem without max-pooling used on CIFAR."""
+Stem = Literal["imagenet", "small"]
+"""How a network begins: 7x7 convolution of stride 2 and max-pooling, or the 3x3 one of stride 1 alone, as on CIFAR."""
 
 
 class Outputs(NamedTuple):
@@ -243,18 +243,22 @@ def small_image_stem(net: ResNet) -> ResNet:
     return net
 
 
-def resnet_backbone(*, classes: int, image_size: int, make: Callable[..., ResNet] = resnet18) -> ResNet:
-    """torchvision's ResNet18 (or what `make` makes) without weights, its stem chosen by image_size (pixels)."""
+def resnet_backbone(*, classes: int, stem: Stem = "imagenet", make: Callable[..., ResNet] = resnet18) -> ResNet:
+    """torchvision's ResNet18 (or what `make` makes) without weights."""
     net = make(num_classes=classes)
-    return small_image_stem(net) if image_size <= SMALL_IMAGE else net
+    return small_image_stem(net) if stem == "small" else net
 
 
-def multi_exit_resnet18(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+def multi_exit_resnet18(
+    *, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)
+) -> MultiExitResNet:
     """Paper A's student. 100 classes and the small-image stem: 12.30 M parameters (the paper prints 12.33 M)."""
-    return MultiExitResNet(resnet_backbone(classes=classes, image_size=image_size), classes=classes, exits=exits)
+    return MultiExitResNet(resnet_backbone(classes=classes, stem=stem), classes=classes, exits=exits)
 
 
-def multi_exit_resnet50(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+def multi_exit_resnet50(
+    *, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)
+) -> MultiExitResNet:
     """The same exits on ResNet50, for paper A's table 6."""
-    backbone = resnet_backbone(classes=classes, image_size=image_size, make=resnet50)
+    backbone = resnet_backbone(classes=classes, stem=stem, make=resnet50)
     return MultiExitResNet(backbone, classes=classes, exits=exits)

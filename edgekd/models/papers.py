@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torchvision.models.vgg import make_layers
 
-from edgekd.models.multi_exit import SMALL_IMAGE
-
 COMPACT: list[str | int] = [32, "M", 64, "M", 128, 128, "M", 256, 256, "M", 256, 256, "M"]
 """VGG11's plan with half of its channels; M halves the map."""
 
@@ -56,7 +54,7 @@ def deep_pap(*, classes: int, image_size: int) -> nn.Module:
     nodes. Up to 128 pixels the first one's stride is 2, and up to 64 it is 1, instead of 4: the map would shrink to
     nothing. The linear widths 1024 and 256 are ours.
     """
-    stride = 1 if image_size <= SMALL_IMAGE else 2 if image_size <= 2 * SMALL_IMAGE else 4
+    stride = 1 if image_size <= 64 else 2 if image_size <= 128 else 4
     features = nn.Sequential(
         nn.Conv2d(3, 96, 11, stride=stride),
         nn.ReLU(),

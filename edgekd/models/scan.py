@@ -1,7 +1,7 @@
 """SCAN: a ResNet whose shallow exits attend to their map before they reduce it (Zhang et al., NeurIPS 2019).
 
-The exits are those of the published code (pytorch-scalable-neural-networks aac136e); the stem follows the image size
-as in the other ResNets here, that code's is the small one. Train it with method `scan`.
+The exits are those of the published code (pytorch-scalable-neural-networks aac136e), whose stem is the small one. Train
+it with method `scan`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from edgekd.models.multi_exit import MultiExitResNet, resnet_backbone
+from edgekd.models.multi_exit import MultiExitResNet, Stem, resnet_backbone
 
 
 class Attention(nn.Module):
@@ -68,13 +68,17 @@ class ScanHead(nn.Module):
         return self.fc(feature), feature
 
 
-def scan_resnet18(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+def scan_resnet18(
+    *, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)
+) -> MultiExitResNet:
     """100 classes and the small-image stem: 15.16 M parameters."""
-    backbone = resnet_backbone(classes=classes, image_size=image_size)
+    backbone = resnet_backbone(classes=classes, stem=stem)
     return MultiExitResNet(backbone, classes=classes, exits=exits, head=ScanHead)
 
 
-def scan_resnet50(*, classes: int, image_size: int, exits: Sequence[int | str] = (1, 2, 3, 4)) -> MultiExitResNet:
+def scan_resnet50(
+    *, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)
+) -> MultiExitResNet:
     """100 classes and the small-image stem: 61.15 M parameters, 34.42 M of them in the attention's convolutions."""
-    backbone = resnet_backbone(classes=classes, image_size=image_size, make=resnet50)
+    backbone = resnet_backbone(classes=classes, stem=stem, make=resnet50)
     return MultiExitResNet(backbone, classes=classes, exits=exits, head=ScanHead)

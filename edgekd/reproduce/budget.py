@@ -26,7 +26,7 @@ from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import Member
 
 LADDER = (224, 160, 112, 96, 80)
-"""Pixels to go down to. It ends above 64: up to there ResNets have the small-image stem, which costs more, not less."""
+"""Pixels to go down to. Below, the deepest maps are a pixel or two."""
 FLOORS = 10, 3
 """Epochs that are kept while pixels can still be cut, and at least."""
 PROBE_PIXELS = 112
@@ -119,8 +119,9 @@ def known_speeds(runs: Path) -> Speeds:
         if len(rows) > 1:
             made, header = specs.load(Protocol, "protocols", str(folder / run.PROTOCOL)), run.read_header(folder)
             teacher = header.provenance.get("teacher") or ""
-            name = made.network, made.method, teacher, made.batch_size, made.precision
-            found[name] = float(rows[-1]["images_per_s"]), made.preprocess.image_size
+            speed = float(rows[-1]["images_per_s"]), made.preprocess.image_size
+            for precision in (made.precision, "auto"):  # what was left to edgekd is kept as what it took
+                found[made.network, made.method, teacher, made.batch_size, precision] = speed
     return found
 
 

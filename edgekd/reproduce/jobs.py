@@ -18,7 +18,7 @@ from edgekd.files import sha256
 from edgekd.models import hub_name
 from edgekd.reproduce.tables import IMAGENET, Job, Table
 from edgekd.training import launch, sweep
-from edgekd.training.protocol import Protocol
+from edgekd.training.protocol import PLACES, Protocol
 from edgekd.training.sweep import Member
 
 RECIPE = (
@@ -26,7 +26,7 @@ RECIPE = (
     *("warmup_epochs", "precision", "clip_norm", "ema"),
 )
 """What `--protocol` replaces, beside augmentation and pixels: how to train, not what."""
-NO_RESULT = ("source", "data", "workers", "network", "weights", "seed", "fold")
+NO_RESULT = (*PLACES, "teacher", "network", "weights", "seed", "fold")
 """Protocol keys that are no part of a job's settings: of no influence, or kept apart."""
 
 
@@ -68,11 +68,12 @@ class Planned:
     @functools.cached_property
     def digest(self) -> str:
         """Of everything that decides the result but seed, fold and edgekd's version. Only settings that are not
-        `Protocol`'s defaults count, so that a setting which edgekd gains later changes no digest."""
+        `Protocol`'s defaults (or the precision that once was) count, so that a setting which edgekd gains later changes
+        no digest."""
         first = self.start.digest if self.start else sha256(self.file) if self.file else "none"
         teacher = self.teacher.digest if self.teacher else ""
         own = {k: v for k, v in dataclasses.asdict(self.protocol).items() if k not in NO_RESULT}
-        beyond = _beyond(own, dataclasses.asdict(Protocol()))
+        beyond = _beyond(own, dataclasses.asdict(Protocol(precision="32-true")))
         content = [self.protocol.network, beyond, first, teacher, self.fingerprint]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -227,13 +228,14 @@ def tasks(planned: Collection[Planned], members: Sequence[Member], request: Requ
 def _train(one: Planned, member: Member, request: Request) -> launch.Job:
     above = [other for other in (one.teacher, one.start) if other]
     first = one.start.folder / member.name if one.start else one.file or "none"
-    protocol = dataclasses.replace(one.protocol, seed=member.seed, fold=member.fold, weights=str(first))
+    teacher = str((one.teacher.folder / member.name).resolve()) if one.teacher else ""
+    own = {"seed": member.seed, "fold": member.fold, "weights": str(first), "teacher": teacher}
+    protocol = dataclasses.replace(one.protocol, **own)  # type: ignore[arg-type]
     return sweep.job(
         f"{one.folder.name}/{member.name}",
         one.folder / member.name,
         protocol,
         data=request.data,
-        teacher=one.teacher.folder / member.name if one.teacher else None,
         leave_out_bad=request.leave_out_bad,
         after=tuple(f"{other.folder.name}/{member.name}" for other in above),
     )

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgekd.host import default_threads
 from edgekd.runtime.preprocess import Array
 from edgekd.training.run import Header, load_model
 
 
 def load(run: Path) -> tuple[nn.Module, Header, str]:
     """The trained network of a run folder on the GPU if there is one, its header, and what runs it."""
+    torch.set_num_threads(min(torch.get_num_threads(), default_threads()))
     network, header = load_model(run)
     if torch.cuda.is_available():
         return network.cuda(), header, f"{torch.cuda.get_device_name()}, torch {torch.__version__}"

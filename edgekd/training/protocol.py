@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from edgekd.data.transforms import Augment
 from edgekd.distill import Settings
+from edgekd.errors import ArtifactError
+from edgekd.models.multi_exit import Stem
 from edgekd.runtime.preprocess import Preprocess
+from edgekd.training.precision import Precision
+
+PLACES = ("source", "data", "workers")
+"""Settings that may differ between a run and its continuation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(Settings):
     """Settings of data, network, losses and optimiser; files under `training/protocols/`.
 
-    lr: the peak. schedule `step` multiplies by gamma at each milestone (epochs); `onecycle` rises over
-    warmup_epochs and falls to zero along a cosine. ema: decay of the averaged weights, 0 for none.
-    weights: `hub`, `none`, or a file. clip_norm: largest gradient norm, 0 for no clipping. sampler: `pxk` puts
-    per_class images of each of batch_size / per_class classes into a batch. anchor_every: keep the weights every so
-    many epochs for students that follow this network's path (method `multipart`); 0 for never.
+    data, teacher: where the images and the teacher's run folder are. stem: of networks that have a choice (see
+    `models.build`); `auto` keeps that of the first weights, else imagenet. lr: the peak. schedule `step` multiplies by
+    gamma at each milestone (epochs); `onecycle` rises over warmup_epochs and falls to zero along a cosine. precision:
+    `auto` is left to `precision.choose`. ema: decay of the averaged weights, 0 for none. weights: `hub`, `none`, or a
+    file. clip_norm: largest gradient norm, 0 for no clipping. sampler: `pxk` puts per_class images of each of
+    batch_size / per_class classes into a batch. anchor_every: keep the weights every so many epochs for students that
+    follow this network's path (method `multipart`); 0 for never.
     """
 
     source: str = ""
     data: str = ""
+    teacher: str = ""
     network: str = ""
+    stem: Literal["auto", Stem] = "auto"
     exits: tuple[int | str, ...] = (1, 2, 3, 4)
     weights: str = "hub"
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(224))
@@ -45,7 +56,7 @@ class Protocol(Settings):
     milestones: tuple[int, ...] = (100, 150)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Literal["auto", Precision] = "auto"
     clip_norm: float = 0.0
     ema: float = 0.0
     anchor_every: int = 0
@@ -79,3 +90,18 @@ class Protocol(Settings):
             done = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
         return self.lr
+
+
+def refuse_other_settings(folder: Path, made: Protocol, asked: Protocol) -> None:
+    """A run goes on as it was begun; what is now left to `auto` is as it was then.
+
+    Raises:
+        ArtifactError: other settings are asked for than `folder` was made with; they are named.
+    """
+    pairs = {f.name: (getattr(made, f.name), getattr(asked, f.name)) for f in fields(made) if f.name not in PLACES}
+    other = [f"{k} {new!r}, not {old!r}" for k, (old, new) in pairs.items() if new not in (old, "auto")]
+    if other:
+        raise ArtifactError(
+            f"{folder} was begun under other settings than now asked for: {'; '.join(other)}",
+            fix="leave these out to go on with it as it is, or choose another --out",
+        )

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from edgekd import __version__, specs
 from edgekd.artifact import BLANK, SCHEMA, Card, Split, check_classes, from_table, read_bytes, seal
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
-from edgekd.files import atomic_write, to_json
-from edgekd.models import build
+from edgekd.files import atomic_write, sweep, to_json
+from edgekd.models import build, stem_of
 from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_safetensors
 from edgekd.runtime.policy import Policy
@@ -49,9 +50,10 @@ class Header:
     def __post_init__(self) -> None:
         check_classes(self.classes)
 
-    def build(self) -> nn.Module:
-        """The network without weights."""
-        return build(self.network, classes=len(self.classes), image_size=self.preprocess.image_size, exits=self.exits)
+    def build(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The network that these weights are of, without them: they tell its stem."""
+        size, stem = self.preprocess.image_size, stem_of(self.network, state)
+        return build(self.network, classes=len(self.classes), image_size=size, exits=self.exits, stem=stem)
 
     def card(self, out: Outputs) -> Card:
         """The card of this network's student.onnx. out: what the network answers to an image."""
@@ -110,7 +112,7 @@ def load_model(folder: Path) -> tuple[nn.Module, Header]:
         ArtifactError: as `read_header`; or weights that are not this network's.
     """
     state, header = _model(folder)
-    network = header.build()
+    network = header.build(state)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -133,12 +135,12 @@ def anchors(folder: Path) -> Anchors:
     own, made = read_header(folder), specs.load(Protocol, "protocols", str(folder / PROTOCOL))
     every = made.anchor_every or min(5, made.epochs)
     files = tuple(anchor(folder, epoch) for epoch in range(every, made.epochs + 1, every))
+    anew = ["edgekd", "train", "--data", made.data, "--protocol", str(folder / PROTOCOL)]
+    anew += ["--set", f"anchor_every={every}", "--out", f"{folder}-anchors"]
     if missing := [file for file in files if not file.is_file()]:
         raise ArtifactError(
             f"teacher {folder} has no anchor {missing[0]}",
-            fix="if its training was stopped, continue it with --resume; else train it anew: "
-            f"edgekd train --data {made.data} --model {made.network} --protocol {folder / PROTOCOL} "
-            f"--set anchor_every={every} --out {folder}-anchors",
+            fix=f"if its training was stopped, continue it with --resume; else train it anew: {shlex.join(anew)}",
         )
     for file in files:
         found = _weights(file)[1]
@@ -217,13 +219,20 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def start(folder: Path, *, resume: bool) -> None:
-    """Refuse to write over a run that is there.
+    """Refuse to write over a run that is there; clear away what one that was killed was writing.
 
     Raises:
-        ArtifactError: the folder holds a run and `resume` is off, or holds other files.
+        ArtifactError: the folder holds a run and `resume` is off, or holds other files, or is none.
     """
-    if not folder.exists() or resume or not any(folder.iterdir()):
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file", fix="choose another --out")
+    sweep(folder)
+    if not any(folder.iterdir()):
         return
     if (folder / PROTOCOL).is_file():
+        if resume:
+            return
         raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
     raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd import specs
+from edgekd import files, specs
 from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.files import atomic_write, to_json
 from edgekd.training import run
 from edgekd.training.launch import Job, State, launch
-from edgekd.training.protocol import Protocol
+from edgekd.training.protocol import Protocol, refuse_other_settings
 
 TEST, SUMMARY = "test.json", "summary.json"
 METRICS = ("accuracy", "sensitivity", "specificity", "precision", "f1")
@@ -73,6 +73,7 @@ def sweep(
     of: Sequence[Member],
     teacher: Path | None = None,
     keep_split: bool = True,
+    labels: Path | None = None,
     resume: bool = False,
     leave_out_bad: bool = False,
     at_once: int = 1,
@@ -81,20 +82,26 @@ def sweep(
     """Train and test each member in out/<its name>, a normal run folder; write out/summary.json.
 
     teacher: a run folder for all, or a sweep in which each member finds its own; so for `protocol.weights`.
-    keep_split: divide the images as the protocol says, not as the teacher's were. resume: keep the runs that are
-    finished, go on with those that were begun. What a run prints is in out/<its name>.log.
+    keep_split: divide the images as the protocol says, not as the teacher's were. labels: a CSV file instead of class
+    folders. resume: keep the runs that are finished, go on with those that were begun. What a run prints is in
+    out/<its name>.log.
 
     Raises:
         ArtifactError: runs that are there already, or were made under other settings.
         ConfigError: one teacher for several folds; a sweep that lacks a member.
     """
+    files.refuse_other(out / SUMMARY, files.SUMMARY)
     jobs = []
     for member in of:
         folder = out / member.name
         run.start(folder, resume=resume)
         own_teacher = teacher and of_member(teacher, member)
         asked = dataclasses.replace(
-            protocol, seed=member.seed, fold=member.fold, weights=_weights(protocol.weights, member)
+            protocol,
+            seed=member.seed,
+            fold=member.fold,
+            weights=_weights(protocol.weights, member),
+            teacher=str(own_teacher.resolve()) if own_teacher else "",
         )
         if own_teacher and not keep_split:
             if own_teacher == teacher and len({m.fold for m in of}) > 1:
@@ -104,7 +111,7 @@ def sweep(
                 )
             asked = dataclasses.replace(asked, split=str(own_teacher / run.SPLIT))
         if not finished(folder, asked):
-            jobs.append(job(member.name, folder, asked, data=data, teacher=own_teacher, leave_out_bad=leave_out_bad))
+            jobs.append(job(member.name, folder, asked, data=data, labels=labels, leave_out_bad=leave_out_bad))
     states = launch(jobs, at_once=at_once, on_end=on_end)
     atomic_write(
         out / SUMMARY, to_json(summary({m.name: scores(f) for m in of if (f := out / m.name / TEST).is_file()}))
@@ -134,16 +141,15 @@ def job(
     protocol: Protocol,
     *,
     data: Path,
-    teacher: Path | None = None,
+    labels: Path | None = None,
     leave_out_bad: bool = False,
     after: tuple[str, ...] = (),
 ) -> Job:
     """The commands that train `folder` under `protocol`, or go on with it, and test it; settings are written beside."""
     settings = folder.parent / f"{folder.name}.toml"
     specs.write_toml(settings, protocol)
-    words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--student", protocol.network]
-    words += ["--split", protocol.split, "--resume"]
-    words += ["--teacher", teacher] if teacher else []
+    words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
+    words += ["--labels", labels] if labels else []
     words += ["--leave-out-bad"] if leave_out_bad else []
     test = ["evaluate", folder, "--data", data, "--out", folder / TEST]
     commands = tuple(tuple(map(str, command)) for command in (words, test))
@@ -156,20 +162,10 @@ def finished(folder: Path, asked: Protocol) -> bool:
     Raises:
         ArtifactError: it was begun under other settings than `asked`; they are named.
     """
-    path = folder / run.PROTOCOL
-    if not path.is_file():
+    if not (folder / run.PROTOCOL).is_file():
         return False
-    made = specs.load(Protocol, "protocols", str(path))
-    other = [
-        f.name
-        for f in dataclasses.fields(Protocol)
-        if f.name not in ("data", "workers", "source") and getattr(made, f.name) != getattr(asked, f.name)
-    ]
-    if other:
-        raise ArtifactError(
-            f"{folder} was trained under other settings than now asked for: {', '.join(other)}",
-            fix=f"give the settings in {path} again, or choose another --out",
-        )
+    made = specs.load(Protocol, "protocols", str(folder / run.PROTOCOL))
+    refuse_other_settings(folder, made, asked)
     return (folder / TEST).is_file()
 
 

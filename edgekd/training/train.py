@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from edgekd.artifact import Part, Split, read_split
-from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet, Sample, loader
-from edgekd.data.folders import check, scan
-from edgekd.data.splits import make_split
+from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet
+from edgekd.data.folders import check
+from edgekd.data.loader import Loader, loader, start_processes
+from edgekd.data.splits import images_of, make_split
 from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
-from edgekd.files import atomic_write, to_json
-from edgekd.models import build, hub_name
+from edgekd.files import atomic_write, locked, to_json
+from edgekd.host import default_threads
+from edgekd.models import build, has_stems, hub_name, stem_of
 from edgekd.models.weights import load_state, read_state
+from edgekd.runtime.images import require_unchanged
 from edgekd.specs import write_toml
 from edgekd.training import run
 from edgekd.training.loop import Progress, Task, fit
+from edgekd.training.precision import choose
 from edgekd.training.protocol import Protocol
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ def train(
     *,
     protocol: Protocol,
     teacher: Path | None = None,
+    labels: Path | None = None,
     resume: bool = False,
     leave_out_bad: bool = False,
     devices: int = 1,
@@ -44,68 +49,103 @@ def train(
 ) -> list[dict[str, float]]:
     """Train `protocol.network` on the images under `data` and write the run folder `out`.
 
-    teacher: a run folder, for methods that learn from one. devices: processes or GPUs; under torchrun each
-    process calls this alike and the first one writes.
+    teacher: a run folder, for methods that learn from one; the protocol's if not given. devices: processes or GPUs;
+    under torchrun each process calls this alike and the first one writes. labels: a CSV file instead of class folders;
+    a run that is resumed has its images in its split.
 
     Raises:
-        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts.
+        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts; another
+            process trains into `out`.
     """
+    if teacher is None and protocol.teacher:
+        teacher = Path(protocol.teacher)
+    protocol = dataclasses.replace(protocol, teacher=str(teacher.resolve()) if teacher else "")
     if needs_teacher(protocol.method) and teacher is None:
         raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
-    fabric = Fabric(devices=devices, accelerator="auto", precision=protocol.precision)
-    fabric.launch()
-    if fabric.is_global_zero:
-        run.start(out, resume=resume)
-        split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
-        if on_split:
-            on_split(split)
-        for source in (teacher, Path(protocol.weights)):
-            _refuse_seen(source, split)
-        task = _task(data, split, protocol=protocol, teacher=teacher, fabric=fabric)
-        if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
-            write_toml(out / run.PROTOCOL, protocol)
-            atomic_write(out / run.SPLIT, to_json(split))
-    fabric.barrier()
-    if not fabric.is_global_zero:
-        task = _task(data, read_split(out), protocol=protocol, teacher=teacher, fabric=fabric)
-    rows = fit(fabric, task, out=out, resume=resume, progress=progress)
+    fabric = _fabric(devices)
+    torch.set_num_threads(min(torch.get_num_threads(), default_threads()))
+    with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
+        if fabric.is_global_zero:
+            run.start(out, resume=resume)
+            if protocol.workers:
+                start_processes()  # they get ready while the images are checked
+            split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
+            if on_split:
+                on_split(split)
+            protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
+            task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+            for source in (teacher, Path(protocol.weights)):
+                _refuse_seen(source, split)
+            if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
+                write_toml(out / run.PROTOCOL, protocol)
+                atomic_write(out / run.SPLIT, to_json(split))
+        protocol = fabric.broadcast(protocol)
+        if not fabric.is_global_zero:
+            split, progress = read_split(out), None
+            net = network(protocol, classes=len(split.classes))
+            task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+        rows = fit(_fabric(devices, protocol.precision), task, out=out, resume=resume, progress=progress)
     if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter: it would abort now and then
         torch.distributed.destroy_process_group()
     return rows
 
 
+def _fabric(devices: int, precision: str | None = None) -> Fabric:
+    """The processes and their device; those that are already at work together stay together."""
+    fabric = Fabric(devices=devices, accelerator="auto", precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    return fabric
+
+
+def _decided(protocol: Protocol, *, classes: int, device: torch.device) -> tuple[Protocol, nn.Module]:
+    """The protocol with what it leaves to `auto` decided, and its network."""
+    net, size = network(protocol, classes=classes), protocol.preprocess.image_size
+    stem = stem_of(protocol.network, net.state_dict())
+    precision = choose(protocol.precision, net, device=device, image_size=size)
+    if has_stems(protocol.network):
+        log.info("stem %s at %d pixels", stem, size)
+    return dataclasses.replace(protocol, stem=stem, precision=precision), net
+
+
 def _split(
-    data: Path, out: Path, *, protocol: Protocol, leave_out_bad: bool, on_check: Callable[[int, int], None] | None
+    data: Path,
+    out: Path,
+    *,
+    protocol: Protocol,
+    labels: Path | None,
+    leave_out_bad: bool,
+    on_check: Callable[[int, int], None] | None,
 ) -> Split:
-    """The split of the run that is resumed, or a new one."""
+    """The split of the run that is resumed, whose images must be what they were; or a new one."""
     if (out / run.SPLIT).is_file():
-        return read_split(out)
-    checked = check(scan(data), leave_out_bad=leave_out_bad, progress=on_check)
+        split = read_split(out)
+        require_unchanged([*split.part("train"), *split.part("val")], data)
+        return split
+    images = images_of(data, labels=labels, method=protocol.split)
+    checked = check(images, leave_out_bad=leave_out_bad, progress=on_check)
     return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
 
 
 def _refuse_seen(folder: Path | None, split: Split) -> None:
-    """A teacher, or first weights, must not have been trained on images that will test the student.
+    """A teacher, or first weights, must not have been trained on images, by any name, that will test the student.
 
     Raises:
         ConfigError: the run folder's training part holds some of them.
     """
     if folder is not None and (folder / run.SPLIT).is_file():
-        known = read_split(folder)
-        seen = {i.path for i in known.parts.get("train", ())}
-        common = seen & {i.path for i in split.parts.get("test", ())}
-        if common and known.fingerprint != split.fingerprint:
-            log.warning("%s was trained on other data in which %d test images' names occur", folder, len(common))
-        elif common:
+        seen = {i.digest for i in read_split(folder).parts.get("train", ())}
+        if common := [i.path for i in split.parts.get("test", ()) if i.digest in seen]:
             raise ConfigError(
                 f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
                 fix=f"use its split: --split {folder / run.SPLIT}",
             )
 
 
-def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None, fabric: Fabric) -> Task:
+def _task(
+    data: Path, split: Split, net: nn.Module, *, protocol: Protocol, teacher: Path | None, fabric: Fabric
+) -> Task:
     return Task(
-        network=network(protocol, classes=len(split.classes)),
+        network=net,
         train=_loader(data, split, "train", protocol=protocol, fabric=fabric),
         val=_loader(data, split, "val", protocol=protocol, fabric=fabric),
         protocol=protocol,
@@ -123,7 +163,7 @@ def _task(data: Path, split: Split, *, protocol: Protocol, teacher: Path | None,
     )
 
 
-def _loader(data: Path, split: Split, part: Part, *, protocol: Protocol, fabric: Fabric) -> DataLoader[Sample]:
+def _loader(data: Path, split: Split, part: Part, *, protocol: Protocol, fabric: Fabric) -> Loader:
     items, train = split.part(part), part == "train"
     augment = protocol.augment if train else None
     images = ImageSet(items, data=data, preprocess=protocol.preprocess, augment=augment, seed=protocol.seed)
@@ -139,19 +179,25 @@ def _loader(data: Path, split: Split, part: Part, *, protocol: Protocol, fabric:
 
 
 def network(protocol: Protocol, *, classes: int) -> nn.Module:
-    """The protocol's network with its first weights: from a file or run folder, the hub, or seeded chance."""
+    """The protocol's network with its first weights: from a file or run folder, the hub, or seeded chance.
+
+    Raises:
+        ConfigError: see `models.build` and `load_state`.
+        ArtifactError: no weights in that file or folder.
+    """
     torch.manual_seed(protocol.seed)
     size, weights = protocol.preprocess.image_size, protocol.weights
+    state: Mapping[str, Tensor] = {}
     if weights == "hub":
         hub = build(hub_name(protocol.network), classes=classes, image_size=224, pretrained=True)
         state = hub.backbone.state_dict()  # type: ignore[union-attr]
-    net = build(protocol.network, classes=classes, image_size=size, exits=protocol.exits)
-    if weights == "none":
-        return net
-    if weights != "hub":
+    elif weights != "none":
         path = Path(weights)
         state = read_state(path / run.MODEL if path.is_dir() else path)
-    log.info("weights %s: %s", weights, load_state(net, state, source=weights).summary())
+    stem = stem_of(protocol.network, state) if protocol.stem == "auto" else protocol.stem
+    net = build(protocol.network, classes=classes, image_size=size, exits=protocol.exits, stem=stem)
+    if weights != "none":
+        log.info("weights %s: %s", weights, load_state(net, state, source=weights).summary())
     return net
 
 
