@@ -313,9 +313,9 @@ def read_onnx(path: Path) -> tuple[onnx.ModelProto, Card]:
     card = from_table(Card, table, where=f"{path}: its edgekd metadata")
     check_seal(data, card.sha256, path=path, fix=again)
     try:
-        onnx.checker.check_model(model, full_check=True)
         size, classes = card.preprocess.image_size, len(card.classes)
         onnxcheck.check_ends(model, image_size=size, outputs=card.outputs, classes=classes)
+        onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the checker raises many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArtifactError(f"{path} is not what its card says: {reason}", fix=again) from None

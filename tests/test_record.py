@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import re
 from pathlib import Path
 
@@ -114,6 +115,52 @@ def test_damaged_foreign_and_newer_records_are_named(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(ArtifactError, match="record"):
             read_record(path)
+
+
+ODD: dict[str, tuple[tuple[str | int, ...], object]] = {
+    "an exit of 1e80": (("variants", 1, "exits", 0), 10**80),
+    "an exit that the policy has not": (("variants", 1, "exits", 0), 3),
+    "an exit below 0": (("variants", 1, "timings", 0, "exits", 0, 0), -1),
+    "an answer that is no class": (("variants", 0, "answers", 0), 3),
+    "a label that is no class": (("labels", 0), -1),
+    "an answer too few": (("variants", 0, "answers"), [0]),
+    "a label too few": (("labels",), [0]),
+    "negative times": (("variants", 0, "timings", 0, "samples_ms", 0, 0), -1.0),
+    "times of nothing": (("variants", 0, "timings", 0, "samples_ms"), []),
+    "a round of nothing": (("preprocess_ms",), []),
+    "a huge time": (("variants", 0, "timings", 0, "samples_ms", 0, 0), 1e300),
+    "other batches": (("variants", 0, "timings", 1, "batch"), 16),
+    "no batch of 1": (("variants", 0, "timings", 0, "batch"), 2),
+    "rounds of another number": (("variants", 0, "peak_mib"), [1.0]),
+    "negative memory": (("variants", 0, "before_mib", 0), -1.0),
+    "turns of three": (("variants", 2, "turns_ms", 0), [[1.0], [1.0], [1.0]]),
+    "two of a name": (("variants", 0, "name"), "cascade"),
+    "no variants": (("variants",), []),
+    "an accuracy above 1": (("variants", 0, "metrics", "accuracy"), 1.5),
+    "a confusion of other images": (("variants", 0, "metrics", "confusion", 0, 0), 99),
+    "a confusion that is no square": (("variants", 0, "metrics", "confusion", 0), [1]),
+    "a split without a fingerprint": (("split", "fingerprint"), None),
+    "an engine without a name": (("engine", "name"), None),
+    "a precision that is text": (("engine", "precision"), {"int8": "all"}),
+    "a point of nothing": (("curve", 0), {}),
+    "no threads": (("threads",), 0),
+    "two classes of a name": (("classes",), ["a", "a", "b"]),
+    "an image elsewhere": (("images", 0), "../../secret.png"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_records_that_cannot_be(name: str, tmp_path: Path) -> None:
+    """Each would end a view of it in a traceback, a hang or nonsense."""
+    write_record(tmp_path / "good.json", sample())
+    table = node = json.loads((tmp_path / "good.json").read_text())
+    path, value = ODD[name]
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (tmp_path / "odd.json").write_text(json.dumps(table))
+    with pytest.raises(ArtifactError, match=r"odd\.json is no benchmark record"):
+        read_record(tmp_path / "odd.json")
 
 
 def test_views_of_a_variant() -> None:

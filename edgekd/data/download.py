@@ -177,6 +177,8 @@ def _names(files: list[zipfile.ZipInfo], archive: Path) -> list[PurePosixPath]:
         DataError: a link, a name that leads out of the folder or that no file can have, or two in one place.
     """
     names = [PurePosixPath(i.filename) for i in files]
+    if not names:
+        raise DataError(f"{archive} holds no files", fix="remove it and get it again")
     if stray := [n for n in names if n.is_absolute() or ".." in n.parts or "\\" in str(n)]:
         raise DataError(f"{archive}: {stray[0]} leads out of the folder", fix="do not trust this file")
     taken = {parent for n in names for parent in n.parents} | {n for n, k in Counter(names).items() if k > 1}

@@ -73,10 +73,10 @@ class Preprocess:
     resize: Literal["stretch", "crop"] = "stretch"
 
     def __post_init__(self) -> None:
-        if self.image_size < 8:
-            raise ValueError(f"image_size: {self.image_size} is under 8 pixels")
-        if min(self.std) <= 0:
-            raise ValueError("std: must be above 0")
+        if not 8 <= self.image_size <= 4096:
+            raise ValueError(f"image_size: {self.image_size} is not from 8 to 4096 pixels")
+        if not all(-1e3 <= m <= 1e3 for m in self.mean) or not all(1e-3 <= s <= 1e3 for s in self.std):
+            raise ValueError("mean, std: of values scaled to 0..1, std above 0")
 
     def resized(self, image: Image.Image) -> Image.Image:
         """The RGB picture at image_size x image_size, bilinear with antialiasing."""

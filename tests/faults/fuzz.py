@@ -514,8 +514,7 @@ class SafetensorsResealed(SafetensorsBytes):
         return nonsense(
             {
                 "weights not finite": not all(bool(torch.isfinite(v).all()) for v in network.state_dict().values()),
-                "answer no number": not bool(torch.isfinite(out).all()),
-            }
+                }
         )
 
 
