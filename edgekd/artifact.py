@@ -17,7 +17,7 @@ import onnx
 
 from edgekd import onnxcheck
 from edgekd.errors import ArtifactError, ConfigError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, recover, to_json
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
 from edgekd.specs import from_dict, parse_json
@@ -247,6 +247,12 @@ class Card:
         return [e.output for e in self.exits]
 
 
+def is_stray(path: str) -> bool:
+    """Whether a path that should lie in a folder is none, or leads out of it."""
+    parts = PurePosixPath(path).parts
+    return not parts or path.startswith("/") or ".." in parts
+
+
 def check_classes(classes: tuple[str, ...]) -> None:
     """Whether these can be the names of a classifier's classes.
 
@@ -390,6 +396,7 @@ def read_card(path: Path) -> Card:
     Raises:
         ArtifactError: see `read_onnx` and `read_manifest`.
     """
+    recover(path)
     return _manifest(path).card if path.is_dir() else read_onnx(path)[1]
 
 
@@ -399,19 +406,20 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: no engine, or a file that is missing, cut short or edited; it is named.
     """
+    recover(folder)
     manifest = _manifest(folder)
     for name in manifest.files:
-        read_file(folder, name, manifest)
+        read_file(folder / name, manifest)
     return manifest
 
 
-def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
+def read_file(path: Path, manifest: Manifest) -> bytes:
     """The content of an engine's file, which is what its manifest says.
 
     Raises:
         ArtifactError: it is not, whatever has become of the folder since the manifest was read.
     """
-    path, file = folder / name, manifest.files.get(name)
+    file = manifest.files.get(path.name)
     if file is None:
         raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
     if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 from fakes.box import box, small_student  # noqa: F401  # fixtures
+from faults.base import make_base
 
 if TYPE_CHECKING:
     from edgekd.training.protocol import Protocol
@@ -48,6 +50,22 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An x86 CPU that says it has no VNNI. What the libraries run is the real one's."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("only x86 can be without VNNI")
+    monkeypatch.setattr("edgekd.host._cpuinfo", lambda key: "fpu avx2" if key == "flags" else "Old CPU")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the fault tests work on: see tests/faults/base.py."""
+    folder = tmp_path_factory.mktemp("faults") / "base"
+    make_base(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multi-exit ResNet18 for 5 classes at 32 pixels with seeded random weights, exported."""
@@ -60,7 +78,7 @@ def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgekd.runtime.preprocess import Preprocess
 
     torch.manual_seed(0)
-    network = build("multi-exit-resnet18", classes=5, image_size=32)
+    network = build("multi-exit-resnet18", classes=5, image_size=32, stem="small")
     for head in network.exits:  # the blocks start as identities; these shall do something
         torch.nn.init.normal_(head.context.transform[-1].weight, std=0.05)
     images = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
@@ -133,10 +151,10 @@ def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     @functools.cache
     def make(name: str) -> Exported:
-        size = 72 if "resnet" in name else 48  # ResNets have larger maps at 64 pixels and below
+        size = 72 if "resnet" in name else 48
         cells = load_batch(files, Preprocess(size))
         torch.manual_seed(0)
-        network = build(name, classes=5, image_size=size)
+        network = build(name, classes=5, image_size=size, stem="small" if name == "msdnet" else "imagenet")
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0

@@ -105,7 +105,7 @@ def test_predict_prints_tables_and_names_bad_files(student_onnx: Path, cells: Pa
     rows = json.loads(edgekd("predict", student_onnx, *good, "--json"))
     assert [Path(r["file"]).name for r in rows] == [g.name for g in good]
     assert sum(rows[0]["probabilities"]) == pytest.approx(1, abs=1e-4)
-    assert edgekd("predict", student_onnx, cells / "halo", "--csv").startswith("file,label,confidence,exit\n")
+    assert edgekd("predict", student_onnx, cells / "halo", "--csv").startswith("file,label,confidence,exit,error\n")
     text = edgekd("predict", student_onnx, good[0], tmp_path / "cut.png", code=1)
     assert good[0].name in text
     assert "cut.png: cannot be decoded" in text
@@ -181,7 +181,8 @@ def test_ctrl_c_while_training(cells: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, text
-    assert "interrupted" in text
+    assert "interrupted by SIGINT" in text
+    assert "--resume" in text
     assert "Traceback" not in text
     assert not list((tmp_path / "run").glob(".*partial*"))
 

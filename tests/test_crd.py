@@ -126,6 +126,7 @@ def test_one_class_has_no_negatives() -> None:
 TINY = Protocol(
     network="test_resnet",
     weights="none",
+    precision="32-true",
     preprocess=Preprocess(32),
     epochs=1,
     batch_size=8,

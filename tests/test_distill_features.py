@@ -214,6 +214,7 @@ TINY = Protocol(
     network="test_resnet",
     method="ce",
     weights="none",
+    precision="32-true",
     preprocess=Preprocess(32),
     epochs=2,
     batch_size=8,

@@ -120,6 +120,7 @@ def test_training_on_batches_of_classes(few_cells: Path, tmp_path: Path) -> None
         network="test_resnet",
         method="hybrid",
         weights="none",
+        precision="32-true",
         preprocess=Preprocess(32),
         triplet=Triplet(squared=False),
         label_smoothing=0.1,

@@ -17,7 +17,7 @@ from edgekd.artifact import Card
 from edgekd.cli.learn import _exits
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.export import exits_of, export
-from edgekd.models import SingleExit, build, hub_name
+from edgekd.models import SingleExit, build, hub_name, stem_of
 from edgekd.models.multi_exit import GlobalContext, multi_exit_resnet18, resnet_backbone
 from edgekd.models.weights import load_state, read_state
 from edgekd.runtime.policy import Policy
@@ -33,8 +33,8 @@ def test_parameters_of_paper_a() -> None:
     """ResNet18 with a CIFAR stem and 100 classes: 11.22 M. With four exits the paper prints 12.33 M; ours has
     12.30 M, since it gives neither the ratio of the context block (16, GCNet's) nor the widths of the bottlenecks
     (a quarter, ResNet's)."""
-    assert count(resnet_backbone(classes=100, image_size=32)) == 11_220_132
-    assert count(multi_exit_resnet18(classes=100, image_size=32)) == 12_301_704
+    assert count(resnet_backbone(classes=100, stem="small")) == 11_220_132
+    assert count(multi_exit_resnet18(classes=100, stem="small")) == 12_301_704
 
 
 def test_parameters_of_the_larger_resnet() -> None:
@@ -207,11 +207,23 @@ def test_impossible_exits(exits: tuple[int, ...]) -> None:
         build("multi-exit-resnet18", classes=5, image_size=64, exits=exits)
 
 
-def test_stem_follows_image_size() -> None:
-    small = build("multi-exit-resnet18", classes=5, image_size=64)
-    large = build("multi-exit-resnet18", classes=5, image_size=65)
-    assert small.backbone.conv1.kernel_size == (3, 3)
-    assert large.backbone.conv1.kernel_size == (7, 7)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        *(("resnet34", 3), ("resnet18.a1_in1k", 3), ("multi-exit-resnet18", 3), ("multi-exit-resnet34", 3)),
+        *(("scan-resnet18", 3), ("msdnet", 3), ("mobilenet_v2", 0), ("multi-exit-mobilenet_v2", 0), ("mlp", 0)),
+    ],
+)
+def test_stem_is_asked_for_and_told_by_weights(name: str, kernel: int) -> None:
+    """Of no network does the image size decide it; one that has no choice refuses."""
+    with torch.device("meta"):
+        states = [build(name, classes=5, image_size=size).state_dict() for size in (32, 112)]
+        if not kernel:
+            with pytest.raises(ConfigError, match=f"'{name}' has no small stem"):
+                build(name, classes=5, image_size=32, stem="small")
+        else:
+            states.append(build(name, classes=5, image_size=32, stem="small").state_dict())
+    assert [stem_of(name, state) for state in states] == ["imagenet", "imagenet", "small"][: len(states)]
 
 
 @pytest.mark.parametrize("name", ["mixnet_s", "resnet18", "squeezenet1_1", "shufflenet_v2_x0_5"])
@@ -248,7 +260,7 @@ def test_no_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_weights_find_the_backbone(tmp_path: Path) -> None:
     source = resnet18(num_classes=1000)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
-    student = multi_exit_resnet18(classes=5, image_size=112)
+    student = multi_exit_resnet18(classes=5)
     loaded = load_state(student, read_state(tmp_path / "w.safetensors"), source="w")
     assert torch.equal(student.backbone.layer3[1].conv2.weight, source.layer3[1].conv2.weight)
     assert set(loaded.unknown) == {"fc.weight", "fc.bias"}
@@ -288,7 +300,7 @@ def test_damaged_or_missing_weights(tmp_path: Path, name: str, content: bytes | 
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "code": test_stem_follows_image_size}, tmp_path / "w.pth")
+    torch.save({"state_dict": {}, "code": test_teachers_by_name}, tmp_path / "w.pth")
     with pytest.raises(ArtifactError, match="no weights-only file"):
         read_state(tmp_path / "w.pth")
 
@@ -299,7 +311,7 @@ def test_shared_weights_load_whole(shared: Path, tmp_path: Path) -> None:
 
     packed = shared / "weights" / "resnet18.safetensors.xz"
     (tmp_path / "w.safetensors").write_bytes(lzma.decompress(packed.read_bytes()))
-    student = multi_exit_resnet18(classes=5, image_size=112)
+    student = multi_exit_resnet18(classes=5)
     loaded = load_state(student, read_state(tmp_path / "w.safetensors"), source="w")
     assert not [n for n in loaded.missing if n.startswith("backbone.")]
     assert not loaded.reshaped

@@ -27,6 +27,9 @@ def scales(out: Outputs, k: int) -> tuple[Tensor, ...]:
     return found
 
 
+STEM = {32: "small", 96: "imagenet", 224: "imagenet"}
+
+
 def lively(**kwargs: object) -> MSDNet:
     """In eval mode, with running statistics of its own, so that no two maps are alike by chance."""
     torch.manual_seed(0)
@@ -46,7 +49,7 @@ def test_parameters_of_the_published_code(size: int, classes: int, blocks: int, 
     """Counted there with `--base 4 --stepmode even`, 16 channels and step 2 for CIFAR (7 blocks are its README's),
     32 and 4 for ImageNet (5 are)."""
     with torch.device("meta"):
-        net = msdnet(classes=classes, image_size=size, exits=tuple(range(1, blocks + 1)))
+        net = msdnet(classes=classes, stem=STEM[size], exits=tuple(range(1, blocks + 1)))
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
@@ -74,7 +77,7 @@ def test_parameters_of_the_published_code(size: int, classes: int, blocks: int, 
 def test_shapes(batch: int, size: int, widths: list[int], shapes: list[list[tuple[int, int]]]) -> None:
     """Maps by hand: width w times the scale's factor. Small: w = 16 + 4 * 6 = 40; then a scale is dropped and w
     halved, (40 + 6) // 2 + 6 = 29; 29 + 2 * 6 = 41; (41 + 6) // 2 + 6 = 29. Large: 96, 104, 108, 110."""
-    out = build("msdnet", classes=7, image_size=size).eval()(torch.randn(batch, 3, size, size))
+    out = build("msdnet", classes=7, image_size=size, stem=STEM[size]).eval()(torch.randn(batch, 3, size, size))
     assert [tuple(s.shape) for s in out.logits] == [(batch, 7)] * 4
     assert [tuple(f.shape) for f in out.features] == [(batch, w) for w in widths]
     assert [[(m.shape[1], m.shape[2]) for m in scales(out, k)] for k in range(4)] == shapes
@@ -83,7 +86,7 @@ def test_shapes(batch: int, size: int, widths: list[int], shapes: list[list[tupl
 @pytest.mark.parametrize("size", [32, 96])
 def test_a_stage_needs_only_the_maps_before_it(size: int) -> None:
     """Each block run on its boundary alone gives the next boundary and logits of the whole network."""
-    net = lively(classes=5, image_size=size)
+    net = lively(classes=5, stem=STEM[size])
     whole = net(torch.randn(2, 3, size, size))
     for k in range(1, 4):
         state = net.backbone[k]([m.clone() for m in scales(whole, k - 1)])
@@ -93,7 +96,7 @@ def test_a_stage_needs_only_the_maps_before_it(size: int) -> None:
 
 def test_every_boundary_map_is_needed() -> None:
     """Zeroing any one scale changes the next exit or one behind it."""
-    net = lively(classes=5, image_size=32)
+    net = lively(classes=5, stem="small")
     whole = net(torch.randn(2, 3, 32, 32))
     for k in range(3):
         for s in range(len(scales(whole, k))):
@@ -106,7 +109,7 @@ def test_every_boundary_map_is_needed() -> None:
 
 
 def test_an_exit_does_not_depend_on_later_blocks() -> None:
-    net, images = lively(classes=5, image_size=32), torch.randn(2, 3, 32, 32)
+    net, images = lively(classes=5, stem="small"), torch.randn(2, 3, 32, 32)
     before = net(images).logits
     for p in net.backbone[2].parameters():
         nn.init.normal_(p)
@@ -117,7 +120,7 @@ def test_an_exit_does_not_depend_on_later_blocks() -> None:
 def test_exits_between_blocks_can_be_left_out() -> None:
     """Exits 2 and 4: the same four blocks, and what the third takes over is the boundary of the second."""
     torch.manual_seed(3)
-    some = msdnet(classes=5, image_size=32, exits=(2, 4))
+    some = msdnet(classes=5, stem="small", exits=(2, 4))
     out = some.eval()(torch.randn(1, 3, 32, 32))
     assert len(some.backbone) == 4
     assert [len(m) for m in out.maps] == [2, 1]
@@ -131,14 +134,14 @@ def test_impossible_exits(exits: tuple[int | str, ...]) -> None:
 
 
 def test_a_view_of_fewer_images() -> None:
-    view = View(lively(classes=5, image_size=32)(torch.randn(3, 3, 32, 32)))
+    view = View(lively(classes=5, stem="small")(torch.randn(3, 3, 32, 32)))
     assert torch.equal(view.first(2).out.logits[1], view.out.logits[1][:2])
 
 
 def test_joint_training_reaches_every_parameter() -> None:
     """The paper's loss is the sum of cross-entropies: method `ce`."""
     torch.manual_seed(0)
-    net, target = msdnet(classes=5, image_size=32), torch.tensor([0, 1, 2, 3])
+    net, target = msdnet(classes=5, stem="small"), torch.tensor([0, 1, 2, 3])
     loss = METHODS["ce"].make(Settings(), Setting())
     loss(Step(View(net(torch.randn(4, 3, 32, 32))), None, target, target, 0)).backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
@@ -157,7 +160,7 @@ def test_methods_that_compare_features_refuse_unequal_widths(name: str) -> None:
 
 def test_exported_and_cut(tmp_path: Path) -> None:
     """`export` checks that each stage follows from its boundary, and compares the logits."""
-    net = lively(classes=5, image_size=32, exits=(1, 2))
+    net = lively(classes=5, stem="small", exits=(1, 2))
     exits = exits_of(net(torch.zeros(1, 3, 32, 32)))
     assert [e.boundary for e in exits] == [("stage_0_0", "stage_0_1"), ("stage_1",)]
     card = Card("msdnet", tuple("abcde"), Preprocess(32), exits, Policy((1.0,) * 2))

@@ -21,7 +21,14 @@ from edgekd.training.protocol import Protocol
 from edgekd.training.train import train
 
 TINY = Protocol(
-    network="test_resnet", weights="none", preprocess=Preprocess(32), epochs=5, batch_size=8, lr=0.01, workers=0
+    network="test_resnet",
+    weights="none",
+    precision="32-true",
+    preprocess=Preprocess(32),
+    epochs=5,
+    batch_size=8,
+    lr=0.01,
+    workers=0,
 )
 
 

@@ -12,12 +12,13 @@ from edgekd.bench.accuracy import metrics
 from edgekd.bench.host import Host
 from edgekd.bench.record import Record, Timing, Variant, read_record, refuse_existing, write_record
 from edgekd.bench.tables import markdown, table, to_csv
-from edgekd.bench.targets import target_text, targets, warnings
+from edgekd.bench.targets import Limits, target_text, targets, warnings
 from edgekd.errors import ArtifactError
 from edgekd.runtime.policy import Policy
 
 CLASSES = ("round <b>", "long | thin", "[ 1, 2 ]")
 LABELS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
+LIMITS = Limits(faster=6, accuracy_drop=0.5, staged=1.1, overhead_ms=0.2)
 HOST = Host("CPU 9000", 2, 8000, "unreadable", "unreadable", "Linux 6", "x86_64", "3.11.7", {"numpy": "2.0"})
 
 
@@ -77,7 +78,7 @@ def sample() -> Record:
             variant("plain", 12.0, [0] * 8, wrong=2, against=True),
         ),
     )
-    return dataclasses.replace(record, targets=targets(record), warnings=warnings(record))
+    return dataclasses.replace(record, targets=targets(record, LIMITS), warnings=warnings(record))
 
 
 def test_written_and_read_is_the_same(tmp_path: Path) -> None:
@@ -131,20 +132,40 @@ def test_targets_by_hand() -> None:
     assert staged.rounds == pytest.approx((1.05, 1.1))
     assert staged.value == pytest.approx(1.075)
     assert staged.met is True
-    assert by_name["cascade's accuracy below that of all exits together"].value == 0
+    assert by_name["cascade's accuracy minus that of all exits together"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(0, "+12.50 points; asked ≥ -0.5: met"), (2, "-12.50 points; asked ≥ -0.5: NOT")]
+)
+def test_a_cascade_above_or_below_all_exits_reads_well(wrong: int, said: str) -> None:
+    record = sample()
+    cascade = variant("cascade", 1.0, [0, 0, 0, 0, 1, 1, 2, 2], wrong=wrong)
+    variants = tuple(cascade if v.name == "cascade" else v for v in record.variants)
+    (text,) = [
+        target_text(t) for t in targets(dataclasses.replace(record, variants=variants), LIMITS) if "minus" in t.name
+    ]
+    assert said in text
+
+
+def test_without_limits_there_are_figures_and_no_verdicts() -> None:
+    found = targets(sample(), Limits())
+    assert [t.value for t in found] == [t.value for t in sample().targets]
+    assert {t.met for t in found} == {None}
+    assert not any("met" in target_text(t) for t in found)
 
 
 def test_targets_that_are_missed_say_so() -> None:
     record = sample()
     variants = [dataclasses.replace(v, overhead_ms=0.3) if v.name == "cascade" else v for v in record.variants]
-    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)))}
+    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)), LIMITS)}
     assert "NOT met" in target_text(slow["Python around the engine, an image"])
 
 
 def test_other_networks_and_engines_are_not_judged() -> None:
     record = sample()
     variants = tuple(dataclasses.replace(v, network="resnet50") if v.against else v for v in record.variants)
-    first = targets(dataclasses.replace(record, variants=variants))[0]
+    first = targets(dataclasses.replace(record, variants=variants), LIMITS)[0]
     assert first.value > 6
     assert first.met is None
     assert "asked" not in target_text(first)

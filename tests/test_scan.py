@@ -28,7 +28,7 @@ LN3 = math.log(3.0)
 def test_parameters_of_the_published_code() -> None:
     """Both counted there, for CIFAR-100."""
     with torch.device("meta"):
-        small, large = (make(classes=100, image_size=32) for make in (scan_resnet18, scan_resnet50))
+        small, large = (make(classes=100, stem="small") for make in (scan_resnet18, scan_resnet50))
     assert sum(p.numel() for p in small.parameters()) == 15_164_240
     assert sum(p.numel() for p in large.parameters()) == 61_149_904
 
@@ -45,7 +45,8 @@ def test_parameters_of_the_published_code() -> None:
 def test_shapes(name: str, size: int, batch: int, exits: tuple[int, ...]) -> None:
     """At 112 and 45 pixels some maps have odd sides, which the transposed convolution would overshoot."""
     width = 2048 if "50" in name else 512
-    out = build(name, classes=7, image_size=size, exits=exits).eval()(torch.randn(batch, 3, size, size))
+    stem = "small" if size < 64 else "imagenet"
+    out = build(name, classes=7, image_size=size, exits=exits, stem=stem).eval()(torch.randn(batch, 3, size, size))
     assert [tuple(s.shape) for s in out.logits] == [(batch, 7)] * len(exits)
     assert [tuple(f.shape) for f in out.features] == [(batch, width)] * len(exits)
     assert [m.shape[1] for m in out.maps if isinstance(m, Tensor)] == [width // 2 ** (4 - e) for e in exits]
@@ -77,7 +78,7 @@ def test_scala_reduces_in_one_step() -> None:
 
 
 def test_an_exit_does_not_depend_on_later_stages() -> None:
-    net, images = scan_resnet18(classes=5, image_size=32).eval(), torch.randn(1, 3, 32, 32)
+    net, images = scan_resnet18(classes=5, stem="small").eval(), torch.randn(1, 3, 32, 32)
     before = net(images).logits
     for p in net.backbone.layer3.parameters():
         nn.init.normal_(p)
@@ -92,7 +93,7 @@ def test_exits_are_those_of_a_resnet() -> None:
 def test_exported_and_cut(tmp_path: Path) -> None:
     """At 45 pixels the first two maps have odd sides."""
     torch.manual_seed(0)
-    net = build("scan-resnet18", classes=5, image_size=45, exits=(1, 2, 4)).eval()
+    net = build("scan-resnet18", classes=5, image_size=45, exits=(1, 2, 4), stem="small").eval()
     exits = exits_of(net(torch.zeros(1, 3, 45, 45)))
     card = Card("scan-resnet18", tuple("abcde"), Preprocess(45), exits, Policy((1.0,) * 3))
     images = np.random.default_rng(0).normal(size=(3, 3, 45, 45)).astype(np.float32)
@@ -174,7 +175,7 @@ def test_it_brings_its_own_cross_entropy_and_needs_exits() -> None:
 
 def test_a_step_of_training_reaches_every_parameter() -> None:
     torch.manual_seed(0)
-    net, target = scan_resnet18(classes=5, image_size=32), torch.tensor([0, 1])
+    net, target = scan_resnet18(classes=5, stem="small"), torch.tensor([0, 1])
     loss = Criterion(Settings(method="scan"), Setting(Shapes(exits=4)))
     loss(step(net(torch.randn(2, 3, 32, 32)), target)).backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]

@@ -165,7 +165,14 @@ def test_two_stages_of_a_run(few_cells: Path, tmp_path: Path) -> None:
     """The student's weights rest while the teacher's head learns; both heads are resumed and not exported."""
     assert METHODS["sskd"].teacher
     tiny = Protocol(
-        network="test_resnet", weights="none", preprocess=Preprocess(32), epochs=1, batch_size=8, lr=0.01, workers=0
+        network="test_resnet",
+        weights="none",
+        precision="32-true",
+        preprocess=Preprocess(32),
+        epochs=1,
+        batch_size=8,
+        lr=0.01,
+        workers=0,
     )
     teacher, out = tmp_path / "t", tmp_path / "s"
     train(few_cells, teacher, protocol=tiny)

@@ -21,7 +21,14 @@ def test_students_script(few_cells: Path, tmp_path: Path) -> None:
     from edgekd.training.train import train
 
     protocol = Protocol(
-        network="squeezenet1_1", weights="none", preprocess=Preprocess(32), epochs=1, batch_size=8, lr=0.01, workers=0
+        network="squeezenet1_1",
+        weights="none",
+        precision="32-true",
+        preprocess=Preprocess(32),
+        epochs=1,
+        batch_size=8,
+        lr=0.01,
+        workers=0,
     )
     train(few_cells, tmp_path / "run", protocol=protocol)
     settings = {"image-size": 48, "images": 12, "calibration": 8, "rounds": 2, "seconds": 0.02, "threads": 1}

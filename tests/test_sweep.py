@@ -24,7 +24,10 @@ from edgekd.training.launch import Job, launch
 from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import Member
 
-FLAGS = ["--weights", "none", "--epochs", "1", "--image-size", "16", "--set", "batch_size=8", "--set", "workers=0"]
+FLAGS = [
+    *("--weights", "none", "--epochs", "1", "--image-size", "16", "--batch-size", "8", "--workers", "0"),
+    *("--set", "stem=small"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,8 @@ TINY = Protocol(
     network="multi-exit-resnet18",
     method="sd",
     weights="none",
+    precision="32-true",
+    stem="small",
     exits=(2, 4),
     preprocess=Preprocess(16),
     augment=Augment(crop_scale=(0.7, 1.0), hflip=0.5),
@@ -44,7 +46,8 @@ TINY = Protocol(
 )
 FLAGS = [
     *("--student", "multi-exit-resnet18", "--method", "sd", "--weights", "none", "--exits", "2,4", "--epochs", "3"),
-    *("--image-size", "16", "--set", "batch_size=16", "--set", "workers=0", "--set", "ema=0.9"),
+    *("--image-size", "16", "--batch-size", "16", "--workers", "0", "--precision", "32-true"),
+    *("--set", "ema=0.9", "--set", "stem=small"),
 ]
 
 
@@ -57,7 +60,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distill(cells: Path, out: Path, *more: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     command = [*launcher, "-m", "edgekd", "distill", "--data", str(cells), "--out", str(out), *FLAGS, *more]
-    env = os.environ | {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 

@@ -57,17 +57,18 @@ Decider: TypeAlias = Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.fl
 
 class Backend(Protocol):
     """What every backend module has. `TARGET` is the kind of quantised graph that it runs well; `ANY_BATCH` whether it
-    runs batches larger than the recipe's.
+    runs batches larger than the recipe's; `SATURATES` whether its sums of 8-bit products do on CPUs without VNNI.
 
     Some have more: `walker(stages) -> Walker` keeps what lies between stages to itself, `decider(stages, policy) ->
     Decider` also the decision to leave, `here() -> dict` is what of this machine an engine depends on besides the
-    host, and `refusal(manifest) -> str` why one cannot run here.
+    host, `refusal(manifest) -> str` why one cannot run here, and `WITHOUT_VNNI` what int8 costs on such CPUs.
     """
 
     SUFFIX: str
     EXTRA: str
     TARGET: str
     ANY_BATCH: bool
+    SATURATES: bool
 
     def version(self) -> str | None:
         """The installed version; None if it is not installed."""

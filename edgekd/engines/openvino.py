@@ -19,13 +19,15 @@ from edgekd.engines.backends import Read, Walker, refused, shares
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import Linked, linked_walker
 from edgekd.errors import BackendError
-from edgekd.host import default_threads
+from edgekd.host import cpu_flags, kept_from_vnni, visible_cores
 from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".xml"
 EXTRA = "cpu"
 TARGET = "cpu"
 ANY_BATCH = True
+SATURATES = True
+WITHOUT_VNNI = "without VNNI, weights keep to 7 bits, or 8-bit sums would saturate"
 _LAYERS = ("Convolution", "FullyConnected", "MatMul")
 _NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
@@ -166,6 +168,9 @@ def _read(path: Path, read: Read = Path.read_bytes) -> Any:
 def _compile(model: Any, name: Path, *, recipe: Recipe, threads: int, size: int | None) -> Any:
     import openvino
 
+    if kept_from_vnni() and "avx512f" in cpu_flags():
+        what = "with ONEDNN_MAX_CPU_ISA, OpenVINO ends in a segmentation fault at LayerNormalization on this CPU"
+        raise BackendError(what, fix="unset ONEDNN_MAX_CPU_ISA, or use --backend onnxruntime")
     model = model.clone()
     try:
         if size is not None:
@@ -176,7 +181,7 @@ def _compile(model: Any, name: Path, *, recipe: Recipe, threads: int, size: int 
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _hint(recipe),
             # One pool of threads for all stages. It has all cores; threads are slow to move between pools of their own.
-            "EXCLUSIVE_ASYNC_REQUESTS": threads >= default_threads(),
+            "EXCLUSIVE_ASYNC_REQUESTS": threads >= visible_cores(),
         }
         with own_signal_stack():
             return openvino.Core().compile_model(model, "CPU", options)

@@ -30,6 +30,7 @@ SUFFIX = ".plan"
 EXTRA = "tensorrt"
 TARGET = "tensorrt"
 ANY_BATCH = False
+SATURATES = False
 _WEIGHTED = r"conv|gemm|matrixmultiply|matmul|fullyconnected|dla"
 """What the inspector calls layers that multiply by weights, in any of its words."""
 _TYPES = {"int8": "int8|i8", "bf16": "bf16|bfloat", "fp8": "fp8|e4m3", "fp16": "fp16|half|f16", "fp32": "float|fp?32"}

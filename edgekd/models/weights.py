@@ -78,9 +78,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
 
 def _refused(path: Path, error: Exception) -> ArtifactError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    return ArtifactError(
-        f"{path} is damaged or no weights-only file ({reason})", fix="save its state_dict as safetensors"
-    )
+    what = f"{path} is damaged or no weights-only file ({reason})"
+    return ArtifactError(what, fix="save its state_dict as safetensors")
 
 
 def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def load(source: Source, preprocess: Preprocess) -> Array:
     """One picture to float32 (3, H, W).
 
     source: a path, the bytes of an image file, one that is open for reading in binary, a Pillow image, or a uint8
-        array in RGB order (H, W, 3) or grey (H, W).
+        array in RGB order (H, W, 3) or grey (H, W) or (H, W, 1).
 
     Raises:
         DataError: the file cannot be used (it is named), or the array is no picture.
@@ -42,12 +42,12 @@ def load(source: Source, preprocess: Preprocess) -> Array:
 def _picture(pixels: Any) -> Image.Image:
     shape: tuple[int, ...] = getattr(pixels, "shape", ())
     dtype = getattr(pixels, "dtype", type(pixels).__name__)
-    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:
         raise DataError(
             f"{dtype} of shape {tuple(shape)} is no picture",
             fix="give a path, a file or its bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
         )
-    return Image.fromarray(pixels)
+    return Image.fromarray(pixels[:, :, 0] if shape[2:] == (1,) else pixels)
 
 
 def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Progress | None = None) -> Array:

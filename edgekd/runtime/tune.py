@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from edgekd.artifact import read_manifest, write_manifest
 from edgekd.engines import Engine
-from edgekd.errors import ConfigError, check_known
+from edgekd.errors import ArtifactError, ConfigError, check_known
 from edgekd.runtime.images import Progress
 from edgekd.runtime.policy import NEVER, Array, Average, Measure, Policy, ensemble, step
 
@@ -93,9 +93,17 @@ def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: 
     return np.concatenate(found, axis=1)
 
 
-def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any]) -> None:
-    """Write the thresholds, the curve and `provenance` (what was asked, on which images) into the manifest."""
+def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, digest: str) -> None:
+    """Write the thresholds, the curve and `provenance` (what was asked, on which images) into the manifest.
+
+    digest: the manifest's when the engine was opened.
+
+    Raises:
+        ArtifactError: it is another by now: the thresholds were found on an engine that is gone.
+    """
     manifest = read_manifest(folder)
+    if manifest.digest != digest:
+        raise ArtifactError(f"{folder} was written anew while it was tuned", fix="tune it again")
     facts = {k: v for k, v in dataclasses.asdict(tuned).items() if k not in ("policy", "curve")}
     card = dataclasses.replace(manifest.card, policy=tuned.policy)
     write_manifest(folder, dataclasses.replace(manifest, card=card, curve=tuned.curve, tuned={**facts, **provenance}))

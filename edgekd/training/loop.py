@@ -219,7 +219,10 @@ def _train_epoch(live: _Live, epoch: int, progress: Progress | None) -> dict[str
 
 
 def _step(live: _Live, images: Tensor, target: Tensor, index: Tensor, epoch: int) -> Tensor:
-    """Forward, backward and update on one batch; returns the loss. A loss that is not finite changes nothing."""
+    """Forward, backward and update on one batch; returns the loss, NaN for a gradient that is not finite.
+
+    What is not finite changes nothing, but in FP16, whose scaled gradients may overflow: such a step is left out.
+    """
     images, teacher = live.criterion.expand(images), None
     if live.task.teacher_view is not None:
         with torch.no_grad(), live.fabric.autocast():
@@ -232,8 +235,10 @@ def _step(live: _Live, images: Tensor, target: Tensor, index: Tensor, epoch: int
         live.optim.zero_grad(set_to_none=True)
         live.fabric.backward(loss)
         _share_gradients(live)
-        if live.task.protocol.clip_norm:
-            live.fabric.clip_gradients(live.model, live.optim, max_norm=live.task.protocol.clip_norm)
+        if limit := live.task.protocol.clip_norm:
+            norm = live.fabric.clip_gradients(live.model, live.optim, max_norm=limit, error_if_nonfinite=False)
+            if live.task.protocol.precision != "16-mixed" and not torch.isfinite(norm):  # type: ignore[arg-type]
+                return loss.detach() * torch.nan
         live.optim.step()
         if live.ema is not None:
             live.ema.update_parameters(live.task.network)
@@ -252,7 +257,7 @@ def _stop(task: Task, index: Tensor, epoch: int, step: int, criterion: Criterion
     terms = ", ".join(f"{k} {float(v):.3g}" for k, v in criterion.terms.items())
     files = "\n".join(f"  {task.names[i]}" for i in index.tolist())
     raise TrainingError(
-        f"the loss is not finite at epoch {epoch + 1}, batch {step + 1} ({terms}); its files:\n{files}",
+        f"the loss or its gradient is not finite at epoch {epoch + 1}, batch {step + 1} ({terms}); its files:\n{files}",
         fix="lower --lr, add --set clip_norm=1, or look at these files",
     )
 

@@ -21,7 +21,7 @@ from edgekd import __version__, specs
 from edgekd.artifact import BLANK, SCHEMA, Card, Split, check_classes, from_table, read_bytes, seal
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, sweep, to_json
 from edgekd.models import build, stem_of
 from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_safetensors
@@ -194,9 +194,12 @@ def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises many kinds
         raise ArtifactError(f"{path} is damaged ({type(error).__name__})", fix=anew) from None
-    kinds = {"epoch": int, "history": list, "best": float, "network": Mapping, "optimizer": Mapping, "digest": str}
+    kinds: dict[str, Any] = {"epoch": int, "history": list, "best": float, "digest": str}
+    kinds |= dict.fromkeys(("network", "criterion", "optimizer"), Mapping)
     if not isinstance(state, Mapping) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
         raise ArtifactError(f"{path} is no state of a run", fix=anew)
+    if not all(isinstance(v, Tensor) and torch.isfinite(v).all() for v in state["network"].values()):
+        raise ArtifactError(f"{path} holds weights that are not finite", fix=anew)
     if state.get("digest") != digest:
         raise ArtifactError(
             f"{folder} was trained under other settings than now asked for",
@@ -216,13 +219,20 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def start(folder: Path, *, resume: bool) -> None:
-    """Refuse to write over a run that is there.
+    """Refuse to write over a run that is there; clear away what one that was killed was writing.
 
     Raises:
-        ArtifactError: the folder holds a run and `resume` is off, or holds other files.
+        ArtifactError: the folder holds a run and `resume` is off, or holds other files, or is none.
     """
-    if not folder.exists() or resume or not any(folder.iterdir()):
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file", fix="choose another --out")
+    sweep(folder)
+    if not any(folder.iterdir()):
         return
     if (folder / PROTOCOL).is_file():
+        if resume:
+            return
         raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
     raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")

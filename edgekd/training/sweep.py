@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd import specs
+from edgekd import files, specs
 from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.files import atomic_write, to_json
@@ -90,6 +90,7 @@ def sweep(
         ArtifactError: runs that are there already, or were made under other settings.
         ConfigError: one teacher for several folds; a sweep that lacks a member.
     """
+    files.refuse_other(out / SUMMARY, files.SUMMARY)
     jobs = []
     for member in of:
         folder = out / member.name

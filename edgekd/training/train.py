@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from edgekd.data.loader import Loader, loader, start_processes
 from edgekd.data.splits import images_of, make_split
 from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, locked, to_json
 from edgekd.host import default_threads
 from edgekd.models import build, has_stems, hub_name, stem_of
 from edgekd.models.weights import load_state, read_state
@@ -53,7 +54,8 @@ def train(
     a run that is resumed has its images in its split.
 
     Raises:
-        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts.
+        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts; another
+            process trains into `out`.
     """
     if teacher is None and protocol.teacher:
         teacher = Path(protocol.teacher)
@@ -62,26 +64,27 @@ def train(
         raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
     fabric = _fabric(devices)
     torch.set_num_threads(min(torch.get_num_threads(), default_threads()))
-    if fabric.is_global_zero:
-        run.start(out, resume=resume)
-        if protocol.workers:
-            start_processes()  # they get ready while the images are checked
-        split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
-        if on_split:
-            on_split(split)
-        protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
-        task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
-        for source in (teacher, Path(protocol.weights)):
-            _refuse_seen(source, split)
-        if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
-            write_toml(out / run.PROTOCOL, protocol)
-            atomic_write(out / run.SPLIT, to_json(split))
-    protocol = fabric.broadcast(protocol)
-    if not fabric.is_global_zero:
-        split, progress = read_split(out), None
-        net = network(protocol, classes=len(split.classes))
-        task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
-    rows = fit(_fabric(devices, protocol.precision), task, out=out, resume=resume, progress=progress)
+    with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
+        if fabric.is_global_zero:
+            run.start(out, resume=resume)
+            if protocol.workers:
+                start_processes()  # they get ready while the images are checked
+            split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
+            if on_split:
+                on_split(split)
+            protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
+            task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+            for source in (teacher, Path(protocol.weights)):
+                _refuse_seen(source, split)
+            if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
+                write_toml(out / run.PROTOCOL, protocol)
+                atomic_write(out / run.SPLIT, to_json(split))
+        protocol = fabric.broadcast(protocol)
+        if not fabric.is_global_zero:
+            split, progress = read_split(out), None
+            net = network(protocol, classes=len(split.classes))
+            task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+        rows = fit(_fabric(devices, protocol.precision), task, out=out, resume=resume, progress=progress)
     if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter: it would abort now and then
         torch.distributed.destroy_process_group()
     return rows
