@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from edgekd import files, specs
 from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.files import atomic_write, to_json
+from edgekd.specs import parse_json
 from edgekd.training import run
 from edgekd.training.launch import Job, State, launch
 from edgekd.training.protocol import Protocol, refuse_other_settings
@@ -176,9 +176,12 @@ def scores(path: Path) -> Scores:
         ArtifactError: it is no such file.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-        return {name: {m: ({**row, **row["macro"]})[m] for m in METRICS} for name, row in table.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        table = parse_json(path.read_text(encoding="utf-8"))["metrics"]
+        found = {name: {m: ({**row, **row["macro"]})[m] for m in METRICS} for name, row in table.items()}
+        if not all(v is None or 0 <= v <= 1 for row in found.values() for v in row.values()):
+            raise ValueError("a measure that is no fraction")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r})", fix="remove it and run the same command again") from None
 
 
