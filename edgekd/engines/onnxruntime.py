@@ -56,13 +56,17 @@ class _Runner:
     def __init__(self, session: Any) -> None:
         self._session = session
         self._inputs = [i.name for i in session.get_inputs()]
-        self.ends = _row(session.get_inputs()[0]), _row(session.get_outputs()[0])
+        self._rows = [_row(o) for o in session.get_outputs()]
+        self.ends = _row(session.get_inputs()[0]), self._rows[0]
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         try:
             outputs: list[npt.NDArray[np.generic]] = self._session.run(None, dict(zip(self._inputs, xs)))
         except Exception as error:  # ONNX Runtime's errors have no base but this
             raise refused("onnxruntime cannot run the network", error) from error
+        for found, row in zip(outputs, self._rows):  # declared shapes do not bind ONNX Runtime
+            if found.shape[:1] != xs[0].shape[:1] or (found.shape[1:] != row and -1 not in row):
+                raise BackendError(f"the network gives {found.shape} for {xs[0].shape}", fix="export it again")
         return outputs
 
     def bound(self, read: Arrays, written: Arrays) -> tuple[Callable[[Array], object], Callable[[], object]]:
@@ -137,7 +141,7 @@ def _session(
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its exceptions say it
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Each stage has its own threads: those of the last stage must not spin while the next one works.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COUNT = 25
+COUNT = 20
 
 
 @pytest.mark.slow
