@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def train(
     fabric.launch()
     if protocol.workers:
         shield_tracker()
-    with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
+    with locked(out) if fabric.is_global_zero else contextlib.nullcontext(), _ending_together(fabric):
         return _train(
             fabric,
             data,
@@ -72,6 +72,17 @@ def train(
             on_split=on_split,
             progress=progress,
         )
+
+
+@contextlib.contextmanager
+def _ending_together(fabric: Fabric) -> Iterator[None]:
+    """Stop the processes that the first one started with it: they would wait, and then blame the connection."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in getattr(fabric.strategy.launcher, "procs", ()):
+            process.terminate()
+        raise
 
 
 def _train(
