@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ def train(
         raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
     fabric = _fabric(devices)
     torch.set_num_threads(min(torch.get_num_threads(), default_threads()))
-    with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
+    with locked(out) if fabric.is_global_zero else contextlib.nullcontext(), _ending_together(fabric):
         if fabric.is_global_zero:
             run.start(out, resume=resume)
             if protocol.workers:
@@ -88,6 +88,17 @@ def train(
     if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter: it would abort now and then
         torch.distributed.destroy_process_group()
     return rows
+
+
+@contextlib.contextmanager
+def _ending_together(fabric: Fabric) -> Iterator[None]:
+    """Stop the processes that the first one started with it: they would wait, and then blame the connection."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in getattr(fabric.strategy.launcher, "procs", ()):
+            process.terminate()
+        raise
 
 
 def _fabric(devices: int, precision: str | None = None) -> Fabric:
