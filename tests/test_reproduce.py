@@ -341,7 +341,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     runs, out = tmp_path / "runs", tmp_path / "out"
     words = ["reproduce", str(tmp_path / "small.toml"), "--data", str(tmp_path / "cells"), "--runs", str(runs)]
     words += ["--out", str(out), "--seeds", "0,1", "--set", "epochs=1", "--set", "preprocess.image_size=16"]
-    words += ["--set", "batch_size=8", "--set", "workers=0", "--budget", "20m"]
+    words += ["--set", "batch_size=8", "--set", "workers=0", "--set", "stem=small", "--budget", "20m"]
     process = subprocess.Popen([sys.executable, "-m", "edgekd", *words], preexec_fn=heed_ctrl_c)
     while not list(runs.glob("*/*/test.json")) and process.poll() is None:
         time.sleep(0.02)
