@@ -274,7 +274,7 @@ def test_training(cells: Path, teacher: Path, tmp_path: Path, monkeypatch: pytes
     assert len(held) == 3
     assert all(torch.equal(v, saved[k]) for net in held for k, v in net.state_dict().items())
 
-    own, student = states[0]["criterion"], run.read_header(whole).build()
+    own, student = states[0]["criterion"], run.load_model(whole)[0]
     assert bool(own) == (name in ("fitnets", "vid", "ab"))
     assert models[0].keys() == student.state_dict().keys()
     trained = [k for k in own if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))]
