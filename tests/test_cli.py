@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
     out = tmp_path / "out"
     words: dict[str, list[str | Path]] = {
         "train": ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--epochs", "1",
-                  "--image-size", "16", "--set", "workers=0", "--set", "batch_size=8", "--out", out],
+                  "--image-size", "16", "--set", "stem=small", "--workers", "0", "--batch-size", "8", "--out", out],
         "compile": ["compile", student_onnx, "--backend", "onnxruntime", "--out", out],
         "data": ["data", "synthetic", "--out", out, "--count", "10", "--size", "512"],
     }  # fmt: skip
