@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
     out = tmp_path / "out"
     words: dict[str, list[str | Path]] = {
         "train": ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--epochs", "1",
-                  "--image-size", "16", "--set", "workers=0", "--set", "batch_size=8", "--out", out],
+                  "--image-size", "16", "--set", "workers=0", "--set", "batch_size=8", "--set", "stem=small", "--out", out],
         "compile": ["compile", student_onnx, "--backend", "onnxruntime", "--out", out],
         "data": ["data", "synthetic", "--out", out, "--count", "10", "--size", "512"],
     }  # fmt: skip
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
 
 def test_ctrl_c_while_training(cells: Path, tmp_path: Path) -> None:
     words = ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--image-size", "16"]
-    process = command(*words, "--set", "batch_size=8", "--epochs", "500", "--out", tmp_path / "run")
+    process = command(*words, "--set", "batch_size=8", "--set", "stem=small", "--epochs", "500", "--out", tmp_path / "run")
     while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
