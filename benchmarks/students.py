@@ -92,8 +92,9 @@ def untrained(name: str, asked: argparse.Namespace) -> Subject:
     file = Path(asked.weights or ".") / f"{name}.safetensors"
     pretrained = bool(asked.weights) and file.is_file()
     preprocess = Preprocess(asked.image_size, *(HALF.get(name, ()) if pretrained else ()))
-    items = tuple(Item(found.path, found.label) for found in scan(asked.data).items)
-    split = Split((), {"train": items[::2], "test": items[1::2]}, "every other", 0, "none", 0, 0, "")
+    folder = scan(asked.data)
+    items = tuple(Item(found.path, found.label) for found in folder.items)
+    split = Split(folder.classes, {"train": items[::2], "test": items[1::2]}, "every other", 0, "none", 0, 0, "")
     calibration, _ = load_part(split, "train", data=asked.data, preprocess=preprocess, limit=asked.calibration)
     images, _ = load_part(split, "test", data=asked.data, preprocess=preprocess, limit=asked.images)
     classes = tuple(f"class {i}" for i in range(1000 if pretrained else 5))

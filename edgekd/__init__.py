@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import EdgekdError
+
+# Nothing is sent anywhere. ONNX Runtime and huggingface_hub read these when imported, and child processes inherit them;
+# OpenVINO, which counts its imports, knows no variable and does without a package that cannot be imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from edgekd.runtime.classifier import Classifier as Classifier
@@ -26,3 +33,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(classifier, name)
     raise AttributeError(f"module 'edgekd' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,18 @@
-"""`python -m edgekd` is the `edgekd` command."""
+"""The `edgekd` command, also as `python -m edgekd`."""
 
-from edgekd.cli import main
+from __future__ import annotations
+
+from edgekd import shell
+
+
+def main() -> None:
+    """Run the command; signals and streams are seen to before what takes long to import."""
+    shell.heed()
+    shell.streams()
+    from edgekd.cli import app
+
+    app(prog_name="edgekd")
+
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ import onnx
 from edgekd.errors import BackendError, ConfigError, nearest
 from edgekd.files import atomic_write, cache_folder, to_json
 from edgekd.runtime.preprocess import Array
+from edgekd.specs import parse_json
 
 log = logging.getLogger(__name__)
 Progress: TypeAlias = Callable[[int, int], None]
@@ -154,7 +155,7 @@ def calibration_key(model: onnx.ModelProto, tensors: Sequence[str], images: Arra
 def _read(path: Path, key: str, tensors: Sequence[str]) -> dict[str, float] | None:
     """What the file holds, if it is whole and says itself that it belongs to the key."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         found = {name: float(kept["ranges"][name]) for name in tensors}
         return found if kept["key"] == key else None
     except FileNotFoundError:

@@ -58,3 +58,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`known: a, b. Did you mean 'a'?` for an error's fix."""
     known = sorted(known)
     return f"known: {', '.join(known)}. {closest(name, known)}".rstrip()
+
+
+def check_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value that is none of a few words. what: the option, for the error.
+
+    Raises:
+        ConfigError: with the known words and the nearest.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"{what} {value}: no such word", fix=nearest(value, known))

@@ -15,10 +15,11 @@ import onnxsim
 import torch
 from torch import Tensor, nn
 
+from edgekd import onnxcheck
 from edgekd.artifact import Card, Exit, put_card
 from edgekd.engines.graphs import graph, with_shapes
 from edgekd.errors import ArtifactError, ConfigError, GateError
-from edgekd.files import atomic_write
+from edgekd.files import NETWORK, atomic_write, refuse_other
 from edgekd.models.multi_exit import Outputs
 from edgekd.runtime.preprocess import Array
 
@@ -97,14 +98,25 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
 
     images: (N, 3, H, W), real ones; names: what to call each in an error.
 
+    The file's metadata say how to run it elsewhere: `input`, `image_size`, `resize` (stretch, or crop: keep the aspect
+    ratio and cut the middle), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1), `output`
+    (logits) and `classes` (a JSON list). `edgekd` is the card, with a SHA-256 of the file.
+
     Raises:
+        ArtifactError: `out` is something else than such a file.
         ConfigError: the network cannot be cut at an exit; its name and place are given.
-        GateError: an exit differs by more than `TOLERANCE` on an image; both are named and nothing is written.
+        GateError: an exit differs by more than `TOLERANCE` on an image; both are named and nothing is written. Weights
+            that are not finite.
     """
+    refuse_other(out, NETWORK)
     model = to_onnx(network, image_size=card.preprocess.image_size)
     _check_cuts(model, card, at=getattr(network, "exit_at", ()))
     put_card(model, card)
     data = model.SerializeToString()
+    try:
+        onnxcheck.parsed(data)
+    except ValueError as error:
+        raise GateError(f"the network is not exported: {error}", fix="train it anew") from None
     worst = check_parity(network, data, images, names=names)
     atomic_write(out, data)
     return worst

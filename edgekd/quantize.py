@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import onnx
 from edgekd.artifact import Card
 from edgekd.engines.graphs import backbone, with_shapes
 from edgekd.errors import ConfigError, nearest
+from edgekd.files import temporary_folder
 from edgekd.fold import fold_norms
-from edgekd.host import exact_int8
 from edgekd.quantize_dla import quantize_dla
 from edgekd.quantize_tensorrt import quantize_tensorrt
 from edgekd.runtime.preprocess import Array
@@ -23,7 +24,7 @@ _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Tells ONNX Runtime that shapes are there, or it logs advice to infer them."""
 
 
-def _cpu_settings() -> dict[str, Any]:
+def _cpu_settings(reduce_range: bool) -> dict[str, Any]:
     """uint8 activations with a zero point, int8 weights a channel: what ONNX Runtime and OpenVINO run fast.
 
     Symmetric int8 activations, which TensorRT wants, ran slower than float in ONNX Runtime. Linear layers stay
@@ -31,7 +32,6 @@ def _cpu_settings() -> dict[str, Any]:
     the shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4 crashes in GhostNet, MixNet
     and DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large. Depthwise convolutions take
     part; ONNX Runtime quantises one left in float between others by itself, a whole tensor at once, and badly.
-    Weights keep to 7 bits on CPUs whose 8-bit sums would saturate.
     """
     from onnxruntime.quantization import QuantType
 
@@ -40,7 +40,7 @@ def _cpu_settings() -> dict[str, Any]:
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QInt8,
         "per_channel": True,
-        "reduce_range": not exact_int8(),
+        "reduce_range": reduce_range,
     }
 
 
@@ -55,12 +55,14 @@ def quantize(
     *,
     target: str,
     heads: bool,
+    reduce_range: bool = False,
     method: str = "minmax",
     progress: Callable[[int, int], None] | None = None,
 ) -> onnx.ModelProto:
     """A Q/DQ graph with the same inputs, outputs and boundaries.
 
     images: (N, 3, H, W), preprocessed, of the training split. heads: quantise the exit heads, too.
+    reduce_range: keep the weights of the target `cpu` to 7 bits, for CPUs whose sums of 8-bit products saturate.
     method: `minmax`, `percentile` or `entropy`; the last two keep every activation in memory.
 
     Raises:
@@ -77,8 +79,8 @@ def quantize(
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
 
     ready = _prepared(model)
-    with tempfile.TemporaryDirectory(prefix="edgekd-quantize-") as folder:
-        out = Path(folder) / "quantised.onnx"
+    with _temporary() as folder:
+        out = folder / "quantised.onnx"
         quantize_static(
             ready,
             str(out),
@@ -86,11 +88,22 @@ def quantize(
             quant_format=QuantFormat.QDQ,
             calibrate_method={m.name.lower(): m for m in CalibrationMethod}[method],
             nodes_to_exclude=[] if heads else _head_names(ready, card),
-            **_cpu_settings(),
+            **_cpu_settings(reduce_range),
         )
         quantised = onnx.load(str(out))
     del quantised.metadata_props[:]
     return quantised
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder that ONNX Runtime has its temporary folders in, too: it leaves them behind when it is killed."""
+    with temporary_folder("quantize") as folder:
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
 
 
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:

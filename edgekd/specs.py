@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import math
+import re
+import reprlib
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgekd import shipped
-from edgekd.errors import ConfigError, EdgekdError, nearest
+from edgekd.errors import ConfigError, EdgekdError, closest, nearest
 from edgekd.files import atomic_write
 
 T = TypeVar("T")
+MANY = 20
+"""Problems that an error lists."""
+DEPTH = 50
+"""Lists and tables inside each other that are read, far more than any file has and far fewer than Python can."""
 
 
 def load(
@@ -36,6 +45,8 @@ def load(
     path = shipped.find(kind, name)
     try:
         table = _parsed(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", fix="check the path and its rights") from None
     except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
         raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
     if not overrides:
@@ -68,13 +79,71 @@ def _blamed(problem: str, given: Mapping[str, str]) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """TOML, read by tomllib or, below Python 3.11, by tomli, which a bare device may lack: only TOML files need it."""
+    """TOML, read by tomllib or, below Python 3.11, by tomli, which a bare device may lack: only TOML files need it.
+
+    Raises:
+        ValueError: no TOML, or values that no file of ours holds (see `plain`).
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    table: dict[str, Any] = tomllib.loads(text)
+    try:
+        table: dict[str, Any] = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return typing.cast(dict[str, Any], plain(table))
+
+
+def parse_json(text: str) -> Any:
+    """JSON as its standard has it: no NaN, no key twice, nothing that `plain` refuses.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        return plain(json.loads(text, object_pairs_hook=_unique))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
     return table
+
+
+def plain(tree: Any) -> Any:
+    """The tree, if a program that trusts what it reads can take it.
+
+    Raises:
+        ValueError: NaN, an infinity, an integer beyond 64 bits, text that is no Unicode or holds NUL, or deep nesting.
+    """
+    level = [tree]
+    for _ in range(DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, (list, tuple)):
+                below += value
+            elif isinstance(value, str) and ("\0" in value or (not value.isascii() and _has_surrogates(value))):
+                raise ValueError(f"{reprlib.repr(value)} is no text")
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{value} is no number")
+            elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError("a number of more than 64 bits")
+        if not below:
+            return tree
+        level = below
+    raise ValueError("nested too deeply")
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _set(table: dict[str, Any], key: str, value: Any) -> None:
@@ -113,13 +182,14 @@ def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type
     problems: list[str] = []
     value = _dataclass(cls, table, "", problems)
     if problems:
-        raise error(f"{where}:\n" + "\n".join(f"  {p}" for p in problems), fix="mend these keys")
+        more = [f"  and {len(problems) - MANY} more"] if len(problems) > MANY else []
+        raise error("\n".join([f"{where}:", *(f"  {p}" for p in problems[:MANY]), *more]), fix="mend these keys")
     return typing.cast(T, value)
 
 
 def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(table, Mapping):
-        return problems.append(f"{at or 'the file'}: expected a table, found {table!r}")
+        return problems.append(f"{at or 'the file'}: expected a table, found {reprlib.repr(table)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     before = len(problems)
@@ -147,7 +217,9 @@ def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        return problems.append(f"{at}: {value!r} is none of {', '.join(map(str, args))}")
+        near = closest(value, map(str, args)) if isinstance(value, str) else ""
+        known = ", ".join(map(str, args)) + (f". {near}" if near else "")
+        return problems.append(f"{at}: {reprlib.repr(value)} is none of {known}")
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, f"{at}.", problems)
     if origin is tuple and isinstance(value, (list, tuple)):
@@ -161,7 +233,7 @@ def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    return problems.append(f"{at}: expected {_name(hint)}, found {value!r}")
+    return problems.append(f"{at}: expected {_name(hint)}, found {reprlib.repr(value)}")
 
 
 def _any_of(arms: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
@@ -174,7 +246,7 @@ def _any_of(arms: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> 
             return fitting
     if len(arms) == 1:  # an optional value: what is wrong inside it
         return problems.extend(found)
-    return problems.append(f"{at}: expected {' or '.join(map(_name, arms))}, found {value!r}")
+    return problems.append(f"{at}: expected {' or '.join(map(_name, arms))}, found {reprlib.repr(value)}")
 
 
 def _name(hint: Any) -> str:
@@ -183,12 +255,16 @@ def _name(hint: Any) -> str:
 
 def write_toml(path: Path, spec: Any) -> None:
     """Write a dataclass (its nested ones as tables) as TOML that `load` reads back."""
-    plain = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
-    lines = [f"{k} = {_toml(v)}" for k, v in plain.items() if not isinstance(v, dict)]
-    for name, table in plain.items():
+    values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
+    for name, table in values.items():
         if isinstance(table, dict):
-            lines += ["", f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in table.items() if v is not None)]
+            lines += ["", f"[{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in table.items() if v is not None)]
     atomic_write(path, ("\n".join(lines) + "\n").encode())
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
 
 
 def _toml(value: Any) -> str:
@@ -197,6 +273,5 @@ def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + escaped.replace("\n", "\\n") + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's
     return repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 from fakes.box import box, small_student  # noqa: F401  # fixtures
+from faults.base import make_base
 
 if TYPE_CHECKING:
     from edgekd.training.protocol import Protocol
@@ -46,6 +48,22 @@ def shared() -> Path:
     if not (SHARED / "data" / "sipakmed").is_dir():
         pytest.skip(f"real images are missing: no {SHARED / 'data'}")
     return SHARED
+
+
+@pytest.fixture
+def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An x86 CPU that says it has no VNNI. What the libraries run is the real one's."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("only x86 can be without VNNI")
+    monkeypatch.setattr("edgekd.host._cpuinfo", lambda key: "fpu avx2" if key == "flags" else "Old CPU")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the fault tests work on: see tests/faults/base.py."""
+    folder = tmp_path_factory.mktemp("faults") / "base"
+    make_base(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from edgekd import specs
 from edgekd.artifact import Item, Split, put_card, read_onnx
 from edgekd.bench import variants
 from edgekd.bench.record import Record, read_record, write_record
-from edgekd.bench.suite import Suite, bench, run_worker
+from edgekd.bench.suite import Suite, bench, expected_seconds, run_worker
 from edgekd.bench.tables import markdown
 from edgekd.bench.worker import Job, cut, take
 from edgekd.engines import open_engine
@@ -59,6 +59,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Split]:
 @pytest.fixture(scope="module")
 def measured(tuned: Path, split: tuple[Path, Split]) -> tuple[Record, list[tuple[int, int]]]:
     ticks: list[tuple[int, int]] = []
+    foretold: list[float] = []
     record = bench(
         tuned,
         suite=TINY,
@@ -67,8 +68,21 @@ def measured(tuned: Path, split: tuple[Path, Split]) -> tuple[Record, list[tuple
         against={"plain": tuned},
         command="edgekd bench x",
         progress=lambda done, total: ticks.append((done, total)),
+        foretell=foretold.append,
     )
+    assert len(foretold) == 1
+    assert foretold[0] > 0
     return record, ticks
+
+
+def test_the_time_is_foretold_by_hand() -> None:
+    """Two rounds of a process that takes 3 s besides measuring, 0.1 s a query and 0.5 s a batch of 4."""
+    suite = dataclasses.replace(TINY, min_count=(5, 4), min_seconds=1.0, warmup_seconds=0.25, rounds=2)
+    once = 3 + (0.25 + 1.0) + (0.25 + 4 * 0.5)
+    accuracy = (900 + 100) * 0.1
+    assert expected_seconds(suite, 3.0, [0.1, 0.5], count=900, beside=False) == pytest.approx(2 * once + accuracy)
+    with_turns = 2 * (once + 0.25 + 2 * 1.0) + accuracy
+    assert expected_seconds(suite, 3.0, [0.1, 0.5], count=900, beside=True) == pytest.approx(with_turns)
 
 
 def test_every_variant_is_measured(measured: tuple[Record, list[tuple[int, int]]], tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_predict_prints_tables_and_names_bad_files(student_onnx: Path, cells: Pa
     rows = json.loads(edgekd("predict", student_onnx, *good, "--json"))
     assert [Path(r["file"]).name for r in rows] == [g.name for g in good]
     assert sum(rows[0]["probabilities"]) == pytest.approx(1, abs=1e-4)
-    assert edgekd("predict", student_onnx, cells / "halo", "--csv").startswith("file,label,confidence,exit\n")
+    assert edgekd("predict", student_onnx, cells / "halo", "--csv").startswith("file,label,confidence,exit,error\n")
     text = edgekd("predict", student_onnx, good[0], tmp_path / "cut.png", code=1)
     assert good[0].name in text
     assert "cut.png: cannot be decoded" in text
@@ -146,6 +146,7 @@ def command(*words: str | Path, limit: int | None = None) -> subprocess.Popen[st
         stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=prepare,
+        start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
@@ -170,18 +171,21 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
     assert not (out / "model.safetensors").exists()
 
 
-def test_ctrl_c_while_training(cells: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_while_training(cells: Path, tmp_path: Path, sig: signal.Signals) -> None:
+    """The workers that read images get the signal, too."""
     words = ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--image-size", "16"]
     process = command(*words, "--set", "batch_size=8", "--set", "stem=small", "--epochs", "500", "--out", tmp_path / "run")
     while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, sig)
     try:
         text, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, text
-    assert "interrupted" in text
+    assert process.returncode == 128 + sig, text
+    assert f"interrupted by {sig.name}" in text
+    assert "--resume" in text
     assert "Traceback" not in text
     assert not list((tmp_path / "run").glob(".*partial*"))
 

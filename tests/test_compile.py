@@ -10,8 +10,9 @@ import pytest
 
 from edgekd import specs
 from edgekd.artifact import read_manifest
-from edgekd.engines import Recipe, compile_engine, open_engine
-from edgekd.engines.check import drops
+from edgekd.cli.deploy import _attempts
+from edgekd.engines import Attempt, Recipe, compile_engine, open_engine
+from edgekd.engines.check import check
 from edgekd.errors import BackendError, ConfigError, GateError
 from edgekd.files import sha256
 
@@ -112,20 +113,84 @@ def test_precision_that_does_not_run_is_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("asked", [256, 12])
 def test_gate_shows_a_table_and_writes_nothing(
-    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path, asked: int
 ) -> None:
     with pytest.raises(GateError) as caught:
         compile_engine(
             student_onnx,
             tmp_path / "e",
-            recipe=recipe("int8", max_accuracy_drop=-100.0),
+            recipe=recipe("int8", max_accuracy_drop=-100.0, calibration_images=asked),
             calibration=IMAGES,
             validation=validation,
         )
-    for word in ("onnxruntime int8", "openvino int8", "12 validation images", "exit_0", "exit_3", "-100.00"):
+    for word in ("onnxruntime int8", "openvino int8", "12 validation images", "exit_0", "ensemble", "final", "-100.00"):
         assert word in caught.value.what
+    assert ("more than 12" in caught.value.fix) == (asked == 12)  # of 256 there were no more
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("int8", "float_", "kept"), [((1, 0), None, "int8"), ((9, 7), (9, 8), "float"), ((3, 0), (4, 0), "int8")]
+)
+def test_the_heads_that_lose_less_are_kept(
+    student_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    int8: tuple[int, int],
+    float_: tuple[int, int] | None,
+    kept: str,
+) -> None:
+    """Images lost and gained of 168, which refuse none of these; above 0.6 points float heads are tried, too."""
+    from edgekd.engines import build
+
+    counts = [{"images": 168, "lost": n, "gained": g} for n, g in filter(None, (int8, float_))]
+    found = iter([{"validation_images": 168, "answers": {"ensemble": c, "final": c}} for c in counts])
+    monkeypatch.setattr(build, "check", lambda *args, **options: ({}, next(found)))
+    manifest, (attempt,) = compile_engine(
+        student_onnx,
+        tmp_path / "e",
+        recipe=recipe("int8", max_accuracy_drop=0.6),
+        backend="onnxruntime",
+        calibration=IMAGES,
+        validation=None,
+    )
+    assert f"exit heads: {kept} convolutions" in manifest.notes
+    assert not list(found)
+    assert "168 validation images cannot tell whether it is within 0.6" in manifest.notes[-1]
+    assert attempt.drop is not None
+    assert attempt.drop_bounds is not None
+    assert attempt.drop_bounds[0] < attempt.drop < attempt.drop_bounds[1]
+    assert open_engine(tmp_path / "e").logits(IMAGES[:1]).shape == (4, 1, 5)
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {*manifest.files, "manifest.json"}
+
+
+def test_answers_are_judged_and_exits_reported(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    """A shallow exit that is worth nothing does not refuse an engine whose answers are right."""
+    engine = open_engine(student_onnx)
+    images, labels = validation
+    logits = engine.logits(images)
+    better = logits.copy()
+    better[0] = 100.0 * np.eye(5, dtype=np.float32)[labels]  # what the first exit would have answered rightly
+    better[1:] = 1000.0 * np.eye(5, dtype=np.float32)[labels]
+    _, accuracy = check(engine, validation, better, recipe=recipe("fp16", max_accuracy_drop=50.0))
+    assert accuracy["float"][0] - accuracy["engine"][0] >= 0.5
+    final = accuracy["answers"]["final"]
+    assert (final["float"], final["engine"], final["lost"], final["gained"]) == (1.0, 1.0, 0, 0)
+
+
+def test_the_table_shows_a_refusal_whole() -> None:
+    table = _attempts(
+        [
+            Attempt("openvino", True, 1.5, {}, 0.6, (-0.6, 1.8), "in one piece 1.40 ms"),
+            Attempt("onnxruntime", False, note="loses too much:\n  exit_0  99.0\n  final   98.0"),
+        ]
+    )
+    assert "0.60 [-0.60, 1.80]" in table
+    assert table.endswith("\nonnxruntime: loses too much:\n  exit_0  99.0\n  final   98.0")
 
 
 def test_heads_stay_float_when_quantised_ones_are_refused(
@@ -151,12 +216,8 @@ def test_heads_stay_float_when_quantised_ones_are_refused(
         validation=validation,
     )
     assert manifest.precision["int8"] == pytest.approx(20 / 58)
-    assert manifest.notes == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
+    assert manifest.notes[:2] == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
     assert manifest.calibration["images"] == 12
-
-
-def test_drops_in_points() -> None:
-    assert drops({"float": [0.9, 0.8], "engine": [0.89, 0.81]}) == pytest.approx([1.0, -1.0])
 
 
 @pytest.mark.parametrize("calibration", [None, IMAGES[:0]])

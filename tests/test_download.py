@@ -8,7 +8,7 @@ import pickle
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,22 @@ def test_wrong_checksum_and_wrong_part(server: Server, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_an_archive_of_the_users_stays(
+    right: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = zipped({"set/a/1.png": b"1", "set/b/2.png": b"2"})
+    server.files["set.zip"] = content
+    monkeypatch.setitem(download.SOURCES, "kather2016", source(server, "set.zip", content))
+    own = {"set.zip": content if right else b"something else", "set.zip.part": b"of a browser"}
+    for name, data in own.items():
+        (tmp_path / name).write_bytes(data)
+    get("kather2016", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == own
+    assert len(server.asked) == (0 if right else 1)
+
+
 def test_no_file_and_no_server(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="404"):
         fetch(source(server, "none.zip"), tmp_path / "none.zip")
@@ -144,6 +160,51 @@ def test_archives_may_not_leave_their_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "bad.zip").write_bytes(CONTENT)
     with pytest.raises(DataError, match="cannot be unpacked"):
         unzip(tmp_path / "bad.zip", tmp_path / "in")
+
+
+def links(archive: zipfile.ZipFile) -> None:
+    info = zipfile.ZipInfo("a/link")
+    info.external_attr = 0o120777 << 16
+    archive.writestr(info, "/etc/passwd")
+
+
+def twice(archive: zipfile.ZipFile) -> None:
+    with pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a/1.png", b"y")
+
+
+ODD: dict[str, Callable[[zipfile.ZipFile], Any]] = {
+    "a link": links,
+    "a name twice": twice,
+    "a file that is a folder": lambda archive: archive.writestr("a", b"x"),
+    "a name too long": lambda archive: archive.writestr("a/" + "x" * 300, b"x"),
+    "no name": lambda archive: archive.writestr(".", b"x"),
+}
+
+
+@pytest.mark.parametrize("what", [*ODD, "encrypted", "an unknown compression", "damaged data", "cut short", "no files"])
+def test_odd_archives(what: str, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        if what != "no files":
+            archive.writestr("a/1.png", bytes(1000))
+        if what in ODD:
+            ODD[what](archive)
+    data = bytearray(stream.getvalue())
+    head, directory = 0, data.find(b"PK\x01\x02")
+    if what == "encrypted":
+        data[head + 6] |= 1
+        data[directory + 8] |= 1
+    if what == "an unknown compression":
+        data[head + 8] = data[directory + 10] = 99
+    if what == "damaged data":
+        data[40:50] = bytes(10)
+    if what == "cut short":
+        del data[len(data) // 2 :]
+    (tmp_path / "odd.zip").write_bytes(data)
+    with pytest.raises(DataError, match=r"odd\.zip"):
+        unzip(tmp_path / "odd.zip", tmp_path / "in")
+    assert not [p for p in tmp_path.rglob("*") if p.is_symlink()]
 
 
 def test_cifar100_through_torchvision(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

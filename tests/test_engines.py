@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
+from edgekd import specs
 from edgekd.artifact import MANIFEST, Exit, put_card, read_card, read_manifest, read_onnx, write_manifest
+from edgekd.bench.suite import Suite
 from edgekd.engines import Recipe, compile_engine, open_engine
 from edgekd.engines.backends import find_backend, shares
-from edgekd.errors import ArtifactError, BackendError
-from edgekd.host import exact_int8
+from edgekd.errors import ArtifactError, BackendError, ConfigError
+from edgekd.runtime.classifier import Classifier
 
 RNG = np.random.default_rng(2)
 IMAGES = RNG.normal(size=(12, 3, 32, 32)).astype(np.float32)
@@ -203,15 +206,44 @@ def test_built_elsewhere(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "Other CPU" in caplog.text
 
 
-def test_quantised_for_vnni(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = read_manifest(copy)
+def test_quantised_for_vnni(copy: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest) -> None:
+    """ONNX Runtime answers the same to the bit by slower kernels; OpenVINO's sums would saturate."""
+    manifest, before = read_manifest(copy), open_engine(copy).logits(IMAGES)
     write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "exact_int8": True}))
-    monkeypatch.setattr("edgekd.host._cpuinfo", lambda key: "fpu avx2" if key == "flags" else "Old CPU")
-    monkeypatch.setattr("platform.machine", lambda: manifest.host["machine"])
-    if exact_int8():
-        pytest.skip("only x86 can be without VNNI")
-    with pytest.raises(ArtifactError, match="CPU with VNNI"):
-        open_engine(copy)
+    request.getfixturevalue("without_vnni")
+    if manifest.backend == "openvino":
+        with pytest.raises(ArtifactError, match="CPU with VNNI"):
+            open_engine(copy)
+        return
+    assert np.array_equal(open_engine(copy).logits(IMAGES), before)
+    assert "takes longer" in caplog.text
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_compiled_without_vnni(engine_path: Path, student_onnx: Path, tmp_path: Path) -> None:
+    """Full weights and a note of the cost in ONNX Runtime, 7 bits in OpenVINO."""
+    backend = read_manifest(engine_path).backend
+    manifest, _ = compile_engine(
+        student_onnx, tmp_path / "e", recipe=QUICK, backend=backend, calibration=IMAGES, validation=None
+    )
+    assert not manifest.host["exact_int8"]
+    assert any("without VNNI" in note for note in manifest.notes)
+    if backend == "onnxruntime":
+        values = [numpy_helper.to_array(i) for i in onnx.load(tmp_path / "e" / "monolithic.onnx").graph.initializer]
+        assert max(abs(v.astype(int)).max() for v in values if v.dtype == np.int8 and v.ndim == 4) == 127
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_from_one_on(student_onnx: Path, tmp_path: Path, threads: int) -> None:
+    options = {"recipe": QUICK, "calibration": IMAGES, "validation": None}
+    for refused in (
+        lambda: open_engine(student_onnx, threads=threads),
+        lambda: Classifier(student_onnx, threads=threads),
+        lambda: compile_engine(student_onnx, tmp_path / "e", threads=threads, **options),
+        lambda: specs.load(Suite, "benchmarks/suites", "quick", overrides={"threads": threads}),
+    ):
+        with pytest.raises(ConfigError, match="threads"):
+            refused()
 
 
 def test_onnx_damaged_or_foreign(student_onnx: Path, tmp_path: Path) -> None:

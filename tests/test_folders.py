@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgekd.data.folders import SHOWN, Folder, check, scan
+from edgekd.data.folders import SHOWN, Folder, check, image_files, scan
 from edgekd.errors import DataError
 
 
@@ -61,6 +63,71 @@ def test_parts_above_class_folders(tmp_path: Path) -> None:
     picture(tmp_path / "extra" / "0.png")
     with pytest.raises(DataError, match="extra beside"):
         scan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [(("training", "Validation", "TESTING"), ("train", "val", "test")), (("train", "valid", "test"), None)],
+)
+def test_names_of_part_folders(tmp_path: Path, names: tuple[str, ...], parts: tuple[str, ...] | None) -> None:
+    for n, (part, name) in enumerate(itertools.product(names, "ab")):
+        picture(tmp_path / part / name / "0.png", n)
+    found = {item.path.split("/")[0]: item.part for item in scan(tmp_path).items}
+    assert found == dict(zip(names, parts or ("train", "val", "test")))
+
+
+def test_what_counts_is_the_same_in_training_and_prediction(tmp_path: Path) -> None:
+    """Names of every kind: what `scan` takes in class folders is what `image_files` finds."""
+    data, elsewhere = two_classes(tmp_path / "data"), tmp_path / "elsewhere"
+    counted = ["1.JPG", "2.jfif", "3.avif", "4.jpe", "5.PGM", "6.pnm", "7.jp2", "8.Tiff", "9.webp", "x.png/inside.png"]
+    not_counted = [".hidden.png", "._1.JPG", "Thumbs.db", "desktop.ini", "notes.txt", "png", ".png"]
+    for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", ".Trash-1000"):
+        not_counted += [f"{folder}/1.png", f"deeper/{folder}/1.png"]
+    beside = [f"{name}/a/0.png" for name in (".cache", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")]
+    for name in [*(f"a/{n}" for n in counted + not_counted), *beside]:
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+    picture(elsewhere / "deep" / "far.png", 50)
+    (elsewhere / "back").symlink_to(elsewhere)  # a circle
+    (data / "a" / "up").symlink_to(data)  # would make all of b's images a's
+    (data / "a" / "folder").symlink_to(elsewhere)
+    (data / "a" / "file.png").symlink_to(elsewhere / "deep" / "far.png")
+    for lost in ("lost.png", "lost", "itself"):
+        (data / "a" / lost).symlink_to("itself")
+    counted += ["folder/deep/far.png", "file.png", "lost.png", "lost", "itself", "0.png", "2.png", "4.png"]
+    folder = scan(data)
+    assert {i.path for i in folder.items if i.label == 0} == {f"a/{name}" for name in counted}
+    assert (folder.classes, folder.bad) == (("a", "b"), {})
+    for inside in (data, data / "a"):
+        taken = {(data / i.path) for i in folder.items if (data / i.path).is_relative_to(inside)}
+        found = image_files(inside)
+        assert len(found) == len(set(found))
+        assert set(found) == taken
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    """A split cannot hold it, so training refuses it in a form that can be printed; it can be predicted."""
+    data = two_classes(tmp_path)
+    odd = picture(data / "a" / os.fsdecode(b"caf\xe9.png"), 9)
+    assert odd in image_files(data)
+    with pytest.raises(DataError, match=r"'a/caf\\udce9\.png' .* is not UTF-8") as caught:
+        scan(data)
+    str(caught.value).encode()
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, scandir = two_classes(tmp_path), os.scandir
+    (data / "a" / "closed").mkdir()
+
+    def refuse(folder: str) -> object:
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # who runs this as root may read everything
+    for ask in (scan, image_files):
+        with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\)"):
+            ask(data)
 
 
 def test_sipakmed_as_it_is_given_out(tmp_path: Path, shared: Path) -> None:

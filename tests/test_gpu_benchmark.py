@@ -22,7 +22,7 @@ from edgekd.artifact import Item, Split, read_split
 from edgekd.bench.record import read_record
 from edgekd.engines import open_engine
 from edgekd.errors import GateError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, sha256, to_json
 from edgekd.runtime.images import load_part
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
@@ -50,7 +50,7 @@ def prepared(small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((40, 30), Image.Resampling.BICUBIC)
         image.save(data / f"{i}.jpg")
         label = engine.logits(engine.card.preprocess(image)[None])[-1].argmax()
-        items.append(Item(f"{i}.jpg", int(label)))
+        items.append(Item(f"{i}.jpg", int(label), digest=sha256(data / f"{i}.jpg")))
     parts = {"train": tuple(items[:20]), "val": tuple(items[20:40]), "test": tuple(items[40:])}
     split = Split(engine.card.classes, parts, "by hand", 0, "none", 0, 0, "fingerprint")
     atomic_write(folder / "split.json", to_json(split))

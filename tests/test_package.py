@@ -48,7 +48,7 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'timm', 'safetensors')));"
         f"sys.path.insert(0, {str(tmp_path / 'site')!r});"
-        "import edgekd; assert 'site' in edgekd.__file__; from edgekd.cli import main; main()"
+        "import edgekd; assert 'site' in edgekd.__file__; from edgekd.__main__ import main; main()"
     )
 
     def edgekd(*words: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import nn
 
 from edgekd.artifact import Card, Exit, read_onnx
@@ -20,6 +21,7 @@ from edgekd.engines.graphs import backbone, graphs
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import ConfigError
 from edgekd.export import to_onnx
+from edgekd.host import exact_int8
 from edgekd.models import SingleExit
 from edgekd.quantize import quantize
 from edgekd.runtime.policy import Policy
@@ -87,6 +89,42 @@ def test_stages_pass_uint8_and_equal_the_whole_bit_for_bit(
     assert np.array_equal(run(parts["final"], IMAGES)[0], whole[3])
 
 
+def products() -> tuple[onnx.ModelProto, np.ndarray]:
+    """A convolution of 32 channels whose sums of two products leave 16 bits, and what comes of a pixel of 255."""
+    weight = np.array([[127, 127, -k, -k] * 8 for k in range(97, 127, 4)], np.int8)
+    scales = [numpy_helper.from_array(np.float32(s), n) for n, s in (("a", 1.0), ("w", 2.0**-6), ("out", 2.0**4))]
+    zero = [numpy_helper.from_array(np.uint8(z), n) for n, z in (("zero", 0), ("middle", 128))]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["images", "a", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "a", "zero"], ["x"]),
+        helper.make_node("DequantizeLinear", ["weight", "w"], ["v"]),
+        helper.make_node("Conv", ["x", "v"], ["y"]),
+        helper.make_node("QuantizeLinear", ["y", "out", "middle"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "out", "middle"], ["logits"]),
+    ]
+    images = helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["n", 32, 4, 4])
+    logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["n", 8, 4, 4])
+    constants = [*scales, *zero, numpy_helper.from_array(weight[:, :, None, None], "weight")]
+    graph = helper.make_graph(nodes, "products", [images], [logits], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return model, 16 * np.rint(255 * weight.sum(axis=1, dtype=np.float64) * 2.0**-10)
+
+
+def test_sums_of_8_bit_products_are_exact() -> None:
+    """On every CPU: without VNNI they would saturate but for a session entry."""
+    model, want = products()
+    assert np.array_equal(run(model, np.full((1, 32, 4, 4), 255, np.float32))[0][0, :, 1, 1], want)
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_without_vnni_weights_are_unsigned(tmp_path: Path) -> None:
+    """Where kernels for unsigned numbers run, which do not saturate."""
+    onnxruntime._session(products()[0].SerializeToString(), threads=1, optimised=tmp_path / "o.onnx")
+    graph = onnx.load(tmp_path / "o.onnx").graph
+    (node,) = (n for n in graph.node if n.op_type == "QLinearConv")
+    assert next(i for i in graph.initializer if i.name == node.input[3]).data_type == onnx.TensorProto.UINT8
+
+
 QUICK = ["multi-exit-shufflenet_v2_x1_0", "multi-exit-tf_mobilenetv3_small_100"]
 """Channel shuffle; squeeze-excite and hard swish."""
 SLOW = [
@@ -109,8 +147,10 @@ def test_every_student_in_int8(name: str, exported: Callable[[str], Any], tmp_pa
     path, _, cells = exported(name)
     model, card = read_onnx(path)
     want = open_engine(path, threads=1).logits(cells)
-    parts = graphs(quantize(model, card, cells[::4], target="cpu", heads=True), card)
     for backend in ("onnxruntime", "openvino"):
+        reduce_range = find_backend(backend).SATURATES and not exact_int8()
+        whole = quantize(model, card, cells[::4], target="cpu", heads=True, reduce_range=reduce_range)
+        parts = graphs(whole, card)
         engine = Engine(card, loader(backend, parts, tmp_path), backend=backend, precision="int8", threads=1)
         have = engine.logits(cells, batch_size=1)
         assert np.array_equal(engine.staged_logits(cells[:5], batch_size=1), have[:, :5])

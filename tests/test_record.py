@@ -3,21 +3,26 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edgekd import specs
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.host import Host
 from edgekd.bench.record import Record, Timing, Variant, read_record, refuse_existing, write_record
+from edgekd.bench.suite import Suite
 from edgekd.bench.tables import markdown, table, to_csv
-from edgekd.bench.targets import target_text, targets, warnings
+from edgekd.bench.targets import Limits, target_text, targets, warnings
 from edgekd.errors import ArtifactError
 from edgekd.runtime.policy import Policy
 
 CLASSES = ("round <b>", "long | thin", "[ 1, 2 ]")
 LABELS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
+LIMITS = Limits(faster=6, accuracy_drop=0.5, staged=1.1, overhead_ms=0.2)
 HOST = Host("CPU 9000", 2, 8000, "unreadable", "unreadable", "Linux 6", "x86_64", "3.11.7", {"numpy": "2.0"})
 
 
@@ -77,7 +82,7 @@ def sample() -> Record:
             variant("plain", 12.0, [0] * 8, wrong=2, against=True),
         ),
     )
-    return dataclasses.replace(record, targets=targets(record), warnings=warnings(record))
+    return dataclasses.replace(record, targets=targets(record, LIMITS), warnings=warnings(record))
 
 
 def test_written_and_read_is_the_same(tmp_path: Path) -> None:
@@ -112,6 +117,52 @@ def test_damaged_foreign_and_newer_records_are_named(tmp_path: Path) -> None:
             read_record(path)
 
 
+ODD: dict[str, tuple[tuple[str | int, ...], object]] = {
+    "an exit of 1e80": (("variants", 1, "exits", 0), 10**80),
+    "an exit that the policy has not": (("variants", 1, "exits", 0), 3),
+    "an exit below 0": (("variants", 1, "timings", 0, "exits", 0, 0), -1),
+    "an answer that is no class": (("variants", 0, "answers", 0), 3),
+    "a label that is no class": (("labels", 0), -1),
+    "an answer too few": (("variants", 0, "answers"), [0]),
+    "a label too few": (("labels",), [0]),
+    "negative times": (("variants", 0, "timings", 0, "samples_ms", 0, 0), -1.0),
+    "times of nothing": (("variants", 0, "timings", 0, "samples_ms"), []),
+    "a round of nothing": (("preprocess_ms",), []),
+    "a huge time": (("variants", 0, "timings", 0, "samples_ms", 0, 0), 1e300),
+    "other batches": (("variants", 0, "timings", 1, "batch"), 16),
+    "no batch of 1": (("variants", 0, "timings", 0, "batch"), 2),
+    "rounds of another number": (("variants", 0, "peak_mib"), [1.0]),
+    "negative memory": (("variants", 0, "before_mib", 0), -1.0),
+    "turns of three": (("variants", 2, "turns_ms", 0), [[1.0], [1.0], [1.0]]),
+    "two of a name": (("variants", 0, "name"), "cascade"),
+    "no variants": (("variants",), []),
+    "an accuracy above 1": (("variants", 0, "metrics", "accuracy"), 1.5),
+    "a confusion of other images": (("variants", 0, "metrics", "confusion", 0, 0), 99),
+    "a confusion that is no square": (("variants", 0, "metrics", "confusion", 0), [1]),
+    "a split without a fingerprint": (("split", "fingerprint"), None),
+    "an engine without a name": (("engine", "name"), None),
+    "a precision that is text": (("engine", "precision"), {"int8": "all"}),
+    "a point of nothing": (("curve", 0), {}),
+    "no threads": (("threads",), 0),
+    "two classes of a name": (("classes",), ["a", "a", "b"]),
+    "an image elsewhere": (("images", 0), "../../secret.png"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_records_that_cannot_be(name: str, tmp_path: Path) -> None:
+    """Each would end a view of it in a traceback, a hang or nonsense."""
+    write_record(tmp_path / "good.json", sample())
+    table = node = json.loads((tmp_path / "good.json").read_text())
+    path, value = ODD[name]
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    (tmp_path / "odd.json").write_text(json.dumps(table))
+    with pytest.raises(ArtifactError, match=r"odd\.json is no benchmark record"):
+        read_record(tmp_path / "odd.json")
+
+
 def test_views_of_a_variant() -> None:
     cascade = sample().find("cascade")
     assert cascade is not None
@@ -131,20 +182,50 @@ def test_targets_by_hand() -> None:
     assert staged.rounds == pytest.approx((1.05, 1.1))
     assert staged.value == pytest.approx(1.075)
     assert staged.met is True
-    assert by_name["cascade's accuracy below that of all exits together"].value == 0
+    assert by_name["cascade's accuracy minus that of all exits together"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(0, "+12.50 points; asked ≥ -0.5: met"), (2, "-12.50 points; asked ≥ -0.5: NOT")]
+)
+def test_a_cascade_above_or_below_all_exits_reads_well(wrong: int, said: str) -> None:
+    record = sample()
+    cascade = variant("cascade", 1.0, [0, 0, 0, 0, 1, 1, 2, 2], wrong=wrong)
+    variants = tuple(cascade if v.name == "cascade" else v for v in record.variants)
+    (text,) = [
+        target_text(t) for t in targets(dataclasses.replace(record, variants=variants), LIMITS) if "minus" in t.name
+    ]
+    assert said in text
+
+
+def test_without_limits_there_are_figures_and_no_verdicts() -> None:
+    found = targets(sample(), Limits())
+    assert [t.value for t in found] == [t.value for t in sample().targets]
+    assert {t.met for t in found} == {None}
+    assert not any("met" in target_text(t) for t in found)
+
+
+def test_a_suite_sets_limits() -> None:
+    """Those in the comments of the shipped one, which itself has none."""
+    quick = Path(__file__).parents[1] / "benchmarks" / "suites" / "quick.toml"
+    assert specs.load(Suite, "benchmarks/suites", str(quick)).targets == Limits()
+    lines = re.findall(r"# (\w+ = [\d.]+)", quick.read_text().partition("[targets]")[2])
+    pairs = [f"targets.{line.replace(' ', '')}" for line in lines]
+    asked = specs.load(Suite, "benchmarks/suites", "quick", overrides=specs.parse_overrides(pairs))
+    assert asked.targets == LIMITS
 
 
 def test_targets_that_are_missed_say_so() -> None:
     record = sample()
     variants = [dataclasses.replace(v, overhead_ms=0.3) if v.name == "cascade" else v for v in record.variants]
-    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)))}
+    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)), LIMITS)}
     assert "NOT met" in target_text(slow["Python around the engine, an image"])
 
 
 def test_other_networks_and_engines_are_not_judged() -> None:
     record = sample()
     variants = tuple(dataclasses.replace(v, network="resnet50") if v.against else v for v in record.variants)
-    first = targets(dataclasses.replace(record, variants=variants))[0]
+    first = targets(dataclasses.replace(record, variants=variants), LIMITS)[0]
     assert first.value > 6
     assert first.met is None
     assert "asked" not in target_text(first)

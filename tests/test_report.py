@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_record import sample
+from typer.testing import CliRunner
 
-from edgekd.bench.report import confusion_png, html, write_report
-from edgekd.errors import DataError
+from edgekd.bench import plots
+from edgekd.bench.record import read_record, write_record
+from edgekd.bench.report import html, write_report
+from edgekd.cli import app
+from edgekd.errors import ArtifactError, ConfigError, DataError
 
 VOID = {"meta", "img", "br", "path", "use", "rect"}
 
@@ -85,11 +89,51 @@ def test_images_elsewhere_are_named(tmp_path: Path) -> None:
         html(sample(), data=tmp_path)
 
 
-def test_confusion_picture(tmp_path: Path) -> None:
-    confusion_png(sample().variants[1].metrics, tmp_path / "confusion.png")
-    with Image.open(tmp_path / "confusion.png") as image:
-        assert image.format == "PNG"
-        assert min(image.size) > 300
+@pytest.mark.parametrize("place", ["/etc/x.png", "../x.png", "a/../../x.png"])
+def test_images_outside_the_data_folder_are_refused(place: str, data: Path, tmp_path: Path) -> None:
+    write_record(path := tmp_path / "record.json", sample())
+    path.write_text(path.read_text().replace(sample().images[0], place))
+    with pytest.raises(ArtifactError, match="stay in the data folder"):
+        html(read_record(path), data=data)
+
+
+@pytest.mark.parametrize(("name", "start"), [("c.PNG", b"\x89PNG"), ("c.svg", b"<?xml"), ("c.pdf", b"%PDF")])
+def test_a_picture_file_is_what_its_name_says(name: str, start: bytes, tmp_path: Path) -> None:
+    for path in (tmp_path / name, tmp_path / f"again-{name}"):
+        plots.write_confusion(sample().variants[1].metrics, path)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"again-{name}").read_bytes()
+    if name == "c.PNG":
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 300
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "x", "x.jpg", ".png"])
+def test_other_names_of_pictures_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no kind of picture"):
+        plots.picture_format(Path(name))
+    before_all_else = CliRunner().invoke(app, ["evaluate", "nothing", "--plot", name])
+    assert "no kind of picture" in before_all_else.output
+
+
+def test_names_in_a_picture_are_drawn_as_they_are_or_as_code_points(
+    caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """No box in place of a character, and one line says what is missing; dollars start no formula."""
+    bow, nobody_has = "\u2312", "\U0010fffd"  # matplotlib brings a font for the first, beside the usual one
+    record = sample()
+    metrics = record.variants[0].metrics
+
+    def drawn(*names: str) -> str:
+        return plots.confusion_svg(dataclasses.replace(metrics, per_class=dict.fromkeys(names, metrics.macro)))
+
+    drawn("cost $a$ b", "$\\frac{1}{$", f"bow {bow}")
+    assert not caplog.records
+    picture = drawn("a", "b", f"c{nobody_has}")
+    drawn("a", "b", f"c{nobody_has}")
+    assert len(caplog.records) == 1
+    assert picture == drawn("a", "b", r"c\udbff\udffd")
+    assert not recwarn.list
 
 
 def test_missing_matplotlib_is_said(tmp_path: Path) -> None:

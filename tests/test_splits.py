@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +16,19 @@ import pytest
 from edgekd.artifact import Split, read_split
 from edgekd.data.folders import Checked, Folder, Found, scan
 from edgekd.data.splits import PARTS, group_keys, make_split, summary
-from edgekd.errors import ConfigError, DataError
+from edgekd.errors import ArtifactError, ConfigError, DataError
 from edgekd.files import atomic_write, to_json
 
 
 def made_up(counts: dict[str, int], *, name: str = "{}/{}.png", part: str | None = None) -> Checked:
     """A checked folder of images that exist by name only; splitting reads no pixels."""
-    items = [Found(name.format(c, n), k, part) for k, c in enumerate(counts) for n in range(counts[c])]  # type: ignore[arg-type]
+    paths = [(name.format(c, n), k) for k, c in enumerate(counts) for n in range(counts[c])]
+    items = [Found(path, k, part, digest=digest(path)) for path, k in paths]  # type: ignore[arg-type]
     return Checked(Folder(Path("data"), tuple(counts), tuple(items), {}, 0), {}, "print")
+
+
+def digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def real(folder: Path) -> Checked:
@@ -149,16 +158,90 @@ def test_a_split_file_given_back(tmp_path: Path) -> None:
     assert read_split(tmp_path) == split == make_split(checked, method=str(tmp_path / "split.json"))
     fewer = dataclasses.replace(checked.folder, items=checked.folder.items[1:])
     relabelled = dataclasses.replace(checked.folder.items[0], label=1)
+    changed = dataclasses.replace(checked.folder.items[0], digest=digest("another picture"))
     for folder, message in (
         (fewer, r"1 images that are not in the folder: a/001_00.png"),
         (dataclasses.replace(fewer, items=(*checked.folder.items, Found("a/new.png", 0))), "fewer .* a/new.png"),
         (dataclasses.replace(fewer, items=(relabelled, *fewer.items)), "under another class: a/001_00.png"),
+        (dataclasses.replace(fewer, items=(changed, *fewer.items)), "1 images that were changed since: a/001_00.png"),
         (dataclasses.replace(fewer, classes=("a", "c")), "is for classes a, b"),
     ):
         with pytest.raises(DataError, match=message):
             make_split(dataclasses.replace(checked, folder=folder), method=str(tmp_path / "split.json"))
-    with pytest.raises(DataError, match="pictures were changed"):
-        make_split(dataclasses.replace(checked, fingerprint="other"), method=str(tmp_path / "split.json"))
+
+
+def grouped(parts: dict[str, list[str]]) -> dict[str, Any]:
+    """split.json of images `a/1` (class a, group 1), as a table."""
+    table = {
+        part: [
+            {"path": f"{path}.png", "label": "ab".index(path[0]), "group": path[2:], "digest": digest(path)}
+            for path in paths
+        ]
+        for part, paths in parts.items()
+    }
+    keys = [{i["group"] for i in items} for items in table.values()]
+    every = set().union(*keys)
+    leaking = sum(sum(key in one for one in keys) > 1 for key in every)
+    rest = {"method": "by hand", "seed": 0, "group": "x", "groups": len(every), "leaking": leaking, "fingerprint": ""}
+    return {"classes": ["a", "b"], "parts": table, **rest}
+
+
+WHOLE = {"train": ["a/1", "b/2"], "val": ["a/3", "b/3"], "test": ["a/1x", "b/4"]}
+
+
+def edit(key: str, value: object) -> Callable[[dict[str, Any]], object]:
+    """An edit of the first training image."""
+    return lambda table: table["parts"]["train"][0].update({key: value})
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "test image in train": (
+        lambda t: t["parts"]["train"].append(t["parts"]["test"][0]),
+        r"one picture is there twice, train: a/1x\.png and test: a/1x\.png",
+    ),
+    "under another name": (
+        lambda t: t["parts"]["train"].append({**t["parts"]["test"][0], "path": "a/copy.png"}),
+        r"one picture is there twice, train: a/copy\.png and test: a/1x\.png",
+    ),
+    "twice in a part": (lambda t: t["parts"]["val"].append(t["parts"]["val"][0]), "there twice, val: .* and val"),
+    "moved, so that its group leaks": (
+        lambda t: t["parts"]["train"].append(t["parts"]["val"].pop()),
+        "it says that 0 of 5 groups leak, but 1 of 5 do",
+    ),
+    "label above": (edit("label", 2), r"a/1\.png has the label 2 of 2"),
+    "label below": (edit("label", -1), r"a/1\.png has the label -1 of 2"),
+    "label no number": (edit("label", "a"), r"train\[0\]\.label: expected int"),
+    "unknown part": (lambda t: t["parts"].update(training=[]), "'training' is none of train, val, test"),
+    "absolute": (edit("path", "/etc/passwd.png"), "no plain path"),
+    "upwards": (edit("path", "a/../../b.png"), "no plain path"),
+    "same file otherwise": (edit("path", "./a/1x.png"), "no plain path"),
+    "slashes": (edit("path", "a//1x.png"), "no plain path"),
+    "the folder itself": (edit("path", "."), "no plain path"),
+    "empty": (edit("path", ""), "no plain path"),
+    "NUL": (edit("path", "a\0.png"), "is no text"),
+    "half a character": (edit("path", "\ud800.png"), "is no text|is not UTF-8"),
+    "class twice": (lambda t: t.update(classes=["a", "a"]), "classes: "),
+    "class without a name": (lambda t: t.update(classes=["a", ""]), "classes: "),
+    "one class": (lambda t: t.update(classes=["a"]), "classes: "),
+    "negative leaks": (lambda t: t.update(leaking=-1), "-1 of 5 groups"),
+    "negative groups": (lambda t: t.update(groups=-5), "0 of -5 groups"),
+    "more groups": (lambda t: t.update(groups=9), "it says that 0 of 9 groups leak, but 0 of 5 do"),
+    "no digest": (lambda t: t["parts"]["val"][0].pop("digest"), r"no SHA-256 of a/3\.png"),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_a_split_that_cannot_be_is_refused_when_it_is_read(kind: str, tmp_path: Path) -> None:
+    change, message = EDITS[kind]
+    table, path = grouped(WHOLE), tmp_path / "split.json"
+    path.write_text(json.dumps(table))
+    assert len(read_split(tmp_path).part("train")) == 2
+    change(table)
+    path.write_text(json.dumps(table))
+    for read in (lambda: read_split(tmp_path), lambda: make_split(made_up({"a": 5, "b": 5}), method=str(path))):
+        with pytest.raises(ArtifactError, match=message) as caught:
+            read()
+        assert str(path) in caught.value.what
 
 
 def test_summary_by_hand() -> None:

@@ -76,7 +76,7 @@ def test_every_branch_is_taken_in_some_version() -> None:
     names = {f"{t.kind}.{t.name}" for api in apis for t in read(SOURCES, api).touches}
     for name in ("BuilderFlag.FP16", "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "IProgressMonitor.phase_start"):
         assert name in names
-    assert {"OnnxParserRefitter.refit_from_file", "IExecutionContext.execute_async_v3"} <= names
+    assert {"OnnxParserRefitter.refit_from_bytes", "IExecutionContext.execute_async_v3"} <= names
 
 
 @pytest.mark.network

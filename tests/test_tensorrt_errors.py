@@ -15,6 +15,7 @@ import pytest
 from fakes.box import IMAGES, Box, compiled, engine_of, recipe
 from fakes.cuda import Cuda
 
+from edgekd.artifact import put_card, read_onnx
 from edgekd.engines import compile_engine, open_engine
 from edgekd.engines.backends import find_backend
 from edgekd.engines.cuda import device, find
@@ -65,8 +66,9 @@ def test_tensorrt_fails(
 
 def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     box("8.6")
-    model = onnx.load(str(small_student))
+    model, card = read_onnx(small_student)
     model.opset_import[0].version = 18
+    put_card(model, card)
     onnx.save(model, str(tmp_path / "new.onnx"))
     with pytest.raises(BackendError, match=r"TensorRT 8\.6\.1 cannot read stage_0 \(opset 18\)[\s\S]*newer TensorRT"):
         compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,11 @@ def test_a_teacher_that_has_seen_the_test_images(cells: Path, tmp_path: Path) ->
     for wrong in (replace(TINY, method="kd", seed=1), replace(TINY, seed=1, weights=str(tmp_path / "t"))):
         with pytest.raises(ConfigError, match=r"was trained on \d+ of the test images, .*\.png for one"):
             train(cells, tmp_path / "s", protocol=wrong, teacher=tmp_path / "t" if wrong.method == "kd" else None)
+    for file in sorted(cells.rglob("*.png")):
+        (tmp_path / "renamed" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "renamed" / file.parent.name / f"x{file.name[::-1]}.png")
+    with pytest.raises(ConfigError, match=r"was trained on \d+ of the test images"):
+        train(tmp_path / "renamed", tmp_path / "s", protocol=replace(TINY, weights=str(tmp_path / "t")))
     assert not (tmp_path / "s").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgekd.artifact import Manifest, read_manifest, write_manifest
 from edgekd.engines import open_engine
-from edgekd.errors import ConfigError
+from edgekd.errors import ArtifactError, ConfigError
 from edgekd.runtime.policy import Array, Average, Measure, Policy, ensemble, simulate, softmax
 from edgekd.runtime.tune import CURVE_POINTS, Labels, choose, fit_temperature, save_tuned, tune
 
@@ -143,7 +143,9 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
     assert 0 < tuned.latency_ms < 1e6
 
     write_manifest(tmp_path, Manifest(engine.card, "onnxruntime", "1", {}, {}, {}, {}, ""))
-    save_tuned(tmp_path, tuned, {"images": 34})
+    save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
+    with pytest.raises(ArtifactError, match="written anew"):
+        save_tuned(tmp_path, tuned, {}, digest="of what it was before")
     kept = read_manifest(tmp_path)
     assert kept.card.policy == tuned.policy
     assert kept.curve == tuned.curve

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekd.artifact import Item, Split, read_onnx, read_split
+from edgekd.artifact import Item, Split, leaks, read_onnx, read_split
 from edgekd.engines import open_engine
 from edgekd.errors import ConfigError, EdgekdError
-from edgekd.files import atomic_folder, atomic_write, to_json
+from edgekd.files import atomic_folder, atomic_write, sha256, to_json
 from edgekd.quantize_tensorrt import quantize_tensorrt
 from edgekd.runtime.images import load_part
 from edgekd.runtime.preprocess import Preprocess, open_image
@@ -100,7 +100,8 @@ def _few(split: Split, limits: dict[str, int]) -> Split:
         items = split.part(name)  # type: ignore[arg-type]
         few = min(limit, len(items))
         parts[name] = tuple(items[i * len(items) // few] for i in range(few))
-    return dataclasses.replace(split, parts=parts, left_out={})
+    groups, leaking = leaks(parts)
+    return dataclasses.replace(split, parts=parts, groups=groups, leaking=leaking, left_out={})
 
 
 def _write_images(split: Split, data: Path, out: Path, preprocess: Preprocess) -> Split:
@@ -112,7 +113,7 @@ def _write_images(split: Split, data: Path, out: Path, preprocess: Preprocess) -
             path = Path(part) / Path(item.path).with_suffix(".png")
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             preprocess.resized(open_image(data / item.path)).save(out / path)
-            written.append(dataclasses.replace(item, path=str(path)))
+            written.append(dataclasses.replace(item, path=str(path), digest=sha256(out / path)))
         parts[part] = tuple(written)
     split = dataclasses.replace(split, parts=parts)
     atomic_write(out / "split.json", to_json(split))

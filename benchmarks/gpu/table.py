@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgekd.bench.tables import pipe_table
+
 Steps = list[dict[str, Any]]
 
 
@@ -47,8 +49,7 @@ def _where(steps: Steps, dry_run: bool) -> str:
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
+    return pipe_table((head, rows)) if rows else ""
 
 
 def _numbers(values: Any, form: str) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.cells import cell_len
 
 from edgekd.errors import BackendError, DataError
+from edgekd.text import visible
 
 BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
@@ -46,6 +48,18 @@ class Metrics:
     per_class: dict[str, Rates]
     confusion: tuple[tuple[int, ...], ...]
     ece: float
+
+    def __post_init__(self) -> None:
+        counts = [count for row in self.confusion for count in row]
+        if not (0 <= self.accuracy <= 1 and 0 <= self.ece <= 1):
+            raise ValueError("accuracy, ece: fractions from 0 to 1")
+        for r in (self.macro, *self.per_class.values()):
+            if not all(f is None or 0 <= f <= 1 for f in (r.sensitivity, r.specificity, r.precision, r.f1)):
+                raise ValueError("macro, per_class: fractions from 0 to 1")
+        if {len(self.confusion), *map(len, self.confusion)} != {len(self.per_class)}:
+            raise ValueError("confusion: a row and a column for each class")
+        if min(counts) < 0 or sum(counts) != self.n:
+            raise ValueError("confusion: counts of all images")
 
 
 def metrics(
@@ -175,9 +189,14 @@ def confusion_text(result: Metrics) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right."""
+    rows = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*rows)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
+        "  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows
     )
+
+
+def _padded(cell: str, width: int, *, left: bool) -> str:
+    spaces = " " * (width - cell_len(cell))
+    return cell + spaces if left else spaces + cell

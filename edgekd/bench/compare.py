@@ -8,6 +8,7 @@ from edgekd.bench.accuracy import percent
 from edgekd.bench.record import Record
 from edgekd.bench.tables import pipe_table
 from edgekd.errors import ConfigError
+from edgekd.text import markdown
 
 
 def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
@@ -26,7 +27,7 @@ def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
         raise ConfigError(
             f"these records do not compare:\n{listed}", fix="measure again alike, or give --force and mind the list"
         )
-    notes = "".join(f"- differs: {line}\n" for line in differing)
+    notes = "".join(f"- differs: {markdown(line)}\n" for line in differing)
     return pipe_table((_header(records), _rows(records))) + "\n" + (f"\n{notes}" if notes else "")
 
 

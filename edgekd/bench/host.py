@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from edgekd import __version__
+from edgekd.host import cores
 
 PACKAGES = ("numpy", "pillow", "onnx", "onnxruntime", "openvino")
 _CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
@@ -33,7 +34,7 @@ def host() -> Host:
     """This machine, and the versions of what does the work."""
     return Host(
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         governor=_sys("scaling_governor"),
         max_mhz=_sys("scaling_max_freq").removesuffix("000"),

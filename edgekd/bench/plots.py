@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,13 @@ from edgekd.bench.accuracy import Metrics
 from edgekd.bench.record import Record, Variant
 from edgekd.errors import ConfigError
 from edgekd.files import atomic_write
+from edgekd.text import code_point, visible
 
+log = logging.getLogger(__name__)
+FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Kinds of picture files, and what is left out of them so that the same figures give the same file."""
+LABEL = 48
+"""Characters of a name that a picture shows at most."""
 BLUE, GREY, ORANGE = "#2563a8", "#8a94a3", "#d9742b"
 EXITS = ("#2a9d8f", "#8ab17d", "#e9c46a", "#e76f51", "#9b5de5", "#577590")
 _STYLE: Any = {
@@ -30,29 +39,65 @@ _STYLE: Any = {
     "grid.color": "#eceff3",
     "svg.hashsalt": "edgekd",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a name may hold dollar signs
+    "text.usetex": False,
 }
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Our settings in place of the user's matplotlibrc, for all that is made inside."""
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("pictures need matplotlib", fix="pip install 'edgekd[report]'") from None
     with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots()
+        yield
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
     out = io.StringIO()
-    with rc_context(_STYLE):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(out, format="svg", transparent=True, metadata=FORMATS["svg"])
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
+def _labels(names: Iterable[str]) -> list[str]:
+    """Names as a figure that is made afterwards can show them: in installed fonts, else as code points."""
+    from matplotlib import rcParams
+
+    names = [visible(name if len(name) <= LABEL else name[: LABEL - 1] + "…") for name in names]
+    fonts, missing = _fonts(frozenset("".join(names)))
+    rcParams["font.family"] = [_STYLE["font.family"], *fonts]
+    return ["".join(code_point(c) if c in missing else c for c in name) for name in names]
+
+
+@lru_cache
+def _fonts(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
+    """Installed fonts for what the usual one lacks, and the characters that no font has."""
+    from matplotlib.font_manager import findfont, fontManager, get_font
+
+    missing = {c for c in characters if ord(c) not in get_font(findfont(_STYLE["font.family"])).get_charmap()}
+    found = []
+    for font in sorted(fontManager.ttflist, key=lambda f: (f.name, f.fname)):
+        if not missing or "lastresort" in font.name.lower().replace(" ", ""):  # has a box for every character
+            continue
+        with contextlib.suppress(RuntimeError, OSError):  # bitmaps, and files that are gone
+            if has := missing & set(map(chr, get_font(font.fname).get_charmap())):
+                found.append(font.name)
+                missing -= has
+    if missing:
+        log.warning("no installed font has %s: pictures show the code points", " ".join(sorted(missing)))
+    return found, frozenset(missing)
+
+
+@_style()
 def trade_off(record: Record) -> str:
     """Accuracy on the test images against mean latency at batch 1, and the curve that `edgekd tune` left."""
     figure, axes = _figure(8.4, 4.6)
@@ -61,14 +106,15 @@ def trade_off(record: Record) -> str:
         label = "thresholds tried by tune (validation images, expected latency)"
         axes.plot(xs, [100 * y for y in ys], "-", color="#b9cde3", marker=".", label=label, zorder=1)
         axes.legend(loc="lower right", fontsize=9, frameon=False)
-    for i, v in enumerate(sorted(record.variants, key=lambda v: v.at(1).mean)):
+    variants = sorted(record.variants, key=lambda v: v.at(1).mean)
+    for i, (v, name) in enumerate(zip(variants, _labels(v.name for v in variants))):
         colour = ORANGE if v.name == "cascade" else GREY if v.against else BLUE
         mean, (low, high) = v.at(1).mean, v.at(1).mean_interval
         axes.plot([low, high], [100 * v.metrics.accuracy] * 2, color=colour, lw=2, alpha=0.5)
         axes.plot(mean, 100 * v.metrics.accuracy, "o", color=colour, ms=9 if v.name == "cascade" else 6)
         place = (0, (8, -16, 20, -28)[i % 4])  # neighbours would write over each other
         axes.annotate(
-            v.name, (mean, 100 * v.metrics.accuracy), place, textcoords="offset points", ha="center", fontsize=9
+            name, (mean, 100 * v.metrics.accuracy), place, textcoords="offset points", ha="center", fontsize=9
         )
     axes.set_xscale("log")
     axes.margins(0.12)
@@ -85,6 +131,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [t for d in decades for t in (10.0**d, 2 * 10.0**d, 5 * 10.0**d) if low <= t <= high]
 
 
+@_style()
 def distribution(variant: Variant) -> str:
     """Histogram of all latencies at batch 1, coloured by the exit that answered."""
     figure, axes = _figure(8.4, 3.6)
@@ -109,12 +156,14 @@ def distribution(variant: Variant) -> str:
     return _svg(figure)
 
 
+@_style()
 def shares(variant: Variant, labels: Sequence[int], classes: Sequence[str]) -> str:
     """Where the test images left, all together and by true class."""
+    names = _labels(classes)
     figure, axes = _figure(8.4, 0.9 + 0.42 * (len(classes) + 1))
     exits, truth = np.array(variant.exits), np.array(labels)
     used = range(int(exits.max()) + 1)
-    rows = [("all", np.ones(len(truth), bool)), *((name, truth == c) for c, name in enumerate(classes))]
+    rows = [("all", np.ones(len(truth), bool)), *((name, truth == c) for c, name in enumerate(names))]
     rows = [(name, chosen) for name, chosen in rows if chosen.any()]
     left = np.zeros(len(rows))
     for k in used:
@@ -134,11 +183,11 @@ def shares(variant: Variant, labels: Sequence[int], classes: Sequence[str]) -> s
 def _confusion(result: Metrics) -> Any:
     count = len(result.confusion)
     side = 2.4 + 0.55 * min(count, 24)
+    names = _labels(result.per_class)
     figure, axes = _figure(side + 1.2, side)
     values = np.array(result.confusion)
     rates = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
     axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
-    names = list(result.per_class)
     axes.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), names)
     axes.set_xlabel("answer")
@@ -151,13 +200,28 @@ def _confusion(result: Metrics) -> Any:
     return figure
 
 
+@_style()
 def confusion_svg(result: Metrics) -> str:
     """The confusion matrix, shaded by the share of each true class."""
     return _svg(_confusion(result))
 
 
-def confusion_png(result: Metrics, path: Path) -> None:
-    """The confusion matrix as a PNG file."""
-    out = io.BytesIO()
-    _confusion(result).savefig(out, format="png", dpi=150)
+def picture_format(path: Path) -> str:
+    """png, svg or pdf: what the name of a picture file says.
+
+    Raises:
+        ConfigError: it says something else, or matplotlib is missing.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise ConfigError(f"{path} names no kind of picture", fix=f"end it in .{', .'.join(FORMATS)}")
+    with _style():  # which asks for matplotlib
+        return kind
+
+
+def write_confusion(result: Metrics, path: Path) -> None:
+    """The confusion matrix as a picture file, of the kind that its name says (see `picture_format`)."""
+    kind, out = picture_format(path), io.BytesIO()
+    with _style():
+        _confusion(result).savefig(out, format=kind, dpi=150, metadata=FORMATS[kind])
     atomic_write(path, out.getvalue())

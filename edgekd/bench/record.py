@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifact import SCHEMA, read_json
+from edgekd.artifact import MAX_MS, SCHEMA, check_classes, check_curve, is_stray, read_json
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.host import Host
 from edgekd.bench.latency import Summary, summarise
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, to_json
 from edgekd.runtime.policy import Policy
+
+MAX_EXITS = 1000
+"""Exits that no network has; those of other models under test are not in a record."""
+SPLIT = {"fingerprint": str, "method": str, "seed": int, "group": str, "groups": int, "leaking": int}
+
+
+def _need(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise ValueError(what)
+
+
+def _are_times(values: Iterable[float]) -> bool:
+    """Milliseconds, of which there are some and which can be divided by."""
+    values = tuple(values)
+    return bool(values) and all(1e-9 <= v <= MAX_MS for v in values)
+
+
+def _not_negative(values: Iterable[float]) -> bool:
+    return all(0 <= v <= MAX_MS for v in values)
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,14 @@ class Timing:
     samples_ms: tuple[tuple[float, ...], ...]
     exits: tuple[tuple[int, ...], ...] = ()
     energy_mj: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _need(0 < self.batch < 2**31, "batch: above 0")
+        _need(bool(self.samples_ms) and all(map(_are_times, self.samples_ms)), "samples_ms: times in every round")
+        lengths = [len(r) for r in self.samples_ms]
+        _need(not self.exits or [len(r) for r in self.exits] == lengths, "exits: one for each sample, or none")
+        _need(all(0 <= e < MAX_EXITS for r in self.exits for e in r), f"exits: from 0 to {MAX_EXITS}")
+        _need(all(-MAX_MS <= e <= MAX_MS for e in self.energy_mj), "energy_mj: finite")
 
 
 @lru_cache(maxsize=1024)
@@ -64,6 +92,16 @@ class Variant:
     overhead_ms: float
     size_mib: float
     turns_ms: tuple[tuple[tuple[float, ...], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        _need(len(self.answers) == len(self.exits) == self.metrics.n > 0, "answers, exits, metrics.n: of some images")
+        _need(all(0 <= e < MAX_EXITS for e in self.exits), f"exits: from 0 to {MAX_EXITS}")
+        lists = (self.load_ms, self.first_ms, self.before_mib, self.peak_mib)
+        _need(len({len(v) for v in lists}) == 1 and bool(self.load_ms), "load_ms to peak_mib: one entry a round")
+        singles = (self.overhead_ms, self.size_mib)
+        _need(_not_negative(v for values in (*lists, singles) for v in values), "load_ms to size_mib: not negative")
+        turns = all(len(pair) == 2 and all(map(_are_times, pair)) for pair in self.turns_ms)
+        _need(turns, "turns_ms: times of two ways in every round")
 
     @property
     def memory_mib(self) -> float:
@@ -123,6 +161,34 @@ class Record:
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+        check_curve(self.curve)
+        _need(len(self.labels) == len(self.images) > 0, "images and labels: as many, and some")
+        _need(all(0 <= c < len(self.classes) for c in self.labels), "labels: numbers of classes")
+        _need(not any(is_stray(i) for i in self.images), "images: paths that stay in the data folder")
+        _need(isinstance(self.engine.get("name"), str), "engine.name: missing")
+        precision = self.engine.get("precision", {})
+        shares = isinstance(precision, dict) and all(isinstance(v, (int, float)) for v in precision.values())
+        _need(shares, "engine.precision: shares of layers")
+        for key, kind in SPLIT.items():
+            _need(isinstance(self.split.get(key), kind), f"split.{key}: missing")
+        _need(self.threads > 0 and self.host.cores > 0 and self.host.memory_mib >= 0, "threads, host: above 0")
+        _need(_not_negative((*self.load_before, *self.load_after, self.idle_watts or 0)), "load, watts: not negative")
+        _need(_are_times(self.preprocess_ms), "preprocess_ms: times")
+        _need(len({v.name for v in self.variants}) == len(self.variants) > 0, "variants: some, each once")
+        for variant in self.variants:
+            self._check(variant)
+
+    def _check(self, v: Variant) -> None:
+        """Whether a variant fits the others, the images and the classes."""
+        _need([t.batch for t in v.timings] == list(self.batches) and 1 in self.batches[:1], "timings: the same batches")
+        _need(len(v.answers) == len(self.images), f"{v.name}: an answer for each image")
+        _need(all(0 <= a < len(self.classes) for a in v.answers), f"{v.name}: answers that are classes")
+        _need(tuple(v.metrics.per_class) == self.classes, f"{v.name}: metrics of these classes")
+        exits = (*v.exits, *(e for t in v.timings for r in t.exits for e in r))
+        _need(v.against or max(exits) < len(self.policy.temperatures), f"{v.name}: exits that the policy has")
 
     @property
     def batches(self) -> tuple[int, ...]:

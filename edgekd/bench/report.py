@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 from pathlib import Path
 from string import Template
 
@@ -12,14 +11,12 @@ from PIL import ImageOps
 
 from edgekd.bench import plots
 from edgekd.bench.accuracy import percent
-from edgekd.bench.plots import confusion_png
 from edgekd.bench.record import Record, Variant
 from edgekd.bench.tables import LEGEND, host_text, start_text, table, title
 from edgekd.bench.targets import target_text
 from edgekd.files import atomic_write
 from edgekd.runtime.preprocess import open_image
-
-__all__ = ["confusion_png", "html", "write_report"]
+from edgekd.text import markup
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAILS = 7
@@ -43,24 +40,24 @@ def html(record: Record, *, data: Path) -> str:
     shown = record.find("cascade") or record.find("full") or record.variants[0]
     sections = [
         _section("Results", _table(record), note=f"{LEGEND} {start_text(record)}"),
-        _section("Targets", _targets(record)) if record.targets else "",
-        _section("Keep in mind", _list([escape(w) for w in record.warnings]), kind="warnings")
+        _section(*_targets(record)) if record.targets else "",
+        _section("Keep in mind", _list([markup(w) for w in record.warnings]), kind="warnings")
         if record.warnings
         else "",
         _section("Accuracy against latency", plots.trade_off(record)),
         *(_cascade(record, shown, data) if shown.name == "cascade" else []),
         _section(f"Confusion matrix of {shown.name}", plots.confusion_svg(shown.metrics)),
-        _section("How it was measured", f'<p class="note">{escape(host_text(record))}</p>', note=_method(record)),
+        _section("How it was measured", f'<p class="note">{markup(host_text(record))}</p>', note=_method(record)),
     ]
     lead = f"{shown.name}: {percent(shown.metrics.accuracy)} % accuracy, {shown.at(1).mean:.2f} ms an image on average"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title(record)), lead=escape(lead), body="\n".join(s for s in sections if s)
+        title=markup(title(record)), lead=markup(lead), body="\n".join(s for s in sections if s)
     )
 
 
 def _section(heading: str, content: str, *, note: str = "", kind: str = "") -> str:
-    small = f'\n<p class="note">{escape(note)}</p>' if note else ""
-    return f'<section class="{kind}">\n<h2>{escape(heading)}</h2>\n{content}{small}\n</section>'
+    small = f'\n<p class="note">{markup(note)}</p>' if note else ""
+    return f'<section class="{kind}">\n<h2>{markup(heading)}</h2>\n{content}{small}\n</section>'
 
 
 def _list(lines: list[str]) -> str:
@@ -69,19 +66,21 @@ def _list(lines: list[str]) -> str:
 
 def _table(record: Record) -> str:
     header, rows = table(record)
-    head = "".join(f"<th>{escape(c)}</th>" for c in header)
+    head = "".join(f"<th>{markup(c)}</th>" for c in header)
     body = "\n".join(_row(row) for row in rows)
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def _row(cells: list[str]) -> str:
     mark = ' class="chosen"' if cells[0] == "cascade" else ""
-    return f"<tr{mark}>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
+    return f"<tr{mark}>" + "".join(f"<td>{markup(c)}</td>" for c in cells) + "</tr>"
 
 
-def _targets(record: Record) -> str:
+def _targets(record: Record) -> tuple[str, str]:
+    """Heading and list of the derived figures, with verdicts where the suite had limits."""
     classes = {True: "met", False: "missed", None: ""}
-    return _list([f'<span class="{classes[t.met]}">{escape(target_text(t))}</span>' for t in record.targets])
+    heading = "Key figures" if all(t.met is None for t in record.targets) else "Targets"
+    return heading, _list([f'<span class="{classes[t.met]}">{markup(target_text(t))}</span>' for t in record.targets])
 
 
 def _method(record: Record) -> str:
@@ -112,11 +111,12 @@ def _thumbnails(record: Record, cascade: Variant, data: Path) -> str:
 def _figure(record: Record, cascade: Variant, index: int, data: Path) -> str:
     truth, answer = record.classes[record.labels[index]], record.classes[cascade.answers[index]]
     right = truth == answer
-    said = escape(truth) if right else f"{escape(truth)}, answered {escape(answer)}"
-    image = ImageOps.fit(open_image(data / record.images[index]), (SIDE, SIDE))
+    said = markup(truth) if right else f"{markup(truth)}, answered {markup(answer)}"
+    name = record.images[index]
+    image = ImageOps.fit(open_image(data / name), (SIDE, SIDE))
     out = io.BytesIO()
     image.save(out, format="JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
     mark = "" if right else ' class="wrong"'
-    picture = f'<img src="{source}" alt="{escape(record.images[index])}">'
+    picture = f'<img src="{source}" alt="{markup(name)}">'
     return f"<figure{mark}>{picture}<figcaption>{said}</figcaption></figure>"

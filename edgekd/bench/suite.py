@@ -7,11 +7,11 @@ import json
 import logging
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,20 @@ from edgekd.artifact import Split, read_json
 from edgekd.bench import energy, host, variants
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.record import Record, Timing, Variant
-from edgekd.bench.targets import targets, warnings
+from edgekd.bench.targets import Limits, targets, warnings
 from edgekd.bench.variants import Group
-from edgekd.bench.worker import Job, Outcome
+from edgekd.bench.worker import OVERHEAD_QUERIES, Job, Outcome
 from edgekd.engines import Engine, open_engine
 from edgekd.errors import BackendError, ConfigError
-from edgekd.files import sha256, to_json
+from edgekd.files import sha256, temporary_folder, to_json
 from edgekd.runtime.images import load, load_part
 from edgekd.runtime.preprocess import Array, Preprocess
 
 log = logging.getLogger(__name__)
 PREPROCESSED = 200
 """Files on which pre-processing is timed."""
+PILOT = 3
+"""Queries of each batch size from which the time of a bench is foretold."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Suite:
 
     batch_sizes: start with 1. min_seconds and min_count (one a batch size): each process measures until both are
     reached. warmup_seconds: thrown away. rounds: fresh processes a variant. pool: test images that are rotated.
+    targets: limits that the record judges by; without them it has figures and no verdicts.
     """
 
     batch_sizes: tuple[int, ...]
@@ -51,13 +54,14 @@ class Suite:
     pool: int
     threads: int | None = None
     variants: tuple[Group, ...] = ("exits", "cascade", "no-leaving", "full", "final")
+    targets: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.batch_sizes[:1] != (1,) or list(self.batch_sizes) != sorted(set(self.batch_sizes)):
             raise ValueError("batch_sizes: rising, and the first is 1")
         if len(self.min_count) != len(self.batch_sizes) or min(self.min_count) < 2:
             raise ValueError("min_count: one for each batch size, 2 or more")
-        if self.rounds < 1 or self.pool < 1 or (self.threads or 1) < 1 or not self.variants:
+        if min(self.rounds, self.pool, 1 if self.threads is None else self.threads) < 1 or not self.variants:
             raise ValueError("rounds, pool, threads and variants: 1 or more")
 
 
@@ -81,11 +85,13 @@ def bench(
     against: Mapping[str, Path] | None = None,
     command: str = "",
     progress: Callable[[int, int], None] | None = None,
+    foretell: Callable[[float], None] | None = None,
 ) -> Record:
     """Measure student.engine/ or student.onnx on the split's test images.
 
     against: name to engine folder or ONNX file of other networks; they answer with their last exit.
-    progress: called with (worker processes done, all).
+    progress: called with (worker processes done, all). foretell: called once, with the seconds that measuring will
+        take, by a short pilot of each network.
 
     Raises:
         ConfigError: names or classes that do not fit. ArtifactError, DataError: as reading the engine and the images.
@@ -96,10 +102,12 @@ def bench(
     _same_classes(entries, split)
     before, watts = host.load_average(), energy.idle_watts(energy.domains())
     items = split.part("test")
-    with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as folder:
-        images, labels = _prepare(entries, split, data, Path(folder))
+    with temporary_folder("bench") as folder:
+        images, labels = _prepare(entries, split, data, folder)
         preprocess_ms = _time_preprocessing([data / i.path for i in items], engine.card.preprocess)
-        measured = _measure(entries, suite, images, labels, watts, Path(folder), progress)
+        if foretell:
+            foretell(_seconds(entries, suite, images, len(labels), folder))
+        measured = _measure(entries, suite, images, labels, watts, folder, progress)
     record = Record(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
@@ -120,7 +128,7 @@ def bench(
         preprocess_ms=preprocess_ms,
         variants=tuple(measured),
     )
-    return replace(record, targets=targets(record), warnings=warnings(record))
+    return replace(record, targets=targets(record, suite.targets), warnings=warnings(record))
 
 
 def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) -> list[Entry]:
@@ -168,6 +176,30 @@ def _time_preprocessing(paths: list[Path], preprocess: Preprocess) -> tuple[floa
     return tuple(samples)
 
 
+def _seconds(entries: list[Entry], suite: Suite, images: Mapping[Preprocess, Path], count: int, folder: Path) -> float:
+    """How long `_measure` will take for `count` images, by one short process for each network."""
+    short = replace(suite, min_count=(PILOT,) * len(suite.batch_sizes), min_seconds=0.0, warmup_seconds=0.0)
+    pilots: dict[Path, tuple[float, list[float]]] = {}
+    for i, entry in enumerate(entries):
+        if entry.path not in pilots:
+            job = replace(_job(entry, short, images[entry.engine.card.preprocess], 1, None), beside="")
+            start = time.perf_counter()
+            outcome = run_worker(job, folder / f"pilot_{i}", name=entry.name)
+            samples = [batch.samples_ms for batch in outcome.batches]
+            around = time.perf_counter() - start - sum(map(sum, samples)) / 1e3
+            pilots[entry.path] = around, [median(s) / 1e3 for s in samples]
+    return sum(expected_seconds(suite, *pilots[e.path], count=count, beside=e.kind in variants.BESIDE) for e in entries)
+
+
+def expected_seconds(suite: Suite, around: float, query: list[float], *, count: int, beside: bool) -> float:
+    """What the rounds of one variant take. around: of a process, besides its measuring; query: of each batch size."""
+    measuring = sum(
+        suite.warmup_seconds + max(suite.min_seconds, least * each) for least, each in zip(suite.min_count, query)
+    )
+    turns = suite.warmup_seconds + 2 * suite.min_seconds if beside else 0.0
+    return suite.rounds * (around + measuring + turns) + (count + OVERHEAD_QUERIES) * query[0]
+
+
 def _measure(
     entries: list[Entry],
     suite: Suite,
@@ -202,6 +234,7 @@ def _job(entry: Entry, suite: Suite, images: Path, turn: int, watts: float | Non
         round=turn,
         idle_watts=watts,
         beside=variants.BESIDE.get(entry.kind, ""),
+        digest=entry.engine.digest,
     )
 
 

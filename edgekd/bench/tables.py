@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
+from edgekd import text
 from edgekd.bench.accuracy import percent
 from edgekd.bench.latency import Summary, summarise
 from edgekd.bench.record import Record, Variant
@@ -17,12 +16,12 @@ Table = tuple[list[str], list[list[str]]]
 def markdown(record: Record) -> str:
     """Title, the table of variants, targets, warnings, and how it was measured."""
     parts = [
-        f"## {title(record)}",
+        f"## {text.markdown(title(record))}",
         pipe_table(table(record)),
-        LEGEND + " " + start_text(record),
-        "\n".join(f"- {target_text(t)}" for t in record.targets),
-        "\n".join(f"- Warning: {line}" for line in record.warnings),
-        f"{host_text(record)} {record.scenario}",
+        text.markdown(f"{LEGEND} {start_text(record)}"),
+        "\n".join(f"- {text.markdown(target_text(t))}" for t in record.targets),
+        "\n".join(f"- Warning: {text.markdown(line)}" for line in record.warnings),
+        text.markdown(f"{host_text(record)} {record.scenario}"),
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -94,7 +93,8 @@ def pipe_table(cells: Table) -> str:
     """Markdown, the first column to the left and the others to the right."""
     header, rows = cells
     marks = [":--", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [header, marks, *rows])
+    lines = ([text.markdown(c) for c in header], marks, *([text.markdown(c) for c in row] for row in rows))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 COLUMNS = (
@@ -106,13 +106,8 @@ COLUMNS = (
 
 def to_csv(record: Record) -> str:
     """One row for each variant and batch size, full precision; empty where something was not measured."""
-    out = io.StringIO(COLUMNS)
-    out.seek(0, io.SEEK_END)
-    writer = csv.writer(out, lineterminator="\n")
-    for v in record.variants:
-        for t in v.timings:
-            writer.writerow(_csv_row(v, t.batch, v.at(t.batch), t.energy_mj))
-    return out.getvalue()
+    rows = (_csv_row(v, t.batch, v.at(t.batch), t.energy_mj) for v in record.variants for t in v.timings)
+    return COLUMNS + "".join(map(text.csv_line, rows))
 
 
 def _csv_row(v: Variant, batch: int, s: Summary, energy: Sequence[float]) -> list[object]:

@@ -31,7 +31,8 @@ class Job:
     """What to measure. images: an .npy of all test images; pool: how many of them are kept in memory and rotated.
 
     round: seeds the choice and order of the pool. Accuracy and overhead are measured in round 0 only.
-    beside: another way of answering that is timed in turns with this one; empty for none.
+    beside: another way of answering that is timed in turns with this one; empty for none. digest: of the engine that
+    was opened at the start, so that no other one is measured.
     """
 
     engine: str
@@ -46,6 +47,7 @@ class Job:
     round: int
     idle_watts: float | None
     beside: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def run(job: Job, out: Path) -> Outcome:
     images = np.load(job.images, mmap_mode="r")
     pool = take(images, job.pool, seed=job.round)
     before, start = resident_mib(), time.perf_counter_ns()
-    engine = open_engine(Path(job.engine), threads=job.threads)
+    engine = open_engine(Path(job.engine), threads=job.threads, digest=job.digest)
     answer = answerer(engine, job.kind)
     loaded = time.perf_counter_ns()
     answer(pool[:1])

@@ -4,53 +4,87 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from edgekd import extras
+from edgekd import extras, shell
+from edgekd.__main__ import main as main  # where scripts of older editable installs look for it
 from edgekd.cli import deploy, learn, measure
-from edgekd.cli.common import say
+from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
 from edgekd.cli.models import app as models_app
 from edgekd.cli.predict import predict
 from edgekd.cli.reproduce import reproduce
+from edgekd.cli.sign import sign, verify
 from edgekd.errors import EdgekdError
+from edgekd.shell import Stopped, stopping
 
 
 class _Commands(TyperGroup):
     """Turns what a user can cause into one message and an exit code; a traceback is left for bugs."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted; files that were being written are as they were before")
-            raise typer.Exit(130) from None
-        except (EdgekdError, ModuleNotFoundError) as error:
-            told = extras.missing(error) if isinstance(error, ModuleNotFoundError) else error
-            if told is None:
+            return super().main(*args, **extra)
+        except OSError as error:  # --help and --version, which invoke no command
+            sys.exit(_failed(error))
+        finally:
+            try:
+                sys.stdout.flush()
+            except OSError as error:
+                sys.exit(_failed(error))
+
+    def invoke(self, ctx: Any) -> Any:
+        with stopping() as stops:
+            try:
+                with reserved():
+                    return super().invoke(ctx)
+            except (Exception, KeyboardInterrupt) as error:
+                if stops.by and not isinstance(error, KeyboardInterrupt):  # a library took the signal for its own
+                    error = Stopped(stops.by)
+                if isinstance(error, ModuleNotFoundError):
+                    error = extras.missing(error) or error
+                if code := _failed(error):
+                    raise typer.Exit(code) from None
                 raise
-            say(f"error: {told.what}" + (f"\n  fix: {told.fix}" if told.fix else ""))
-            raise typer.Exit(1) from None
-        except BrokenPipeError:  # `edgekd … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            fix = "make room and run it again; nothing was half-written" if full else "check the path and its rights"
-            say(f"error: {error.strerror or error}: {error.filename or 'while writing'}\n  fix: {fix}")
-            raise typer.Exit(1) from None
+
+
+def _failed(error: BaseException) -> int:
+    """Say what failed and what to do; the exit code, 0 for what only a traceback explains."""
+    if isinstance(error, KeyboardInterrupt):
+        kept = getattr(error, "resume", "")
+        _tell(f"{error.args[0] if error.args else 'interrupted'}; what was being written is as it was before{kept}")
+        return error.code if isinstance(error, Stopped) else 130
+    if isinstance(error, EdgekdError):
+        _tell(f"error: {error.what}" + (f"\n  fix: {error.fix}" if error.fix else ""))
+        return 1
+    if isinstance(error, OSError):
+        if error.filename == shell.STDOUT:
+            shell.silence(sys.stdout)
+        if isinstance(error, BrokenPipeError):  # `edgekd … | head`
+            return 141
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cut = "what was printed is cut short" if error.filename == shell.STDOUT else "no file was half-written"
+        fix = f"make room and run it again; {cut}" if full else "check the path and its rights"
+        _tell(f"error: {error.strerror or error}: {error.filename or 'while writing'}\n  fix: {fix}")
+        return 1
+    return 0
+
+
+def _tell(text: str) -> None:
+    try:
+        say(text)
+    except OSError:  # a terminal that is gone, a full disk
+        shell.silence(sys.stderr)
 
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="A folder of labelled images to a compact classifier that answers early when an image is easy.",
 )
@@ -71,7 +105,9 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("edgekd").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -87,14 +123,11 @@ for command in (
     predict,
     measure.bench,
     measure.compare,
+    sign,
+    verify,
     reproduce,
     deploy.devices,
     deploy.doctor,
     demo,
 ):
     app.command(name=command.__name__.rstrip("_"))(command)
-
-
-def main() -> None:
-    """Entry point of the `edgekd` command."""
-    app(prog_name="edgekd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import sys
 import time
@@ -13,20 +14,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.errors import ConfigError, DataError
+from edgekd.errors import ConfigError, DataError, check_known
+from edgekd.files import Kind, locked, real, refuse_other
+from edgekd.text import terminal, visible
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Part, Split
+    from edgekd.artifact import Split
 
 DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a run folder remembers its own.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
 OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
 SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option("--labels", help="CSV file with the columns path, label and, if you like, group and part."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; all cores if not given.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
 ProtocolOption = Annotated[
     str | None, typer.Option(help="Shipped protocol or a .toml file; finetune if not given.", show_default=False)
 ]
@@ -61,9 +68,65 @@ FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0
 """When progress is first told where stderr is no terminal, and how often then."""
 
 
+def echo(text: str, *, bold: bool = False) -> None:
+    """Print a result; names in it cannot steer the terminal."""
+    typer.secho(terminal(text), bold=bold)
+
+
 def say(text: str) -> None:
     """Tell the user something that is no result."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(terminal(text) + "\n")
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines that cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
+
+
+_reservations = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def reserved() -> Iterator[None]:
+    """Around a command: what it reserves is its own until it ends."""
+    with _reservations:
+        yield
+
+
+def reserve(out: Path | None, kind: Kind | None = None, *, data: Path | None = None) -> None:
+    """Before the work: see that `out` can be written, that nothing else is lost by it, and that nobody else writes it.
+
+    kind: what may be replaced, for a file. data: the images, among which it may not lie.
+
+    Raises:
+        ConfigError: it lies in the data folder. ArtifactError: something else is there, or another process writes it.
+    """
+    if out is None:
+        return
+    if data is not None:
+        outside(out, data)
+    if kind:
+        refuse_other(out, kind)
+    _reservations.enter_context(locked(out))
+
+
+def outside(out: Path, data: Path) -> None:
+    """Refuse an output among the images: the next scan would take it for some of them."""
+    if real(out).is_relative_to(real(data)):
+        raise ConfigError(f"{out} lies in the folder of the images, {data}", fix="choose a place outside of it")
+
+
+@contextlib.contextmanager
+def resumable(begun: Path, how: str = "the same command with --resume") -> Iterator[None]:
+    """Say how to go on with a run that is interrupted. begun: what is there once it can be."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if begun.exists():
+            stop.resume = f"\n  fix: {how} goes on from there"  # type: ignore[attr-defined]
+        raise
 
 
 @contextlib.contextmanager
@@ -73,11 +136,15 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = Progress(
-        *columns, TextColumn("{task.fields[note]}"), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
-    task = shown.add_task(what, total=None, note="", visible=False)
+    task = shown.add_task(visible(what), total=None, note="", visible=False)
     due = time.monotonic() + FIRST_LINE_S
 
     def update(done: int, total: int, loss: float | None = None) -> None:
@@ -102,11 +169,11 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
 
 def next_command(*words: object) -> None:
     """Every command ends by saying what comes next, as a shell takes it."""
-    typer.echo(f"next: edgekd {shlex.join(map(str, words))}")
+    echo(f"next: edgekd {shlex.join(map(str, words))}")
 
 
-def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Split:
-    """The split given, or all images under `data` as its test part."""
+def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
+    """The split given; or the images under `data`, or those that `labels` lists: the test part, but where they say."""
     from edgekd.artifact import Item, read_split
     from edgekd.artifact import Split as SplitType
 
@@ -119,14 +186,23 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...]) -> Sp
             )
         return found
     from edgekd.data.folders import check, scan  # light modules: no torch
+    from edgekd.data.labels import read_labels
 
-    checked = check(scan(data, classes=classes))
-    items = tuple(Item(f.path, f.label) for f in checked.folder.items)
-    return SplitType(classes, {"test": items}, "whole folder", 0, "none", 0, 0, checked.fingerprint)
+    folder = read_labels(data, labels, classes=classes) if labels else scan(data, classes=classes)
+    checked = check(folder)
+    parts = {
+        part: tuple(Item(f.path, f.label, digest=f.digest) for f in checked.folder.items if (f.part or "test") == part)
+        for part in ("train", "val", "test")
+    }
+    return SplitType(classes, parts, "whole folder", 0, "none", 0, 0, checked.fingerprint)
 
 
-def part_named(name: str) -> Part:
-    """`train`, `val` or `test`."""
-    if name in ("train", "val", "test"):
-        return name  # type: ignore[return-value]
-    raise ConfigError(f"--part {name}: no such part", fix="known: train, val, test")
+def one_of(*known: str) -> Callable[[typer.CallbackParam, str | None], str | None]:
+    """Callback of an option that takes one of a few words."""
+
+    def check(option: typer.CallbackParam, value: str | None) -> str | None:
+        if value is not None:
+            check_known(f"--{option.name}", value, known)
+        return value
+
+    return check

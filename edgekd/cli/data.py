@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import OutOption, bar, next_command
+from edgekd.cli.common import OutOption, bar, next_command, reserve
 
 app = typer.Typer(no_args_is_help=True, help="Download data sets, draw synthetic cells.")
 
@@ -19,6 +19,7 @@ def get(
     """Download a data set as class folders, with resume and checksum."""
     from edgekd.data.download import get as download
 
+    reserve(out)
     with bar(f"get {name}") as progress:
         download(name, out, progress=progress)
     next_command("train", "--data", out, "--model", "resnet18", "--out", "runs/teacher")
@@ -34,6 +35,7 @@ def synthetic(
     """Draw synthetic cells of five classes that overlap."""
     from edgekd.data.synthetic import write_cells
 
+    reserve(out)
     with bar("draw cells") as progress:
         write_cells(out, count=count, size=size, seed=seed, progress=progress)
     next_command("train", "--data", out, "--model", "resnet18", "--protocol", "demo", "--out", "runs/teacher")

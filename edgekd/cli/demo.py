@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.common import echo, reserve
 from edgekd.errors import ArtifactError
 
-# On 300 validation images one is a third of a point: the gate of 0.5 would be a matter of luck.
 STEPS = """
 data synthetic --out {out}/cells --size 80
 train --data {out}/cells --model resnet18 --protocol demo --group cluster --out {out}/teacher
@@ -20,8 +20,8 @@ distill --data {out}/cells --teacher {out}/teacher --protocol demo --weights {ou
 evaluate {out}/student
 export {out}/teacher --out {out}/teacher.onnx
 export {out}/student --out {out}/student.onnx
-compile {out}/student.onnx --recipe int8 --set max_accuracy_drop=2 --data {out}/cells \
---split {out}/student/split.json --out {out}/student.engine
+compile {out}/student.onnx --recipe int8 --data {out}/cells --split {out}/student/split.json \
+--out {out}/student.engine
 tune {out}/student.engine --data {out}/cells --split {out}/student/split.json --max-accuracy-drop 1
 bench {out}/student.engine --data {out}/cells --split {out}/student/split.json \
 --against plain-resnet18={out}/teacher.onnx --out {out}/record.json
@@ -32,10 +32,20 @@ def demo(out: Annotated[Path, typer.Option(help="A new folder for everything tha
     """The whole path on synthetic cells: each command is printed before it runs."""
     if out.exists() and any(out.iterdir()):
         raise ArtifactError(f"{out} is not empty", fix="remove it, or choose another --out")
+    reserve(out)
     for step in STEPS.strip().splitlines():
         words = [word.format(out=out) for word in shlex.split(step)]
-        typer.secho(f"\n$ edgekd {shlex.join(words)}", bold=True)
-        code = subprocess.run([sys.executable, "-m", "edgekd", *words], check=False).returncode
-        if code:
-            raise typer.Exit(code)
-    typer.echo(f"\nopen {out}/record.html")
+        echo(f"\n$ edgekd {shlex.join(words)}", bold=True)
+        if code := _run([sys.executable, "-m", "edgekd", *words]):
+            raise typer.Exit(code if code > 0 else 128 - code)
+    echo(f"\nopen {out}/record.html")
+
+
+def _run(command: list[str]) -> int:
+    """Exit code of a command that is given the time to clear away what it was writing when this one is stopped."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()

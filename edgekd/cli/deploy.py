@@ -15,8 +15,11 @@ from edgekd.cli.common import (
     SplitFile,
     ThreadsOption,
     bar,
+    echo,
     next_command,
+    one_of,
     read_or_scan,
+    reserve,
     say,
 )
 from edgekd.errors import ConfigError
@@ -31,7 +34,13 @@ OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, f
 def compile_(
     source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
     recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-fp16, dla-int8, or a .toml file.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="auto, onnxruntime, openvino or tensorrt.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="auto, onnxruntime, openvino or tensorrt.",
+            callback=one_of("auto", "onnxruntime", "openvino", "tensorrt"),
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
     data: OptionalData = None,
     split: SplitFile = None,
@@ -43,6 +52,7 @@ def compile_(
     from edgekd import specs
     from edgekd.artifact import read_onnx, read_split
     from edgekd.engines import Recipe, compile_engine
+    from edgekd.engines.build import refuse_other_folder
     from edgekd.engines.device import require_local
     from edgekd.runtime.images import load_part
 
@@ -51,6 +61,8 @@ def compile_(
     asked = specs.load(Recipe, "compile", recipe, overrides=specs.parse_overrides(set_ or []))
     if (data is None) != (split is None):
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
+    refuse_other_folder(out)
+    reserve(out, data=data)
     calibration = validation = None
     with bar("read images") as progress:
         if data is not None and split is not None:
@@ -70,23 +82,27 @@ def compile_(
             threads=threads,
             progress=progress,
         )
-    typer.echo(_attempts(attempts))
+    echo(_attempts(attempts))
     ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
-    typer.echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
+    echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
     for note in manifest.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
 
 
 def _attempts(attempts: Iterable[Attempt]) -> str:
+    """A row for each backend; a remark of several lines is below, too, and whole."""
     from edgekd.bench.accuracy import aligned
 
-    rows = [("backend", "ms at batch 1", "accuracy drop (points)", "remarks")]
+    rows, below = [("backend", "ms at batch 1", "accuracy drop (points) [95 %]", "remarks")], ""
     for a in attempts:
         ms = "–" if a.batch1_ms is None else f"{a.batch1_ms:.2f}"
         drop = "unchecked" if a.drop is None else f"{a.drop:.2f}"
-        rows.append((a.backend, ms, drop if a.ok else "refused", a.note.splitlines()[0] if a.note else ""))
-    return aligned(rows)
+        drop += "" if a.drop_bounds is None else f" [{a.drop_bounds[0]:.2f}, {a.drop_bounds[1]:.2f}]"
+        first, *others = a.note.splitlines()
+        rows.append((a.backend, ms, drop if a.ok else "refused", first + (" …" if others else "")))
+        below += f"\n{a.backend}: {a.note}" if others else ""
+    return aligned(rows) + below
 
 
 def tune(
@@ -97,19 +113,30 @@ def tune(
         float | None, typer.Option(help="Points below the ensemble; the fastest within.")
     ] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Mean ms an image; the most accurate within.")] = None,
-    confidence: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
-    average: Annotated[str, typer.Option(help="own: the exit's probabilities; mean: over the exits so far.")] = "mean",
+    confidence: Annotated[
+        str,
+        typer.Option(
+            help="max_probability, margin or entropy.", callback=one_of("max_probability", "margin", "entropy")
+        ),
+    ] = "max_probability",
+    average: Annotated[
+        str,
+        typer.Option(help="own: the exit's probabilities; mean: of all so far.", callback=one_of("own", "mean")),
+    ] = "mean",
     threads: ThreadsOption = None,
 ) -> None:
     """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
     from edgekd.artifact import MANIFEST
     from edgekd.engines import open_engine
+    from edgekd.files import recover
     from edgekd.runtime.images import load_part
     from edgekd.runtime.tune import save_tuned
     from edgekd.runtime.tune import tune as search
 
+    recover(engine)
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is no engine", fix="thresholds belong to an engine: edgekd compile first")
+    reserve(engine / MANIFEST)
     opened = open_engine(engine, threads=threads)
     chosen = read_or_scan(data, split, opened.card.classes)
     with bar("read images") as progress:
@@ -121,14 +148,15 @@ def tune(
             labels,
             max_accuracy_drop=max_accuracy_drop,
             latency_ms=latency_ms,
-            confidence=confidence,  # type: ignore[arg-type]  # checked by the policy
+            confidence=confidence,  # type: ignore[arg-type]  # checked above
             average=average,  # type: ignore[arg-type]
             progress=progress,
         )
     goal = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     asked = {k: v for k, v in goal.items() if v is not None}
-    save_tuned(engine, tuned, {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint})
-    typer.echo(_curve(tuned))
+    facts = {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint}
+    save_tuned(engine, tuned, facts, digest=opened.manifest.digest if opened.manifest else "")
+    echo(_curve(tuned))
     record = engine.parent / f"{engine.stem}-record.json"
     next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
 
@@ -162,7 +190,7 @@ def devices() -> None:
     from edgekd.bench.accuracy import aligned
     from edgekd.engines.device import table
 
-    typer.echo(aligned(table()))
+    echo(aligned(table()))
 
 
 def doctor() -> None:
@@ -171,7 +199,7 @@ def doctor() -> None:
 
     lines, healthy = report()
     for line in lines:
-        typer.echo(line)
+        echo(line)
     if not healthy:
         say("error: a backend that is installed does not work")
         raise typer.Exit(1)

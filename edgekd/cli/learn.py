@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -22,6 +22,7 @@ from edgekd.cli.common import (
     FoldsOption,
     GroupOption,
     JobsOption,
+    LabelsOption,
     LrOption,
     OutOption,
     PrecisionOption,
@@ -37,15 +38,19 @@ from edgekd.cli.common import (
     WeightsOption,
     WorkersOption,
     bar,
+    echo,
     next_command,
-    part_named,
+    one_of,
+    outside,
     read_or_scan,
+    reserve,
+    resumable,
     say,
 )
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Split
+    from edgekd.artifact import Part, Split
     from edgekd.training.protocol import Protocol
 
 
@@ -80,6 +85,7 @@ def train(
     precision: PrecisionOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
+    labels: LabelsOption = None,
     resume: ResumeOption = False,
     leave_out_bad: BadOption = False,
     devices: DevicesOption = 1,
@@ -122,6 +128,7 @@ def distill(
     precision: PrecisionOption = None,
     workers: WorkersOption = None,
     set_: SetOption = None,
+    labels: LabelsOption = None,
     resume: ResumeOption = False,
     leave_out_bad: BadOption = False,
     devices: DevicesOption = 1,
@@ -146,6 +153,7 @@ def _run(given: dict[str, Any], flags: dict[str, tuple[str, Any]], *, method: st
     from edgekd.training.protocol import refuse_other_settings
 
     data, out, name = given["data"], given["out"], given["protocol"]
+    outside(out, data)
     flags |= {key: (f"--{key.replace('_', '-')}", given[key]) for key in SAME}
     flags |= {"data": ("--data", str(data.resolve())), "preprocess.image_size": ("--image-size", given["image_size"])}
     values = {key: value for key, (_, value) in flags.items() if value is not None}
@@ -159,14 +167,17 @@ def _run(given: dict[str, Any], flags: dict[str, tuple[str, Any]], *, method: st
         asked = _fresh(name, values, flags, method)
         as_teacher = asked.teacher and not {"split", "group"} & values.keys() and not Path(asked.split).is_file()
         if many:
-            return _sweep(given, asked, as_teacher=bool(as_teacher)), asked
+            reserve(out)
+            with resumable(out):
+                return _sweep(given, asked, as_teacher=bool(as_teacher)), asked
         if as_teacher:
             asked = dataclasses.replace(asked, split=f"{asked.teacher}/split.json")
     if resumed:
         made = _load(str(own), {}, {})
         refuse_other_settings(out, made, asked)
         asked = dataclasses.replace(made, data=asked.data, workers=asked.workers)
-    _train(data, out, asked, given["resume"], given["leave_out_bad"], given["devices"])
+    with resumable(own):
+        _train(asked, given)
     return out, asked
 
 
@@ -226,12 +237,13 @@ def _sweep(given: dict[str, Any], protocol: Protocol, *, as_teacher: bool) -> Pa
         of=of,
         teacher=Path(protocol.teacher) if protocol.teacher else None,
         keep_split=not as_teacher,
+        labels=given["labels"],
         resume=given["resume"],
         leave_out_bad=given["leave_out_bad"],
         at_once=given["jobs"],
-        on_end=lambda job, state: typer.echo(f"{out / job.name}: {state}"),
+        on_end=lambda job, state: echo(f"{out / job.name}: {state}"),
     )
-    typer.echo(sweep.summary_text(json.loads((out / sweep.SUMMARY).read_text())))
+    echo(sweep.summary_text(json.loads((out / sweep.SUMMARY).read_text())))
     if failed := [name for name, state in states.items() if state == "failed"]:
         raise TrainingError(
             "\n".join([f"{len(failed)} of {len(of)} runs failed; each log ends with the reason:", *_logs(out, failed)]),
@@ -256,32 +268,31 @@ def _exits(text: str | None) -> list[int | str] | None:
     return [int(part) if part.isdecimal() else part for part in parts]
 
 
-def _train(data: Path, out: Path, protocol: Protocol, resume: bool, leave_out_bad: bool, devices: int) -> None:
+def _train(protocol: Protocol, given: dict[str, Any]) -> None:
     from edgekd.data.splits import summary
     from edgekd.training.train import train
 
     with bar("check images") as checked, bar("train") as trained:
         history = train(
-            data,
-            out,
+            given["data"],
+            given["out"],
             protocol=protocol,
-            resume=resume,
-            leave_out_bad=leave_out_bad,
-            devices=devices,
+            **{name: given[name] for name in ("labels", "resume", "leave_out_bad", "devices")},
             on_check=checked,
-            on_split=lambda split: typer.echo(summary(split)),
+            on_split=lambda split: echo(summary(split)),
             progress=trained,
         )
     best = max(history, key=lambda row: (row["val_ensemble"], row["epoch"]))
-    typer.echo(f"{out}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
+    echo(f"{given['out']}: best epoch {best['epoch']:.0f}, validation accuracy {best['val_ensemble']:.2%}")
 
 
 def evaluate(
     target: Annotated[Path, typer.Argument(help="Run folder, student.onnx or student.engine.")],
     data: DataFolder = None,
     split: SplitFile = None,
-    part: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    plot: Annotated[Path | None, typer.Option(help="Write the ensemble's confusion matrix as a picture.")] = None,
+    labels: LabelsOption = None,
+    part: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
+    plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
     svm: Annotated[
@@ -292,25 +303,31 @@ def evaluate(
     """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
-    from edgekd.bench import accuracy
+    from edgekd.bench import accuracy, plots
     from edgekd.bench.host import host
-    from edgekd.files import atomic_write, to_json
+    from edgekd.files import MEASURES, PLOT, atomic_write, to_json
     from edgekd.runtime.images import load_part
     from edgekd.runtime.policy import softmax
 
+    if plot:
+        plots.picture_format(plot)
     card, logits_of, device = _answers(target, threads)
     data = _data(target, data)
-    if split is None and (target / "split.json").is_file():
+    reserve(out, MEASURES, data=data)
+    reserve(plot, PLOT, data=data)
+    if labels and split:
+        raise ConfigError("--labels and --split", fix="give one of them")
+    if not labels and split is None and (target / "split.json").is_file():
         split = target
-    chosen = read_or_scan(data, split, card.classes)
+    chosen = read_or_scan(data, split, card.classes, labels=labels)
     if svm is not None:
         logits_of = _svm(target, svm, chosen, data)
     with bar("read images") as progress:
-        images, labels = load_part(chosen, part_named(part), data=data, preprocess=card.preprocess, progress=progress)
+        images, truth = load_part(chosen, cast("Part", part), data=data, preprocess=card.preprocess, progress=progress)
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
-    rows = {f"exit_{k}": accuracy.metrics(p, labels, card.classes) for k, p in enumerate(probabilities)}
+    rows = {f"exit_{k}": accuracy.metrics(p, truth, card.classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:
-        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), labels, card.classes)
+        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, card.classes)
     last = list(rows.values())[-1]
     known = _validated(target)
     if part == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):
@@ -320,14 +337,12 @@ def evaluate(
         made_on = {"device": device, "host": dataclasses.asdict(host())}
         atomic_write(out, to_json({"part": part, "metrics": plain, **made_on}))
     if as_json:
-        typer.echo(json.dumps(plain, indent=1))
+        echo(json.dumps(plain, indent=1))
     else:
-        typer.echo(accuracy.text_table(rows))
-        typer.echo(accuracy.confusion_text(last))
+        echo(accuracy.text_table(rows))
+        echo(accuracy.confusion_text(last))
     if plot:
-        from edgekd.bench.report import confusion_png
-
-        confusion_png(last, plot)
+        plots.write_confusion(last, plot)
     if (target / "split.json").is_file() and not as_json:
         next_command("export", target, "--out", target.with_name(f"{target.name}.onnx"))
 
@@ -380,16 +395,18 @@ def export(
 
     from edgekd.artifact import read_split
     from edgekd.export import export
+    from edgekd.files import NETWORK
     from edgekd.runtime.images import load_part
     from edgekd.training.run import load_model
 
     network, header = load_model(run)
     split, data = read_split(run), _data(run, data)
+    reserve(out, NETWORK, data=data)
     batch, _ = load_part(split, "val", data=data, preprocess=header.preprocess, limit=images)
     with torch.no_grad():
         card = header.card(network(torch.from_numpy(batch[:1])))
     worst = export(network, card, out=out, images=batch, names=[i.path for i in split.part("val")])
-    typer.echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
+    echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
     files: tuple[object, ...] = ("--data", data, "--split", run / "split.json", "--out", out.with_suffix(".engine"))
     next_command("compile", out, "--recipe", "int8", *files)
 

@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import DataOption, OutOption, SetOption, SplitFile, bar, next_command, read_or_scan
+from edgekd.cli.common import (
+    DataOption,
+    OutOption,
+    SetOption,
+    SplitFile,
+    bar,
+    echo,
+    next_command,
+    read_or_scan,
+    reserve,
+    say,
+)
 from edgekd.errors import ConfigError
 
 
@@ -33,29 +44,47 @@ def bench(
     from edgekd.bench.suite import Suite
     from edgekd.bench.suite import bench as measure
     from edgekd.bench.tables import markdown, to_csv
-    from edgekd.files import atomic_write
+    from edgekd.files import CSV, MARKDOWN, PAGE, atomic_write
 
     if report and find_spec("matplotlib") is None:
         raise ConfigError("the HTML page needs matplotlib", fix="pip install 'edgekd[report]', or give --no-report")
+    if out.suffix in (".md", ".csv", ".html"):
+        raise ConfigError(f"--out {out}: the record is JSON, and a table would replace it", fix="give NAME.json")
     refuse_existing(out)
+    reserve(out, data=data)
+    for suffix, kind in ((".md", MARKDOWN), (".csv", CSV), (".html", PAGE)):
+        if report or kind is not PAGE:
+            reserve(out.with_suffix(suffix), kind)
     asked = specs.load(Suite, "benchmarks/suites", suite, overrides=specs.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
     chosen = read_or_scan(data, split, read_card(engine).classes)
     with bar("bench") as progress:
         record = measure(
-            engine, suite=asked, data=data, split=chosen, against=others, command=_command(), progress=progress
+            engine,
+            suite=asked,
+            data=data,
+            split=chosen,
+            against=others,
+            command=_command(),
+            progress=progress,
+            foretell=lambda seconds: say(f"measuring will take about {_about(seconds)}"),
         )
     write_record(out, record)
     text = markdown(record)
     atomic_write(out.with_suffix(".md"), text.encode())
     atomic_write(out.with_suffix(".csv"), to_csv(record).encode())
-    typer.echo(text)
+    echo(text)
     if report:
         from edgekd.bench.report import write_report
 
         write_report(record, out.with_suffix(".html"), data=data)
-        typer.echo(f"report: {out.with_suffix('.html')}")
+        echo(f"report: {out.with_suffix('.html')}")
     next_command("predict", engine, data)
+
+
+def _about(seconds: float) -> str:
+    """`40 s`, `3 min`."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _named(pair: str) -> tuple[str, Path]:
@@ -80,4 +109,4 @@ def compare(
     from edgekd.bench.compare import compare as table
     from edgekd.bench.record import read_record
 
-    typer.echo(table({str(path): read_record(path) for path in records}, force=force))
+    echo(table({str(path): read_record(path) for path in records}, force=force))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekd.cli.common import echo
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def list_(part: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only nam
         raise ConfigError(f"no network has '{part}' in its name", fix=nearest_network(part))
     for title, names in (("edgekd", own), (f"timm and torchvision; {PREFIX}NAME adds exits", others)):
         if names:
-            typer.echo("\n".join([f"{title}:", *(f"  {name}" for name in names)]))
+            echo("\n".join([f"{title}:", *(f"  {name}" for name in names)]))
 
 
 @app.command()
@@ -53,13 +54,13 @@ def show(
         stages = ()
     own = hasattr(network, "exits")  # a multi-exit network returns its pooled features itself
     pooled = "" if own else points.pooled(network, image_size=image_size)
-    typer.echo(f"{name}: {parameters:,} parameters with {classes} classes")
-    typer.echo(f"stages: {', '.join(stages) or 'none'}")
-    typer.echo(f"pooled: {pooled or 'in front of each exit'}")
+    echo(f"{name}: {parameters:,} parameters with {classes} classes")
+    echo(f"stages: {', '.join(stages) or 'none'}")
+    echo(f"pooled: {pooled or 'in front of each exit'}")
     if features:
         marks = {pooled.removesuffix(points.INPUT): "pooled"} | {s: f"stage {k}" for k, s in enumerate(stages, start=1)}
         rows = [[p.name, marks.get(p.name, ""), p.kind, " x ".join(map(str, p.shape))] for p in found]
-        typer.echo(aligned([["feature point", "default", "class", "channels x height x width"], *rows]))
+        echo(aligned([["feature point", "default", "class", "channels x height x width"], *rows]))
 
 
 @app.command()
@@ -77,9 +78,9 @@ def cost(
 
     costs = [cost(name, classes=classes, image_size=image_size, stem=stem_named(stem)) for name in names]
     if as_json:
-        typer.echo(to_json([vars(c) for c in costs]))
+        echo(to_json([vars(c) for c in costs]).decode())
     else:
-        typer.echo(_table(costs))
+        echo(_table(costs))
 
 
 def _table(costs: list[Cost]) -> str:

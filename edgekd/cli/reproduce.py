@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import BadOption, FoldsOption, GroupOption, JobsOption, SeedsOption, SetOption, bar, say
+from edgekd.cli.common import (
+    BadOption,
+    FoldsOption,
+    GroupOption,
+    JobsOption,
+    SeedsOption,
+    SetOption,
+    bar,
+    echo,
+    outside,
+    reserve,
+    resumable,
+    say,
+)
 from edgekd.errors import ConfigError
 
 
@@ -39,8 +52,9 @@ def reproduce(
         raise ConfigError("no table and images given", fix="edgekd reproduce TABLE --data DIR, or --list")
     from edgekd import specs
     from edgekd.errors import TrainingError
+    from edgekd.files import PAPER, RESULT
     from edgekd.reproduce.report import text
-    from edgekd.reproduce.run import Asked
+    from edgekd.reproduce.run import Asked, stem
     from edgekd.reproduce.run import reproduce as run
     from edgekd.training.launch import reason
 
@@ -60,11 +74,15 @@ def reproduce(
         at_once=jobs,
         leave_out_bad=leave_out_bad,
     )
-    with bar("check images") as checked:
+    outside(runs, data)
+    name = stem(table, asked.group)
+    reserve(out / f"{name}.json", RESULT, data=data)
+    reserve(out / f"{name}.md", PAPER)
+    with bar("check images") as checked, resumable(runs, "the same command"):
         result, failed = run(
-            table, asked, say=typer.echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
+            table, asked, say=echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
         )
-    typer.echo(text(result))
+    echo(text(result))
     if failed:
         lines = [f"  {name}: {reason(log)} ({log})" for name, log in failed.items()]
         raise TrainingError(
@@ -85,8 +103,8 @@ def _list(table: str, out: Path) -> None:
     from edgekd.reproduce.report import states
 
     for name in [table] if table else tables.names():
-        typer.secho(f"{name}: {tables.read(name).caption}", bold=True)
+        echo(f"{name}: {tables.read(name).caption}", bold=True)
         rows = states(name, out)
         wide = max(len(label) for label, _, _ in rows)
         for label, state, why in rows:
-            typer.echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))
+            echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))

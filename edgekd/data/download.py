@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import shutil
+import stat
 import urllib.error
 import urllib.request
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from edgekd import __version__
-from edgekd.errors import DataError, nearest
-from edgekd.files import atomic_folder
+from edgekd.errors import DataError, EdgekdError, nearest
+from edgekd.files import atomic_folder, locked
 
 Progress = Callable[[int, int], None]
 TIMEOUT_S = 30
@@ -49,7 +52,8 @@ SIPAKMED = "https://www.cs.uoi.gr/~marina/sipakmed.html"
 def get(name: str, out: Path, *, progress: Progress | None = None) -> None:
     """Download `kather2016` or `cifar100` and write it to `out` as class folders.
 
-    The archive is kept beside `out` until it is unpacked, so a broken download goes on where it stopped.
+    The download is kept beside `out` until it is unpacked, so a broken one goes on where it stopped. An archive of the
+    right checksum that lies there already is used and left alone, like every other file.
     progress: bytes done and in all, then images written and in all.
 
     Raises:
@@ -64,25 +68,34 @@ def get(name: str, out: Path, *, progress: Progress | None = None) -> None:
         raise DataError(f"no data set '{name}' to get", fix=nearest(name, [*SOURCES, "sipakmed"]))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty", fix="remove it or choose another folder")
-    archive = out.parent / SOURCES[name].name
-    fetch(SOURCES[name], archive, progress=progress)
-    with atomic_folder(out) as folder:
-        if name == "cifar100":
-            _write_cifar100(archive, folder, progress)
-        else:
-            unzip(archive, folder)
-    archive.unlink()
+    source = SOURCES[name]
+    archive = own = out.parent / source.name
+    if not (own.is_file() and _md5(own) == source.md5):
+        archive = out.parent / f".edgekd-{source.name}"  # a name that no file of the user has
+    with locked(archive):
+        if archive != own:
+            fetch(source, archive, progress=progress)
+        with atomic_folder(out) as folder:
+            if name == "cifar100":
+                _write_cifar100(archive, folder, progress)
+            else:
+                unzip(archive, folder)
+        if archive != own:
+            archive.unlink()
 
 
 def fetch(source: Source, path: Path, *, progress: Progress | None = None) -> None:
-    """Download to `path`, or finish `path`.part from an earlier try; a file that is there and right is kept.
+    """Download to `path`, or finish `path`.part from an earlier try; a file that is there is kept.
 
     Raises:
-        DataError: no network, the connection broke (the part is kept), or a wrong checksum (the file is removed).
+        DataError: no network, the connection broke (the part is kept), a wrong checksum (the download is removed), or
+            another file at `path` (it is left alone).
     """
     part = path.with_name(path.name + ".part")
-    if path.is_file():
-        path.replace(part)  # checked below like any other; if it is short, the rest is fetched
+    if path.exists():
+        if path.is_file() and _md5(path) == source.md5:
+            return
+        raise DataError(f"{path} is there and is not {source.url}", fix="move it away and run the same command again")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not part.is_file() or _md5(part) != source.md5:
         _download(source.url, part, progress)
@@ -135,22 +148,47 @@ def unzip(archive: Path, folder: Path) -> None:
     """Unpack into `folder`, without the one folder around everything that an archive may have.
 
     Raises:
-        DataError: not a whole zip file, or one with names that lead out of the folder; nothing is unpacked.
+        DataError: not a whole zip file of ordinary files, or one with names that lead out of the folder or that files
+            here cannot have.
     """
     try:
         with zipfile.ZipFile(archive) as source:
             files = [i for i in source.infolist() if not i.is_dir() and not i.filename.startswith("__MACOSX")]
-            names = [PurePosixPath(i.filename) for i in files]
-            if stray := [n for n in names if n.is_absolute() or ".." in n.parts or "\\" in str(n)]:
-                raise DataError(f"{archive}: {stray[0]} leads out of the folder", fix="do not trust this file")
+            names = _names(files, archive)
             wrapped = len({n.parts[0] for n in names}) == 1 and all(len(n.parts) > 1 for n in names)
             for info, name in zip(files, names):
                 target = folder.joinpath(*name.parts[wrapped:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with source.open(info) as inside, target.open("wb") as stream:
                     shutil.copyfileobj(inside, stream)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{archive} cannot be unpacked: {error}", fix="remove it and get it again") from None
+    except EdgekdError:
+        raise
+    except Exception as error:  # zipfile and what it unpacks with raise many kinds
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the disk, not of the archive
+            raise
+        what = f"{archive} cannot be unpacked: {error or type(error).__name__}"
+        raise DataError(what, fix="remove it and get it again") from None
+
+
+def _names(files: list[zipfile.ZipInfo], archive: Path) -> list[PurePosixPath]:
+    """Where an archive's files go.
+
+    Raises:
+        DataError: a link, a name that leads out of the folder or that no file can have, or two in one place.
+    """
+    names = [PurePosixPath(i.filename) for i in files]
+    if not names:
+        raise DataError(f"{archive} holds no files", fix="remove it and get it again")
+    if stray := [n for n in names if n.is_absolute() or ".." in n.parts or "\\" in str(n)]:
+        raise DataError(f"{archive}: {stray[0]} leads out of the folder", fix="do not trust this file")
+    taken = {parent for n in names for parent in n.parents} | {n for n, k in Counter(names).items() if k > 1}
+    for info, name in zip(files, names):
+        is_link = stat.S_ISLNK(info.external_attr >> 16)
+        length = max((len(part.encode(errors="surrogateescape")) for part in name.parts), default=256)
+        if is_link or length > 255 or len(str(name)) > 1000 or name in taken:
+            what = f"{archive}: {str(name)[:80]!r} is no ordinary file, or is there twice"
+            raise DataError(what, fix="do not trust this file")
+    return names
 
 
 def _write_cifar100(archive: Path, folder: Path, progress: Progress | None) -> None:

@@ -12,14 +12,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from edgekd.artifact import Part
 from edgekd.errors import DataError, nearest
-from edgekd.runtime.preprocess import EXTENSIONS, open_image
+from edgekd.files import sha256
+from edgekd.host import default_threads
+from edgekd.runtime.preprocess import EXTENSIONS, STRIP, opened
 
 log = logging.getLogger(__name__)
 
-PARTS: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS: dict[str, Part] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of folders above class folders, in any case, and the part that their images are."""
+PASSED_OVER = frozenset(
+    {"$recycle.bin", "#recycle", "@eadir", "@recycle", "__macosx", "lost+found", "system volume information"}
+)
+"""Folders that a system or storage device makes (in lower case): nothing in them counts, nor in hidden ones."""
 BYSTANDERS = frozenset({"", ".csv", ".dat", ".db", ".ini", ".json", ".md", ".txt", ".xml"})
 """Files of these kinds lie beside images everywhere: passed over and counted, as hidden ones are."""
 SHOWN = 20
@@ -29,22 +45,31 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Found:
-    """One image file: posix path relative to the data folder, class index, and the part its folder puts it in."""
+    """One image file: posix path relative to the data folder, class index, and the part its folder puts it in.
+
+    group: the picture it was cut from, where a CSV file says so. digest: SHA-256 of the file, once it was checked.
+    """
 
     path: str
     label: int
     part: Part | None = None
+    group: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What `scan` found. bad: files that cannot be used, and why. ignored: how many files were passed over."""
+    """Labelled images. bad: files that cannot be used, and why. ignored: how many files were passed over.
+
+    labels: name of the CSV file that gave the labels; empty if folders did.
+    """
 
     root: Path
     classes: tuple[str, ...]
     items: tuple[Found, ...]
     bad: Mapping[str, str]
     ignored: int
+    labels: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,8 +105,52 @@ def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
     return Folder(data, names, tuple(sorted_out.items), sorted_out.bad, sorted_out.ignored)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images under a folder: what `scan` takes in class folders, and `edgekd predict` in any folder.
+
+    By the ends of their names, in any case; hidden ones do not count. Links are followed, to files and to folders,
+    but not upwards, and each folder is entered once. A link that leads nowhere counts, so that it will be named.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
+    return [file for file in _files(folder) if _is_image(file)]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    seen = {_identity(above) for above in folder.resolve().parents}
+    for root, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        if (here := _identity(Path(root))) in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted(name for name in folders if not _passed_over(name))
+        yield from (Path(root, name) for name in sorted(files))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})", fix="mend its permissions or remove it")
+
+
+def _is_image(file: Path) -> bool:
+    broken = file.is_symlink() and not file.exists()
+    return not file.name.startswith(".") and (broken or file.suffix.lower() in EXTENSIONS)
+
+
+def _passed_over(folder: str) -> bool:
+    return folder.startswith(".") or folder.lower() in PASSED_OVER
+
+
 def _visible(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")))
+    try:
+        return sorted(p for p in folder.iterdir() if not _passed_over(p.name))
+    except OSError as error:
+        _unreadable(error)
 
 
 def _tops(data: Path) -> list[tuple[Part | None, Path]]:
@@ -135,15 +204,13 @@ class _Sorting:
     def add(self, folder: Path, label: int, part: Part | None) -> int:
         """Take everything under a class folder; the number of images is returned."""
         before = len(self.items)
-        for root, folders, files in os.walk(folder):
-            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-            for file in sorted(files):
-                self._file(Path(root, file), label, part)
+        for file in _files(folder):
+            self._file(file, label, part)
         return len(self.items) - before
 
     def _file(self, path: Path, label: int, part: Part | None) -> None:
         kind = path.suffix.lower()
-        if kind in EXTENSIONS and not path.name.startswith("."):
+        if _is_image(path):
             self.items.append(Found(_name(path, self.data), label, part))
         elif kind in BYSTANDERS or path.name.startswith("."):
             self.ignored += 1
@@ -152,8 +219,8 @@ class _Sorting:
 
     def loose(self, top: Path) -> None:
         """Complain of images that lie beside the class folders."""
-        for path in filter(Path.is_file, _visible(top)):
-            if path.suffix.lower() in EXTENSIONS:
+        for path in (p for p in _visible(top) if not p.is_dir()):
+            if _is_image(path):
                 self.bad[_name(path, self.data)] = "in no class folder"
             else:
                 self.ignored += 1
@@ -184,8 +251,9 @@ def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | N
     Raises:
         DataError: files that cannot be used (unless leave_out_bad), or a class that has none left without them.
     """
-    hashes, bad = _decode(folder, progress)
-    bad = {**folder.bad, **bad, **_copies(folder, hashes)}
+    looks, bad = _decode(folder, progress)
+    pixels = {path: look.pixels for path, look in looks.items()}
+    bad = {**folder.bad, **bad, **_copies(folder, pixels)}
     if bad and not leave_out_bad:
         lines = [f"  {path}: {reason}" for path, reason in sorted(bad.items())]
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
@@ -193,39 +261,50 @@ def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | N
             "\n".join([f"{len(bad)} of the files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
             fix="mend or remove them, or leave them out with --leave-out-bad",
         )
-    items = tuple(item for item in folder.items if item.path not in bad)
+    items = tuple(dataclasses.replace(i, digest=looks[i.path].file) for i in folder.items if i.path not in bad)
     if gone := {i.label for i in folder.items} - {i.label for i in items}:
         classes = some(folder.classes[label] for label in sorted(gone))
         raise DataError(f"no usable image is left of {classes}", fix="mend the files, or remove the class folder")
     if bad:
         log.warning("%d of the files in %s are left out", len(bad), folder.root)
-    return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, hashes))
+    return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, pixels))
 
 
-def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Pixel hashes of the images that can be decoded, and reasons for those that cannot."""
-    hashes, bad = {}, {}
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(partial(_pixel_hash, folder.root), folder.items)
-        for done, (item, (digest, reason)) in enumerate(zip(folder.items, results), 1):
-            if reason:
-                bad[item.path] = reason
+class _Look(NamedTuple):
+    """What decoding an image once tells: SHA-256 of the file and of its pixels, or the reason why it cannot be used."""
+
+    file: str = ""
+    pixels: str = ""
+    reason: str = ""
+
+
+def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, _Look], dict[str, str]]:
+    """The images that can be decoded, and reasons for those that cannot."""
+    looks, bad = {}, {}
+    with ThreadPoolExecutor(default_threads()) as pool:
+        results = pool.map(partial(_look_at, folder.root), folder.items)
+        for done, (item, look) in enumerate(zip(folder.items, results), 1):
+            if look.reason:
+                bad[item.path] = look.reason
             else:
-                hashes[item.path] = digest
+                looks[item.path] = look
             if progress:
                 progress(done, len(folder.items))
-    return hashes, bad
+    return looks, bad
 
 
-def _pixel_hash(root: Path, item: Found) -> tuple[str, str]:
+def _look_at(root: Path, item: Found) -> _Look:
     path = root / item.path
-    if path.is_file() and not path.stat().st_size:
-        return "", "empty"
     try:
-        image = open_image(path)
+        with opened(path) as image:
+            pixels = hashlib.sha256(repr(image.size).encode())
+            rows = max(1, STRIP // image.width)
+            for top in range(0, image.height, rows):
+                pixels.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     except DataError as error:
-        return "", error.what.removeprefix(f"{path}: ")
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), ""
+        reason = error.what.removeprefix(f"{path}: ")
+        return _Look(reason="empty" if reason.startswith("not an image") and not path.stat().st_size else reason)
+    return _Look(sha256(path), pixels.hexdigest())
 
 
 def _copies(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:

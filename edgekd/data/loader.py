@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from edgekd.data.dataset import EpochSampler, ImageSet, Key, Sample
 from edgekd.errors import ConfigError, EdgekdError, TrainingError
+from edgekd.shell import shield_tracker
 
 Result: TypeAlias = Sample | EdgekdError
 
@@ -106,7 +107,7 @@ def _uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    resource_tracker.ensure_running()  # it would lift the mask
+    shield_tracker()  # begun later, it would lift the mask
     came: list[int] = []
     before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (SIGINT, SIGTERM, SIGHUP)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {SIGINT})

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifact import Item, Part, Split, read_split
-from edgekd.data.folders import Checked, Folder, some
+from edgekd.artifact import Item, Part, Split, leaks, read_split
+from edgekd.data.folders import Checked, Folder, Found, scan, some
+from edgekd.data.labels import read_labels
 from edgekd.errors import ConfigError, DataError, nearest
 
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -29,6 +30,22 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 
+def images_of(data: Path, *, labels: Path | None = None, method: str = "") -> Folder:
+    """The images to divide: what the CSV file `labels` lists, else what is in class folders.
+
+    method: as for `make_split`; if it is a split that was made of a CSV file, its images.
+
+    Raises:
+        EdgekdError: as `read_labels`, `read_split` or `scan`.
+    """
+    if labels is not None:
+        return read_labels(data, labels)
+    if Path(method).suffix == ".json" and (split := read_split(Path(method))).labels:
+        items = tuple(Found(i.path, i.label) for items in split.parts.values() for i in items)
+        return Folder(data, split.classes, items, {}, 0, split.labels)
+    return scan(data)
+
+
 def make_split(
     checked: Checked, *, method: str = "ratio:3,1,1", fold: int = 0, group: str = "none", seed: int = 0
 ) -> Split:
@@ -40,7 +57,8 @@ def make_split(
     group: `none`; `cluster` (SIPaKMeD) or `slide` (Kather 2016); or a regular expression, searched in each relative
         path, whose captured text (all of the match if it captures none) names the picture the image was cut from.
         Images of a group stay together, so val and test may lack a class that comes from few pictures: `summary`
-        says so. With `none` the shipped patterns are still tried, to count what leaks.
+        says so. With `none` the shipped patterns are still tried, to count what leaks. The groups that a CSV file
+        of labels gives take the place of this.
 
     Raises:
         ConfigError: a method, fold or pattern that cannot be.
@@ -49,14 +67,18 @@ def make_split(
     if Path(method).suffix == ".json":
         return _given(checked, Path(method))
     items = checked.folder.items
-    keys = group_keys([i.path for i in items], group)
+    keys = [i.group for i in items]
+    if any(keys):
+        group = "labels"
+    else:
+        keys = group_keys([i.path for i in items], group)
     brought = {i.part for i in items} - {None}
     weights, names = _plan(method, fold) if brought <= {"train"} else _missing(brought, method)
     where = _deal(checked.folder, weights, names, keys if group != "none" else None, seed)
     parts: dict[str, list[Item]] = {part: [] for part in PARTS}
     for item, key, part in zip(items, keys, where):
-        parts[part].append(Item(item.path, item.label, key))
-    groups, leaking = _leaks(parts)
+        parts[part].append(Item(item.path, item.label, key, item.digest))
+    groups, leaking = leaks(parts)
     return Split(
         classes=checked.folder.classes,
         parts={part: tuple(inside) for part, inside in parts.items()},
@@ -67,6 +89,7 @@ def make_split(
         leaking=leaking,
         fingerprint=checked.fingerprint,
         left_out=checked.left_out,
+        labels=checked.folder.labels,
     )
 
 
@@ -214,28 +237,22 @@ def _greedy(table: Floats, target: Floats, rng: np.random.Generator) -> tuple[in
 _FEWER = "use fewer parts (ratio:4,0,1), add images, or split without groups (--group none)"
 
 
-def _leaks(parts: Mapping[str, Sequence[Item]]) -> tuple[int, int]:
-    """The number of groups, and of those with images in more than one part."""
-    sides = Counter(key for items in parts.values() for key in {i.group for i in items} - {""})
-    return len(sides), sum(n > 1 for n in sides.values())
-
-
 def _given(checked: Checked, path: Path) -> Split:
     """A split.json, if it is of just these images."""
     split = read_split(path)
     if split.classes != checked.folder.classes:
         ours, theirs = some(checked.folder.classes), some(split.classes)
         raise DataError(f"{path} is for classes {theirs}; {checked.folder.root} has {ours}", fix="make a new split")
-    here = {i.path: i.label for i in checked.folder.items}
-    there = {i.path: i.label for items in split.parts.values() for i in items}
+    here = {i.path: i for i in checked.folder.items}
+    there = {i.path: i for items in split.parts.values() for i in items}
+    both = here.keys() & there.keys()
     problems = {
         "that are not in the folder": there.keys() - here.keys(),
         "fewer than the folder has": here.keys() - there.keys(),
-        "under another class": {p for p in here.keys() & there.keys() if here[p] != there[p]},
+        "under another class": {p for p in both if here[p].label != there[p].label},
+        "that were changed since": {p for p in both if here[p].digest != there[p].digest},
     }
     lines = [f"  {len(found)} images {what}: {some(sorted(found)[:5])}" for what, found in problems.items() if found]
-    if not lines and split.fingerprint != checked.fingerprint:
-        lines = ["  the same names, but the pictures were changed since"]
     if lines:
         raise DataError("\n".join([f"{path} does not fit {checked.folder.root}:", *lines]), fix="make a new split")
     return split

@@ -53,7 +53,7 @@ def write_cells(
     Raises:
         DataError: `out` has files already, or `count` is under two a class.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty", fix="remove it or choose another folder")
     if count < 2 * len(CLASSES):
         raise DataError(f"{count} cells are too few", fix=f"ask for {2 * len(CLASSES)} or more")

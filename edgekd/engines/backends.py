@@ -22,11 +22,21 @@ BACKENDS = {
 }
 
 
+Read: TypeAlias = Callable[[Path], bytes]
+"""How a backend gets a file's content; an engine's checks it against the manifest."""
+
+
 class Runner(Protocol):
     """One compiled graph; may be called from several threads at once."""
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
         """The inputs to the outputs, both in graph order; the outputs belong to the caller."""
+
+
+class Loaded(Runner, Protocol):
+    """A runner as a backend gives it. ends: shapes of a row of its first input and of its first output, -1 for any."""
+
+    ends: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Walk(Protocol):
@@ -47,17 +57,18 @@ Decider: TypeAlias = Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.fl
 
 class Backend(Protocol):
     """What every backend module has. `TARGET` is the kind of quantised graph that it runs well; `ANY_BATCH` whether it
-    runs batches larger than the recipe's.
+    runs batches larger than the recipe's; `SATURATES` whether its sums of 8-bit products do on CPUs without VNNI.
 
     Some have more: `walker(stages) -> Walker` keeps what lies between stages to itself, `decider(stages, policy) ->
     Decider` also the decision to leave, `here() -> dict` is what of this machine an engine depends on besides the
-    host, and `refusal(manifest) -> str` why one cannot run here.
+    host, `refusal(manifest) -> str` why one cannot run here, and `WITHOUT_VNNI` what int8 costs on such CPUs.
     """
 
     SUFFIX: str
     EXTRA: str
     TARGET: str
     ANY_BATCH: bool
+    SATURATES: bool
 
     def version(self) -> str | None:
         """The installed version; None if it is not installed."""
@@ -73,8 +84,11 @@ class Backend(Protocol):
             BackendError: this machine cannot run the recipe's precision.
         """
 
-    def load(self, path: Path, *, recipe: Recipe, threads: int) -> Runner:
-        """Compile a written graph for this machine."""
+    def load(self, path: Path, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> Loaded:
+        """Compile a written graph for this machine; its files are read once, by `read`, and not looked at again."""
+
+    def suffixes(self, recipe: Recipe) -> tuple[str, ...]:
+        """The files that `build` writes for each graph."""
 
     def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
         """Read back what runs: fp32, fp16, bf16 or int8 to its share of convolution and matrix layers."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ import onnx
 import edgekd
 from edgekd.artifact import MANIFEST, Card, EngineFile, Manifest, read_onnx, write_manifest
 from edgekd.engines.backends import find_backend, installed
-from edgekd.engines.check import Labels, check, drops, read_back, stage_times
+from edgekd.engines.check import Labels, bounds, check, read_back, stage_times, verdict, worst_drop
 from edgekd.engines.engine import Engine, built_engine, open_engine
 from edgekd.engines.graphs import graphs
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
-from edgekd.files import atomic_folder, sha256
-from edgekd.host import default_threads, host
+from edgekd.files import ENGINE, atomic_folder, sha256
+from edgekd.host import checked_threads, exact_int8, host
 from edgekd.runtime.preprocess import Array
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class Attempt:
     """What came of one backend, a row of the table that `edgekd compile` prints.
 
     batch1_ms: all stages one after the other, one image; None if it was not built.
-    precision: precision to share of layers, as read back. drop: worst loss of an exit, in points; None if unchecked.
+    precision: precision to share of layers, as read back. drop: what the worse of the answers (ensemble and last
+        exit) lost on the validation images, in points; None if unchecked. drop_bounds: of the true loss.
     """
 
     backend: str
@@ -47,19 +49,20 @@ class Attempt:
     batch1_ms: float | None = None
     precision: dict[str, float] = dataclasses.field(default_factory=dict)
     drop: float | None = None
+    drop_bounds: tuple[float, float] | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is the same for all backends. `quantised(target, heads)` is made once for all that share it."""
+    """What is the same for all backends. `quantised(target, heads, reduce_range)` is kept for all that share it."""
 
     model: onnx.ModelProto
     card: Card
     recipe: Recipe
     validation: tuple[Array, Labels] | None
     float_logits: Array | None
-    quantised: Callable[[str, bool], onnx.ModelProto]
+    quantised: Callable[[str, bool, bool], onnx.ModelProto]
     threads: int
     common: dict[str, Any]
 
@@ -87,24 +90,25 @@ def compile_engine(
         otherwise computes them.
 
     Raises:
-        ConfigError: int8 without calibration images; `out` is something else than an engine.
+        ConfigError: int8 without calibration images; `out` is something else than an engine, or holds more.
         BackendError: no backend can build this here, or what ran is not the precision that was asked for.
-        GateError: an exit loses more accuracy than the recipe allows; the table is in the message.
+        GateError: answers lose more accuracy than the recipe allows; the table is in the message.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
+    refuse_other_folder(out)
+    threads = checked_threads(threads)
     names = installed() if backend == "auto" else [backend]
     if validation and reference is None:
         reference = open_engine(source, threads=threads).logits(validation[0])
-    job = _job(source, recipe, calibration, validation, reference, threads or default_threads())
-    built: dict[str, Manifest] = {}
+    job = _job(source, recipe, calibration, validation, reference, threads)
+    built: dict[str, tuple[Manifest, Path]] = {}
     attempts: list[Attempt] = []
     errors: list[EdgekdError] = []
     with atomic_folder(out) as part:
         for i, name in enumerate(names):
             step = functools.partial(_step, progress, before=i * STEPS, total=len(names) * STEPS)
             try:
-                built[name], attempt = _build(job, part / name, backend=name, step=step)
+                manifest, folder, attempt = _build(job, part / name, backend=name, step=step)
+                built[name] = manifest, folder
                 attempts.append(attempt)
             except (BackendError, GateError) as error:
                 if backend != "auto":
@@ -112,9 +116,25 @@ def compile_engine(
                 errors.append(error)
                 attempts.append(Attempt(name, ok=False, note=error.what))
             step(STEPS)
-        manifest = built[_fastest(attempts, errors)]
-        _keep(part, manifest, others=names)
+        manifest, folder = built[_fastest(attempts, errors)]
+        _keep(part, manifest, folder, others=names)
     return manifest, attempts
+
+
+def refuse_other_folder(out: Path) -> None:
+    """See that nothing is lost when an engine is written to `out`: there is none, or an engine and nothing else.
+
+    Raises:
+        ConfigError: there is something else, which is named.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out.is_dir() and ENGINE.has(out / MANIFEST)):
+        raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
+    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
+    for path in out.iterdir():
+        if not (path.is_file() and own.fullmatch(path.name)):
+            raise ConfigError(f"{path} would be lost: it is no part of the engine", fix="move it out of that folder")
 
 
 def _step(progress: Progress | None, done: float, *, before: int, total: int) -> None:
@@ -135,11 +155,12 @@ def _job(
         raise ConfigError("int8 needs calibration images of the training split", fix="give --data and --split")
 
     @functools.cache
-    def quantised(target: str, heads: bool) -> onnx.ModelProto:
+    def quantised(target: str, heads: bool, reduce_range: bool) -> onnx.ModelProto:
         from edgekd.quantize import quantize  # it reads this package's graphs
 
         assert calibration is not None  # asked for above
-        return quantize(model, card, calibration, target=target, heads=heads, method=recipe.calibration_method)
+        method = recipe.calibration_method
+        return quantize(model, card, calibration, target=target, heads=heads, reduce_range=reduce_range, method=method)
 
     calibrated = {}
     if recipe.precision == "int8" and calibration is not None:
@@ -163,49 +184,66 @@ def _fastest(attempts: list[Attempt], errors: list[EdgekdError]) -> str:
     raise kind("no backend passes:\n" + "\n".join(e.what for e in errors), fix=errors[0].fix)
 
 
-def _keep(folder: Path, manifest: Manifest, *, others: list[str]) -> None:
+def _keep(folder: Path, manifest: Manifest, built: Path, *, others: list[str]) -> None:
     for name in manifest.files:
-        (folder / manifest.backend / name).replace(folder / name)
+        (built / name).replace(folder / name)
     for other in others:
         shutil.rmtree(folder / other, ignore_errors=True)
     write_manifest(folder, manifest)
 
 
-def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]) -> tuple[Manifest, Attempt]:
-    """Write, check and time one backend's engine."""
-    manifest, engine = _exact_enough(job, folder, backend=backend, step=step)
+def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]) -> tuple[Manifest, Path, Attempt]:
+    """Write, check and time one backend's engine, somewhere in `folder`."""
+    manifest, engine, folder = _exact_enough(job, folder, backend=backend, step=step)
     step(2)
     precision = read_back(folder, backend=backend, recipe=job.recipe)
     step(3)
     images = job.validation[0] if job.validation else None
     stage_ms, monolithic_ms = stage_times(engine, images, sizes=job.recipe.batch_sizes)
-    drop = max(drops(manifest.accuracy)) if manifest.accuracy else None
-    note = "; ".join([f"in one piece {monolithic_ms:.2f} ms", *(n.splitlines()[0] for n in manifest.notes)])
-    manifest = dataclasses.replace(manifest, precision=precision, stage_ms=stage_ms)
-    return manifest, Attempt(backend, True, sum(stage_ms["1"]), precision, drop, note)
+    note = "; ".join([f"in one piece {monolithic_ms:.2f} ms", *manifest.notes])
+    attempt = Attempt(backend, True, sum(stage_ms["1"]), precision, note=note)
+    notes = manifest.notes
+    if accuracy := manifest.accuracy:
+        worst = worst_drop(accuracy)
+        attempt = dataclasses.replace(attempt, drop=worst.points, drop_bounds=bounds(worst, accuracy))
+        notes = (*notes, verdict(accuracy, limit=job.recipe.max_accuracy_drop))
+    return dataclasses.replace(manifest, precision=precision, stage_ms=stage_ms, notes=notes), folder, attempt
 
 
-def _exact_enough(job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]) -> tuple[Manifest, Engine]:
-    """Write and check. int8 heads are tried first and kept if they pass: they are faster than float ones.
+def _exact_enough(
+    job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]
+) -> tuple[Manifest, Engine, Path]:
+    """Write and check. int8 heads, which are faster than float ones, are kept if they seem to lose no more than is
+    allowed; else both are built, and the one that loses less is kept.
 
     Raises:
         GateError: neither passes.
     """
     int8 = job.recipe.precision == "int8"
     notes = [] if job.validation else ["no validation images were given: accuracy and parity are unchecked"]
+    if int8 and not exact_int8():
+        notes += [note] if (note := getattr(find_backend(backend), "WITHOUT_VNNI", "")) else []
+    passed: list[tuple[float, Manifest, Engine, Path]] = []
     for heads in (True, False) if int8 and len(job.card.exits) > 1 else (True,):
-        manifest = _write(job, folder, backend=backend, heads=heads, step=step)
-        engine = built_engine(folder, manifest, threads=job.threads)
+        part = folder / ("int8-heads" if heads else "float-heads")
+        manifest = _write(job, part, backend=backend, heads=heads, step=step)
+        engine = built_engine(part, manifest, threads=job.threads)
         try:
             parity, accuracy = check(engine, job.validation, job.float_logits, recipe=job.recipe)
         except GateError as error:
             refusal = error
-            notes.append(f"quantised exit heads were refused: {error.what}")
+            notes.append(f"{'quantised' if heads else 'float'} exit heads were refused: {error.what}")
             continue
-        if int8:
-            notes.append(f"exit heads: {'int8' if heads else 'float'} convolutions")
-        return dataclasses.replace(manifest, parity=parity, accuracy=accuracy, notes=tuple(notes)), engine
-    raise refusal
+        lost = worst_drop(accuracy).points if accuracy else 0.0
+        said = [*notes, f"exit heads: {'int8' if heads else 'float'} convolutions"] if int8 else notes
+        manifest = dataclasses.replace(manifest, parity=parity, accuracy=accuracy, notes=tuple(said))
+        passed.append((lost, manifest, engine, part))
+        if lost <= job.recipe.max_accuracy_drop:
+            break
+        notes.append(f"quantised exit heads lose {lost:.2f} points on the validation images")
+    if not passed:
+        raise refusal
+    return min(passed, key=lambda found: found[0])[1:]
 
 
 def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable[[float], None]) -> Manifest:
@@ -214,9 +252,9 @@ def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable
     if job.recipe.tensorrt.dla_core is not None and backend != "tensorrt":
         raise BackendError(f"{backend} builds for no DLA", fix="use --backend tensorrt, or another --recipe")
     target = module.TARGET if job.recipe.tensorrt.dla_core is None else "dla"
-    model = job.quantised(target, heads) if job.recipe.precision == "int8" else job.model
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    reduce_range = module.SATURATES and not exact_int8()
+    model = job.quantised(target, heads, reduce_range) if job.recipe.precision == "int8" else job.model
+    folder.mkdir(parents=True)
     files, parts = {}, graphs(model, job.card)
     for i, (name, graph) in enumerate(parts.items()):
         progress = functools.partial(lambda i, share: step(2 * (i + share) / len(parts)), i)

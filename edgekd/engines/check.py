@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import statistics
 import time
 from pathlib import Path
@@ -13,13 +15,17 @@ import numpy.typing as npt
 
 from edgekd.engines.backends import Walker, find_backend
 from edgekd.engines.engine import Engine
+from edgekd.engines.paired import Drop
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError, GateError
+from edgekd.runtime.policy import ensemble
 from edgekd.runtime.preprocess import Array
 
 Labels: TypeAlias = npt.NDArray[np.int64]
 FP32_TOLERANCE = 1e-3
 """Largest difference of logits that an fp32 engine may have from ONNX Runtime FP32."""
+ALPHA = 0.05
+"""Chance of refusing an engine that loses just what is allowed, for all of its answers together."""
 WARM_UP = 3
 """Rounds that are thrown away; the first compiles what is compiled on first use."""
 TIMING_S = 0.4
@@ -31,10 +37,11 @@ def check(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parity and accuracy of an engine: the worse of its stages, its monolithic and its final graph.
 
-    validation: images (N, 3, H, W) and labels (N,). float_logits: (E, N, C), student.onnx's. Both or none.
+    What is answered is judged, the ensemble's and the last exit's answers; exits, which leave on thresholds, are
+    reported. validation: images (N, 3, H, W) and labels (N,). float_logits: (E, N, C), student.onnx's. Both or none.
 
     Raises:
-        GateError: logits that are not finite, an fp32 engine that differs, or an exit that loses too much.
+        GateError: logits that are not finite, an fp32 engine that differs, or answers that surely lose too much.
     """
     if validation is None or float_logits is None:
         return {}, {}
@@ -51,9 +58,21 @@ def check(
         "validation_images": len(labels),
         "float": _accuracies(float_logits, labels),
         "engine": np.min([_accuracies(way, labels) for way in ways], axis=0).tolist(),
+        "answers": {n: _judged(n, ways, float_logits, labels) for n in ("ensemble", "final")[-len(float_logits) :]},
     }
-    _check_accuracy(engine, accuracy, limit=recipe.max_accuracy_drop)
+    _check_accuracy(engine, accuracy, recipe=recipe)
     return parity, accuracy
+
+
+def _judged(name: str, ways: list[Array], float_logits: Array, labels: Labels) -> dict[str, Any]:
+    """Accuracies of one answer, and on how many images it was lost and gained, on the way that loses most."""
+
+    def right(logits: Array) -> npt.NDArray[np.bool_]:
+        return np.asarray((ensemble(logits) if name == "ensemble" else logits[-1]).argmax(axis=1) == labels)
+
+    before, after = right(float_logits), min((right(way) for way in ways), key=np.count_nonzero)
+    counts = dataclasses.asdict(Drop.between(before, after))
+    return {"float": float(before.mean()), "engine": float(after.mean()), **counts}
 
 
 def _difference(logits: Array, reference: Array) -> Array:
@@ -72,24 +91,58 @@ def _accuracies(logits: Array, labels: Labels) -> list[float]:
     return [float((exit_logits.argmax(axis=1) == labels).mean()) for exit_logits in logits]
 
 
-def drops(accuracy: dict[str, Any]) -> list[float]:
-    """Percentage points that each exit lost."""
-    return [100 * (a - b) for a, b in zip(accuracy["float"], accuracy["engine"])]
+def drops(accuracy: dict[str, Any]) -> dict[str, Drop]:
+    """What the ensemble's and the last exit's answers lost."""
+    return {name: Drop(*(a[k] for k in ("images", "lost", "gained"))) for name, a in accuracy["answers"].items()}
 
 
-def _check_accuracy(engine: Engine, accuracy: dict[str, Any], *, limit: float) -> None:
-    lost = drops(accuracy)
-    if max(lost) <= limit:
+def worst_drop(accuracy: dict[str, Any]) -> Drop:
+    """What the answers lost that lost more."""
+    return max(drops(accuracy).values(), key=lambda drop: drop.points)
+
+
+def verdict(accuracy: dict[str, Any], *, limit: float) -> str:
+    """What the validation images tell of the drop, and what they cannot."""
+    found = {name: (drop, *bounds(drop, accuracy)) for name, drop in drops(accuracy).items()}
+    said = ", ".join(f"{n} {drop.points:+.2f} [{low:+.2f}, {high:+.2f}]" for n, (drop, low, high) in found.items())
+    most = max(high for *_, high in found.values())
+    doubt = f"; {accuracy['validation_images']} validation images cannot tell whether it is within {limit:g}"
+    return f"accuracy drop (points) and its 95 % interval: {said}{doubt if most > limit else ''}"
+
+
+def bounds(drop: Drop, accuracy: dict[str, Any]) -> tuple[float, float]:
+    """Points between which the true drop of an answer lies; `ALPHA` is shared by the answers."""
+    return drop.interval(ALPHA / len(accuracy["answers"]))
+
+
+def _check_accuracy(engine: Engine, accuracy: dict[str, Any], *, recipe: Recipe) -> None:
+    """Refuse what loses more than is allowed by an exact test; what chance may have done passes."""
+    limit, found = recipe.max_accuracy_drop, drops(accuracy)
+    over = {name for name, drop in found.items() if drop.p_value(limit) <= ALPHA / len(found)}
+    if not over:
         return
-    rows = [
-        f"  {name:<8} {100 * a:7.2f} {100 * b:7.2f} {drop:+7.2f} {limit:7.2f}{'  <' if drop > limit else ''}"
-        for name, a, b, drop in zip(engine.card.outputs, accuracy["float"], accuracy["engine"], lost)
-    ]
+    exits = zip(engine.card.outputs, accuracy["float"], accuracy["engine"])
+    rows = [f"  {name:<8} {100 * a:7.2f} {100 * b:7.2f} {100 * (a - b):+7.2f}" for name, a, b in exits]
+    for name, a in accuracy["answers"].items():
+        low, high = bounds(found[name], accuracy)
+        rows.append(
+            f"  {name:<8} {100 * a['float']:7.2f} {100 * a['engine']:7.2f} {found[name].points:+7.2f} {limit:7.2f}"
+            f"  {low:+.2f} to {high:+.2f}; {a['lost']} images lost, {a['gained']} gained{'  <' if name in over else ''}"
+        )
+    head = f"  {'answer':<8} {'float':>7} {'engine':>7} {'drop':>7} {'limit':>7}  true drop"
+    what = f"{engine.name} loses too much accuracy on {accuracy['validation_images']} validation images (%, points):"
+    allowed = math.ceil(10 * worst_drop(accuracy).points) / 10
     raise GateError(
-        f"{engine.name} loses too much accuracy on {accuracy['validation_images']} validation images (%, points):\n"
-        + "\n".join([f"  {'exit':<8} {'float':>7} {'engine':>7} {'drop':>7} {'limit':>7}", *rows]),
-        fix="calibrate on more images (--set calibration_images=512), or allow more (--set max_accuracy_drop=1.0)",
+        "\n".join([what, head, *rows]),
+        fix=f"use another --recipe, {_more_images(engine, recipe)}or allow more (--set max_accuracy_drop={allowed:g})",
     )
+
+
+def _more_images(engine: Engine, recipe: Recipe) -> str:
+    used = engine.manifest.calibration.get("images", 0) if engine.manifest else 0
+    if used < recipe.calibration_images:  # all that the training split has
+        return ""
+    return f"calibrate on more images if the training split has more than {used} (--set calibration_images=…), "
 
 
 def read_back(folder: Path, *, backend: str, recipe: Recipe) -> dict[str, float]:

@@ -22,6 +22,11 @@ class Device:
     power_modes: tuple[str, ...]
     source: str
 
+    def __post_init__(self) -> None:
+        for key in ("sm", "memory_gb", "bandwidth_gb_s", "fp16_tflops", "int8_tops", "dla"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}: {getattr(self, key)} is negative")
+
 
 def require_local(name: str) -> None:
     """Engines are built on the machine that will run them.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +12,7 @@ from edgekd.engines.backends import BACKENDS, find_backend
 from edgekd.engines.recipe import Recipe
 from edgekd.errors import BackendError
 from edgekd.extras import extras
+from edgekd.files import temporary_folder
 from edgekd.host import host
 
 
@@ -40,9 +39,9 @@ def _try(name: str) -> tuple[str, bool]:
         backend = find_backend(name)
     except BackendError as error:
         return error.what, True
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("doctor") as folder:
         path, recipe = (
-            Path(folder) / f"stage_0{backend.SUFFIX}",
+            folder / f"stage_0{backend.SUFFIX}",
             Recipe("fp32", batch_sizes=(1,), static_batch_sizes=(1,)),
         )
         try:

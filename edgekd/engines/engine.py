@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgekd.artifact import Card, Manifest, read_manifest, read_onnx
+from edgekd.artifact import Card, Manifest, read_file, read_manifest, read_onnx
 from edgekd.engines import onnxruntime
-from edgekd.engines.backends import Decider, Runner, Walker, find_backend
-from edgekd.engines.graphs import graph, with_shapes
+from edgekd.engines.backends import Decider, Loaded, Runner, Walker, find_backend
+from edgekd.engines.graphs import graph, graph_names, with_shapes
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import host_walker
 from edgekd.errors import ArtifactError, BackendError
-from edgekd.host import default_threads, host
+from edgekd.files import recover
+from edgekd.host import checked_threads, host
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Array
 from edgekd.specs import from_dict
 
 log = logging.getLogger(__name__)
 
+_alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+_inherited: list[tuple[str, list[Runner]]] = []
+"""Backends and graphs of the process that this one was forked from. Their threads stayed there, so that to use or free
+them here may never end."""
+
+
+def _forked() -> None:
+    _inherited.extend((engine.backend, list(engine._runners.values())) for engine in _alive)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
 
 class Engine:
     """The graphs of one compiled network, each loaded when first asked for. Threads may share it and its runners.
 
+    It belongs to the process that opened it: a process forked from that one cannot use it.
+
     card: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
+    digest: SHA-256 of what was opened, of the manifest or of student.onnx.
     name: backend and precision, for tables. largest_batch: that walkers take; None for any.
     """
 
@@ -46,6 +66,7 @@ class Engine:
     ) -> None:
         self.card = card
         self.manifest = manifest
+        self.digest = manifest.digest if manifest else card.sha256
         self.backend = backend
         self.name = f"{backend} {precision}"
         self.threads = threads
@@ -55,6 +76,28 @@ class Engine:
         self._make_decider = make_decider
         self._runners: dict[str, Runner] = {}
         self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._is_closed = False
+        _alive.add(self)
+
+    def close(self) -> None:
+        """Free the graphs. The engine cannot be used afterwards."""
+        self._is_closed = True
+        self._runners.clear()
+
+    def check_usable(self) -> None:
+        """Whether it can be used here.
+
+        Raises:
+            BackendError: closed, or this process was forked from the one that opened it.
+        """
+        if self._is_closed:
+            raise BackendError(f"{self.name} is closed", fix="open it again")
+        if self._process != os.getpid():
+            raise BackendError(
+                f"{self.name} was opened before this process was forked, and its threads are not here",
+                fix="start processes by multiprocessing's spawn method, or open it in each of them",
+            )
 
     def stage(self, k: int) -> Runner:
         """Images (k = 0) or the tensors of boundary k-1 to [logits (N, C)] and, but for the last, boundary k."""
@@ -100,6 +143,7 @@ class Engine:
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
 
     def _runner(self, name: str) -> Runner:
+        self.check_usable()
         name = name if len(self.card.exits) > 1 else "monolithic"
         with self._lock:
             if name not in self._runners:
@@ -107,19 +151,30 @@ class Engine:
             return self._runners[name]
 
 
-def open_engine(path: Path, *, threads: int | None = None) -> Engine:
+def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
-    threads: cores to use; all that the process may use if None.
+    What is open stays what it was: a graph that is loaded later is checked against the manifest as it was read here.
+    threads: cores to use; all that the process may use if None. digest: of the engine that it has to be, if any.
 
     Raises:
-        ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine.
+        ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine; not
+            the one of this digest.
         BackendError: the backend is not installed.
+        ConfigError: fewer threads than one.
     """
-    threads = threads or default_threads()
+    engine = _open(path, threads=checked_threads(threads))
+    if digest and engine.digest != digest:
+        raise ArtifactError(f"{path} was replaced since it was opened", fix="run the command again")
+    return engine
+
+
+def _open(path: Path, *, threads: int) -> Engine:
+    recover(path)
     if path.is_dir():
         manifest = read_manifest(path)
         check_host(manifest, path)
+        _check_files(manifest, path)
         return built_engine(path, manifest, threads=threads)
     find_backend("onnxruntime")
     model, card = read_onnx(path)
@@ -127,19 +182,26 @@ def open_engine(path: Path, *, threads: int | None = None) -> Engine:
 
     def load(name: str) -> Runner:
         data = graph(model, card, name=name).SerializeToString()
-        return onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads)
+        return _checked(onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads), name, card)
 
     walker = onnxruntime.walker
     return Engine(card, load, backend="onnxruntime", precision="fp32", threads=threads, make_walker=walker)
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
-    """The engine whose files lie in `folder`, unchecked."""
+    """The engine whose files lie in `folder`; they are checked when they are loaded."""
     backend = find_backend(manifest.backend)
     recipe = from_dict(Recipe, manifest.recipe, where=f"{folder}: recipe", error=ArtifactError)
+    if manifest.backend != "onnxruntime" and manifest.backend in dict(_inherited):
+        raise BackendError(
+            f"{manifest.backend} was in use when this process was forked, and cannot be used here",
+            fix="start processes by multiprocessing's spawn method, or close engines before the fork",
+        )
 
     def load(name: str) -> Runner:
-        return backend.load(folder / f"{name}{backend.SUFFIX}", recipe=recipe, threads=threads)
+        path = folder / f"{name}{backend.SUFFIX}"
+        read = functools.partial(read_file, manifest=manifest)
+        return _checked(backend.load(path, recipe=recipe, threads=threads, read=read), name, manifest.card)
 
     return Engine(
         manifest.card,
@@ -152,6 +214,37 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
         make_decider=getattr(backend, "decider", None),
         largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
     )
+
+
+def _checked(runner: Loaded, name: str, card: Card) -> Runner:
+    """A graph that reads and answers what the card says.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    image = (3, card.preprocess.image_size, card.preprocess.image_size)
+    read, answered = runner.ends
+    if name in ("stage_0", "monolithic", "final") and read != image:
+        raise ArtifactError(f"{name} reads {read}, its card says {image}", fix="compile again")
+    if answered != (len(card.classes),):
+        raise ArtifactError(f"{name} answers {answered}, its card has {len(card.classes)} classes", fix="compile again")
+    return runner
+
+
+def _check_files(manifest: Manifest, path: Path) -> None:
+    """Whether the files are the graphs of this card, as this backend writes them, and no others.
+
+    Raises:
+        ArtifactError: they are not.
+    """
+    recipe = from_dict(Recipe, manifest.recipe, where=f"{path}: recipe", error=ArtifactError)
+    suffixes = find_backend(manifest.backend).suffixes(recipe)
+    asked = {f"{name}{suffix}": name for name in graph_names(manifest.card) for suffix in suffixes}
+    found = {name: file.graph for name, file in manifest.files.items()}
+    if found != asked:
+        odd = min(found.items() ^ asked.items())[0]
+        what = f"{path}: its manifest lists other files than the graphs of {manifest.backend}: {odd}"
+        raise ArtifactError(what, fix="compile again")
 
 
 def check_host(manifest: Manifest, path: Path) -> None:
@@ -177,6 +270,9 @@ def check_host(manifest: Manifest, path: Path) -> None:
         what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {backend.version()}"
         raise ArtifactError(what, fix=rebuild)
     if recipe.precision == "int8" and there.get("exact_int8") and not here["exact_int8"]:
-        raise ArtifactError(f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none", fix=rebuild)
+        what = f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none"
+        if backend.SATURATES:
+            raise ArtifactError(what, fix=rebuild)
+        log.warning("%s: it answers the same here, and takes longer", what)
     if there.get("cpu") != here["cpu"]:
         log.warning("%s was built on %s; here is %s: its times do not hold", path, there.get("cpu"), here["cpu"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,21 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.engines.backends import Walker, refused, shares
+from edgekd import onnxcheck
+from edgekd.engines.backends import Read, Walker, refused, shares
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import Arrays, Linked, linked_walker
-from edgekd.errors import BackendError
+from edgekd.errors import ArtifactError, BackendError
+from edgekd.files import temporary_folder
+from edgekd.host import exact_int8
 from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".onnx"
 EXTRA = "cpu"
 TARGET = "cpu"
 ANY_BATCH = True
+SATURATES = False
+WITHOUT_VNNI = "without VNNI, exact 8-bit sums take about 1.4 times as long as those of 7-bit weights"
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 _INT8 = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 
@@ -52,9 +56,13 @@ class _Runner:
     def __init__(self, session: Any) -> None:
         self._session = session
         self._inputs = [i.name for i in session.get_inputs()]
+        self.ends = _row(session.get_inputs()[0]), _row(session.get_outputs()[0])
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        outputs: list[npt.NDArray[np.generic]] = self._session.run(None, dict(zip(self._inputs, xs)))
+        try:
+            outputs: list[npt.NDArray[np.generic]] = self._session.run(None, dict(zip(self._inputs, xs)))
+        except Exception as error:  # ONNX Runtime's errors have no base but this
+            raise refused("onnxruntime cannot run the network", error) from error
         return outputs
 
     def bound(self, read: Arrays, written: Arrays) -> tuple[Callable[[Array], object], Callable[[], object]]:
@@ -73,6 +81,10 @@ class _Runner:
         return give, functools.partial(self._session.run_with_iobinding, binding)
 
 
+def _row(end: Any) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else -1 for d in end.shape[1:])
+
+
 def walker(stages: Sequence[Any]) -> Walker:
     """Links the stages for one image at a time."""
 
@@ -89,21 +101,39 @@ def walker(stages: Sequence[Any]) -> Walker:
     return linked_walker(stages, link, lambda size: size == 1)
 
 
-def load(path: Path | bytes, *, recipe: Recipe, threads: int) -> _Runner:  # the graph says it all
-    """A session from a file, or from a serialised graph."""
-    return _Runner(_session(path, threads=threads))
+def suffixes(recipe: Recipe) -> tuple[str, ...]:
+    """The files that `build` writes for each graph."""
+    return (SUFFIX,)
+
+
+def load(path: Path | bytes, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> _Runner:
+    """A session from a file, or from a serialised graph; the recipe does not matter, the graph says it all.
+
+    Raises:
+        BackendError: ONNX Runtime refuses it. ArtifactError: a file with what no graph of ours has.
+    """
+    if isinstance(path, bytes):
+        return _Runner(_session(path, threads=threads))
+    data = read(path)
+    try:
+        onnxcheck.parsed(data)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no graph of ours: {error}", fix="compile again") from None
+    return _Runner(_session(data, threads=threads, name=str(path)))
 
 
 def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
     """Shares of fp32 and int8 among the layers of the optimised graph."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        _session(path, threads=1, optimised=optimised)
+    with temporary_folder("optimised") as folder:
+        optimised = folder / "optimised.onnx"
+        _session(path, threads=1, optimised=optimised, name=path)
         types = [node.op_type for node in onnx.load(str(optimised)).graph.node]
     return shares(["int8" if t in _INT8 else "fp32" for t in types if t in _INT8 | _FLOAT])
 
 
-def _session(model: Path | bytes, *, threads: int, optimised: Path | None = None) -> Any:
+def _session(
+    model: Path | bytes, *, threads: int, optimised: Path | None = None, name: str | Path = "the network"
+) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -112,11 +142,12 @@ def _session(model: Path | bytes, *, threads: int, optimised: Path | None = None
     options.inter_op_num_threads = 1
     # Each stage has its own threads: those of the last stage must not spin while the next one works.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not exact_int8():  # int8 weights become uint8, whose kernels do not saturate; float graphs stay as they are
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimised:
         options.optimized_model_filepath = str(optimised)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        name = "the network" if isinstance(model, bytes) else model
         raise refused(f"onnxruntime cannot load {name}", error) from error

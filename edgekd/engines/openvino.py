@@ -15,17 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.engines.backends import Walker, refused, shares
+from edgekd.engines.backends import Read, Walker, refused, shares
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.walks import Linked, linked_walker
 from edgekd.errors import BackendError
-from edgekd.host import default_threads
+from edgekd.host import cpu_flags, kept_from_vnni, visible_cores
 from edgekd.runtime.preprocess import Array
 
 SUFFIX = ".xml"
 EXTRA = "cpu"
 TARGET = "cpu"
 ANY_BATCH = True
+SATURATES = True
+WITHOUT_VNNI = "without VNNI, weights keep to 7 bits, or 8-bit sums would saturate"
 _LAYERS = ("Convolution", "FullyConnected", "MatMul")
 _NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8"}
 
@@ -70,12 +72,13 @@ class _Runner:
     Every thread has its own infer requests; outputs are copied out of them.
     """
 
-    def __init__(self, compile_for: Callable[[int | None], Any], static: tuple[int, ...]) -> None:
+    def __init__(self, model: Any, name: Path, recipe: Recipe, threads: int) -> None:
         import openvino
 
         self._tensor = openvino.Tensor
-        self._compile_for = compile_for
-        self.static = frozenset(static)
+        self._compile_for = functools.partial(_compile, model, name, recipe=recipe, threads=threads)
+        self.ends = _row(model.inputs[0]), _row(model.outputs[0])
+        self.static = frozenset(recipe.static_batch_sizes)
         self._compiled: dict[int | None, Any] = {}
         self._lock = threading.Lock()
         self._own = _Own()
@@ -100,7 +103,9 @@ class _Runner:
         """A new infer request and the indices of its outputs."""
         with self._lock:
             if size not in self._compiled:
-                self._compiled[size] = self._compile_for(size)
+                self._compiled[size] = self._compile_for(size=size)
+                if len(self._compiled) > len(self.static):  # nothing is left to compile, so the network may go
+                    del self._compile_for
         compiled = self._compiled[size]
         return compiled.create_infer_request(), range(len(compiled.outputs))
 
@@ -124,19 +129,20 @@ def walker(stages: Sequence[_Runner]) -> Walker:
     return linked_walker(stages, link, stages[0].static.__contains__)
 
 
-def load(path: Path, *, recipe: Recipe, threads: int) -> _Runner:
+def suffixes(recipe: Recipe) -> tuple[str, ...]:
+    """The files that `build` writes for each graph."""
+    return (SUFFIX, ".bin")
+
+
+def load(path: Path, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> _Runner:
     """Compile for this machine; static batch sizes when they are first met."""
-
-    def compile_for(size: int | None) -> Any:
-        return _compile(path, recipe=recipe, threads=threads, size=size)
-
-    return _Runner(compile_for, recipe.static_batch_sizes)
+    return _Runner(_read(path, read), path, recipe, threads)
 
 
 def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
     """Shares of fp32, fp16, bf16 and int8 among the layers that really run."""
     found = []
-    for layer in _compile(path, recipe=recipe, threads=1, size=1).get_runtime_model().get_ordered_ops():
+    for layer in _compile(_read(path), path, recipe=recipe, threads=1, size=1).get_runtime_model().get_ordered_ops():
         info = layer.get_rt_info()
         kind, precision = (str(getattr(info[k], "value", info[k])) for k in ("layerType", "runtimePrecision"))
         if kind.startswith(_LAYERS):
@@ -144,12 +150,29 @@ def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
     return shares(found)
 
 
-def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> Any:
+def _row(end: Any) -> tuple[int, ...]:
+    return tuple(d.get_length() if d.is_static else -1 for d in list(end.partial_shape)[1:])
+
+
+def _read(path: Path, read: Read = Path.read_bytes) -> Any:
+    """The network, which holds a copy of its weights."""
     import openvino
 
-    core = openvino.Core()
+    weights = np.frombuffer(read(path.with_suffix(".bin")), np.uint8)
     try:
-        model = core.read_model(path)
+        return openvino.Core().read_model(read(path), openvino.Tensor(weights))
+    except RuntimeError as error:
+        raise refused(f"openvino cannot load {path}", error) from error
+
+
+def _compile(model: Any, name: Path, *, recipe: Recipe, threads: int, size: int | None) -> Any:
+    import openvino
+
+    if kept_from_vnni() and "avx512f" in cpu_flags():
+        what = "with ONEDNN_MAX_CPU_ISA, OpenVINO ends in a segmentation fault at LayerNormalization on this CPU"
+        raise BackendError(what, fix="unset ONEDNN_MAX_CPU_ISA, or use --backend onnxruntime")
+    model = model.clone()
+    try:
         if size is not None:
             model.reshape({i: [size, *list(x.partial_shape)[1:]] for i, x in enumerate(model.inputs)})
         options = {
@@ -158,12 +181,12 @@ def _compile(path: Path, *, recipe: Recipe, threads: int, size: int | None) -> A
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": _hint(recipe),
             # One pool of threads for all stages. It has all cores; threads are slow to move between pools of their own.
-            "EXCLUSIVE_ASYNC_REQUESTS": threads >= default_threads(),
+            "EXCLUSIVE_ASYNC_REQUESTS": threads >= visible_cores(),
         }
         with own_signal_stack():
-            return core.compile_model(model, "CPU", options)
+            return openvino.Core().compile_model(model, "CPU", options)
     except RuntimeError as error:
-        raise refused(f"openvino cannot load {path}", error) from error
+        raise refused(f"openvino cannot load {name}", error) from error
 
 
 @contextlib.contextmanager

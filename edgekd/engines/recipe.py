@@ -42,7 +42,8 @@ class Recipe:
     """One compile recipe; `specs.load(Recipe, "compile", "int8")` reads a shipped one.
 
     float_layers: what computes in float in an int8 engine computes in this.
-    max_accuracy_drop: percentage points that any exit may lose on the validation split.
+    max_accuracy_drop: percentage points that the answers of the ensemble and the last exit may lose on the validation
+        split.
     calibration_images, calibration_method: for int8 only.
     batch_sizes: whose stage times are measured into the manifest, and for which TensorRT builds.
     static_batch_sizes: OpenVINO compiles a copy of each graph for these; other sizes share one graph of any size.

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from edgekd.artifact import Manifest
-from edgekd.engines.backends import shares
+from edgekd.engines.backends import Read, shares
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.trt_build import build_plan
@@ -30,6 +30,7 @@ SUFFIX = ".plan"
 EXTRA = "tensorrt"
 TARGET = "tensorrt"
 ANY_BATCH = False
+SATURATES = False
 _WEIGHTED = r"conv|gemm|matrixmultiply|matmul|fullyconnected|dla"
 """What the inspector calls layers that multiply by weights, in any of its words."""
 _TYPES = {"int8": "int8|i8", "bf16": "bf16|bfloat", "fp8": "fp8|e4m3", "fp16": "fp16|half|f16", "fp32": "float|fp?32"}
@@ -52,13 +53,18 @@ def build(
         atomic_write(path.with_suffix(".onnx"), given.SerializeToString())
 
 
-def load(path: Path, *, recipe: Recipe, threads: int) -> Opened:  # the GPU does the work
+def suffixes(recipe: Recipe) -> tuple[str, ...]:
+    """The files that `build` writes for each graph."""
+    return (SUFFIX, ".onnx") if recipe.tensorrt.strip_weights else (SUFFIX,)
+
+
+def load(path: Path, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> Opened:  # the GPU does the work
     """Deserialise a written engine.
 
     Raises:
         BackendError: TensorRT refuses it; or no driver, GPU or CUDA bindings.
     """
-    return Opened(path, recipe)
+    return Opened(path, recipe, read)
 
 
 def here() -> dict[str, Any]:

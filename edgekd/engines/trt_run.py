@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.engines.backends import Read
 from edgekd.engines.cuda import Graph, Memory, device
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.rows import Tensor
@@ -32,13 +33,13 @@ def say_once(text: str) -> None:
 class Opened:
     """An engine file: a `Runner` whose arrays come from and go to the host, and a stage of a `Walk`."""
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: Recipe, read: Read = Path.read_bytes) -> None:
         trt = library()
         self.name = path.stem
         self.sizes = sorted(set(recipe.batch_sizes))
         with device():
             self._runtime = make(trt.Runtime)
-            self.engine = self._deserialised(path, recipe)
+            self.engine = self._deserialised(path, recipe, read)
             names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
             self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
             self.outputs = [n for n in names if n not in self.inputs]
@@ -50,17 +51,18 @@ class Opened:
             }
         self.seams = [n for n in self.outputs if is_seam(n)]
         self.answers = [n for n in self.outputs if not is_seam(n)]
+        self.ends = self.tensors[self.inputs[0]].shape, self.tensors[self.answers[0]].shape
 
-    def _deserialised(self, path: Path, recipe: Recipe) -> Any:
+    def _deserialised(self, path: Path, recipe: Recipe, read: Read) -> Any:
         if recipe.tensorrt.version_compatible:
             self._runtime.engine_host_code_allowed = True
         if recipe.tensorrt.dla_core is not None:
             self._runtime.DLA_core = recipe.tensorrt.dla_core
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        engine = self._runtime.deserialize_cuda_engine(read(path))
         if engine is None:
             raise failed(f"TensorRT cannot open {path}", fix="compile it again on this machine with edgekd compile")
         if recipe.tensorrt.strip_weights:
-            _refit(engine, path.with_suffix(".onnx"))
+            _refit(engine, path.with_suffix(".onnx"), read)
         logger().errors.clear()
         return engine
 
@@ -179,12 +181,12 @@ def enqueue(context: Any, *, name: str) -> None:
         raise failed(f"TensorRT cannot run {name}")
 
 
-def _refit(engine: Any, path: Path) -> None:
+def _refit(engine: Any, path: Path, read: Read) -> None:
     """Put in the weights that the engine was built without."""
     trt = library()
     refitter = make(trt.Refitter, engine)
     parser = make(trt.OnnxParserRefitter, refitter)
-    if not (parser.refit_from_file(str(path)) and refitter.refit_cuda_engine()):
+    if not (parser.refit_from_bytes(read(path)) and refitter.refit_cuda_engine()):
         raise failed(f"the weights of {path} do not fit the engine beside it", fix="compile it again")
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from edgekd.artifact import check_seal, read_bytes
 from edgekd.errors import ArtifactError, ConfigError
+from edgekd.specs import parse_json
 
 
 @dataclass(frozen=True)
@@ -35,25 +39,54 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """A safetensors file, or a torch checkpoint that holds nothing but tensors.
 
     Raises:
-        ArtifactError: missing, damaged, or a pickle with more than weights in it.
+        ArtifactError: missing, damaged, not finite, or a pickle with more than weights in it.
     """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
     if not path.is_file():
         raise ArtifactError(f"no weights at {path}", fix="give a .safetensors or .pth file, or none")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch's unpickler raise many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(
-            f"{path}: no weights-only file ({reason})", fix="save its state_dict as safetensors"
-        ) from error
+    except Exception as error:  # torch's unpickler raises many kinds on damaged files
+        raise _refused(path, error) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
         raise ArtifactError(f"{path}: holds no state_dict", fix="save its state_dict as safetensors")
-    return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    return _finite({str(k): v for k, v in state.items() if isinstance(v, Tensor)}, path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors, and edgekd's header, whose SHA-256 is checked; None in a file that edgekd did not write.
+
+    Raises:
+        ArtifactError: missing, damaged, changed, or not finite.
+    """
+    data = read_bytes(path, what="weights", fix="give a .safetensors or .pth file, or none")
+    try:
+        state = load(data)
+        text = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {}).get("edgekd")
+        header = None if text is None else parse_json(text)
+    except Exception as error:  # safetensors raises many kinds on damaged files
+        raise _refused(path, error) from error
+    if header is not None:
+        digest = header.get("sha256", "") if isinstance(header, dict) else ""
+        check_seal(data, digest if isinstance(digest, str) else "", path=path, fix="train again, or --resume")
+    return _finite(state, path), header
+
+
+def _refused(path: Path, error: Exception) -> ArtifactError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    what = f"{path} is damaged or no weights-only file ({reason})"
+    return ArtifactError(what, fix="save its state_dict as safetensors")
+
+
+def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ArtifactError(f"{path}: {name} holds values that are not finite", fix="take other weights")
+    return state
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], *, source: str) -> Loaded:

@@ -14,6 +14,8 @@ from edgekd.bench.tables import pipe_table
 from edgekd.files import atomic_write, to_json
 from edgekd.reproduce import tables
 from edgekd.reproduce.tables import Row, Table
+from edgekd.text import markdown as escaped
+from edgekd.text import visible
 
 State = Literal["reproduced", "partly", "open"]
 RANK: tuple[State, ...] = ("reproduced", "partly", "open")
@@ -128,20 +130,15 @@ def _common(result: Result) -> list[str]:
 def text(result: Result) -> str:
     """The table for a terminal."""
     rows = [_header(result), *_rows(result)]
-    table = [f"{row[0]:<{max(len(r[0]) for r in rows)}}  {tail}" for row, tail in zip(rows, _aligned_tail(rows))]
+    numbers = aligned([row[:-1] for row in rows]).splitlines()
+    table = [f"{cells}  {visible(row[-1])}".rstrip() for cells, row in zip(numbers, rows)]
     return "\n".join([f"{result.table}: {result.caption}", *table, *_said(result)])
-
-
-def _aligned_tail(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns behind the label: numbers to the right, the state to the left."""
-    numbers = aligned([["", *row[1:-1]] for row in rows]).splitlines()
-    return [f"{cells}  {row[-1]}".rstrip() for cells, row in zip(numbers, rows)]
 
 
 def markdown(result: Result) -> str:
     """The table as a page of its own."""
-    said = "\n".join(f"- {line}" for line in _said(result))
-    return "\n\n".join([f"## {result.caption}", pipe_table((_header(result), _rows(result))), said]) + "\n"
+    said = "\n".join(f"- {escaped(line)}" for line in _said(result))
+    return "\n\n".join([f"## {escaped(result.caption)}", pipe_table((_header(result), _rows(result))), said]) + "\n"
 
 
 def _said(result: Result) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from edgekd import __version__, specs
 from edgekd.artifact import read_split
 from edgekd.bench.host import Host
+from edgekd.errors import ArtifactError
 from edgekd.models.cost import Cost, cost
 from edgekd.reproduce.jobs import Planned
 from edgekd.reproduce.report import Cell, Line, Result, Run, blank, state_of
@@ -134,10 +134,15 @@ def _settings(one: Planned) -> dict[str, Any]:
 
 @functools.cache
 def _read(path: Path) -> tuple[Run, Host]:
-    table = json.loads(path.read_text(encoding="utf-8"))
-    host = specs.from_dict(Host, table["host"], where=str(path))
-    images = next(iter(table["metrics"].values()))["n"]
-    return Run(0, 0, "", sweep.scores(path), images, _train_s(path.parent), table["device"], 0), host
+    scores = sweep.scores(path)
+    table = specs.parse_json(path.read_text(encoding="utf-8"))
+    try:
+        host = specs.from_dict(Host, table["host"], where=str(path), error=ArtifactError)
+        images = int(next(iter(table["metrics"].values()))["n"])
+        return Run(0, 0, "", scores, images, _train_s(path.parent), str(table["device"]), 0), host
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration) as error:
+        what = f"{path} or the {run.METRICS} beside it is damaged ({error!r})"
+        raise ArtifactError(what, fix="remove the folder and run the same command again") from None
 
 
 def _train_s(folder: Path) -> float:

@@ -109,11 +109,15 @@ def within_budget(work: Work, until: float, say: Say) -> Work:
     return dataclasses.replace(work, asked=asked, planned=plan(work.table, asked), members=members, cut=cut)
 
 
+def stem(name: str, group: str) -> str:
+    """What the files of a table are called, without their suffixes."""
+    return Path(name).stem + ("" if group == "none" else f"-{group}")
+
+
 def carry_out(work: Work, until: float, say: Say, on_end: OnEnd) -> tuple[report.Result, dict[str, Path]]:
     """Run what is missing, writing the table anew after each run."""
-    asked, stem = work.asked, work.name
+    asked, name = work.asked, stem(work.name, work.asked.group)
     jobs = tasks(list(work.wanted().values()), work.members, asked)
-    stem += "" if asked.group == "none" else f"-{asked.group}"
     say(f"{f'budget {work.cut}; ' if work.cut else ''}{len(jobs)} runs to do")
     collection = Collection(
         name=work.name,
@@ -128,13 +132,13 @@ def carry_out(work: Work, until: float, say: Say, on_end: OnEnd) -> tuple[report
     def end(job: Job, state: State) -> None:
         if state == "done":  # of what would be needed to go on with a run there are two thirds of its folder
             (asked.runs / job.name / RESUME).unlink(missing_ok=True)
-        report.write(asked.out, stem, collection.result())
+        report.write(asked.out, name, collection.result())
         on_end(job, state)
 
     states = launch(jobs, at_once=asked.at_once, deadline=until, on_end=end)
     late = time.monotonic() >= until
     result = dataclasses.replace(collection, reasons=_reasons(states, late=late)).result()
-    report.write(asked.out, stem, result)
+    report.write(asked.out, name, result)
     return result, {job.name: job.log for job in jobs if states[job.name] == "failed"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgekd.engines import Engine, open_engine
 from edgekd.engines.walks import resized
-from edgekd.errors import ConfigError, DataError, nearest
+from edgekd.errors import ArtifactError, BackendError, ConfigError, DataError, nearest
 from edgekd.runtime.images import Source, load, load_batch
 from edgekd.runtime.policy import (
     FEW_CLASSES,
@@ -35,15 +35,39 @@ BATCH = 32
 """Largest batch of an engine whose stages were not timed."""
 
 
+COLUMNS = ("path", "file", "label", "confidence", "exit", "error")
+"""What stands beside the probabilities in a row of `Prediction.row` or of `edgekd predict`."""
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """One image's answer: class name and index, confidence in 0..1, exit (0 is the first), probability per class."""
+    """One image's answer: class name and index, confidence in 0..1, exit (0 is the first), probability per class.
+
+    path: the image file, if the image was given so. classes: the names that belong to the probabilities.
+    Both are no part of the answer: predictions are equal without them.
+    """
 
     label: str
     index: int
     confidence: float
     exit: int
     probabilities: tuple[float, ...]
+    path: Path | None = field(default=None, compare=False)
+    classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def row(self) -> dict[str, str | float | None]:
+        """A flat row: path, label, confidence, exit, and a probability under each class's name (see `class_columns`).
+
+        `pandas.DataFrame([p.row() for p in predictions])` is a table of answers.
+        """
+        path = None if self.path is None else str(self.path)
+        plain = {"path": path, "label": self.label, "confidence": self.confidence, "exit": self.exit}
+        return plain | dict(zip(class_columns(self.classes), self.probabilities))
+
+
+def class_columns(classes: Sequence[str]) -> list[str]:
+    """Names of columns of probabilities: the classes' own; one that is called like another column gets ` (class)`."""
+    return [f"{name} (class)" if name in COLUMNS else name for name in classes]
 
 
 class Classifier:
@@ -62,7 +86,9 @@ class Classifier:
     faster, and always without times. OpenVINO compiles anew for each batch size it has not seen, and TensorRT was
     built for the timed ones alone: there, batches are padded up to a timed size.
 
-    Thread-safe: nothing changes after construction, so threads may share one classifier.
+    Thread-safe: nothing changes after construction, so threads may share one classifier. Processes may not: a process
+    forked from the one that opened it is refused. Opened by path, it can be pickled, and is opened anew where it is
+    unpickled, if that is the same engine still.
 
     Raises:
         ConfigError: unknown strategy, a cascade without thresholds, a policy for another number of exits.
@@ -78,7 +104,10 @@ class Classifier:
         threads: int | None = None,
         device_side_exit: bool = False,
     ) -> None:
+        self._opened: tuple[Path, dict[str, Any]] | None = None
         if isinstance(engine, (str, Path)):
+            given = {"strategy": strategy, "policy": policy, "threads": threads, "device_side_exit": device_side_exit}
+            self._opened = Path(engine).absolute(), given
             engine = open_engine(Path(engine), threads=threads)
         elif threads is not None:
             raise ConfigError("threads given with an engine that is open already", fix="give them to open_engine")
@@ -98,6 +127,41 @@ class Classifier:
         self._stage_ms = [{int(size): stages[k] for size, stages in times.items()} for k in exits]
         self._buckets = sorted(self._stage_ms[0]) if engine.backend in ("openvino", "tensorrt") else []
         self.batch_size = max(self._stage_ms[0], default=BATCH)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the probabilities."""
+        return self.card.classes
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the exits, from shallow to deep; `Prediction.exit` counts in them."""
+        return tuple(f"exit_{k}" for k in range(len(self.card.exits)))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Classifier {self.engine.name}, {self.strategy}: {len(self.classes)} classes, {len(self.exits)} exits, "
+            f"{self.card.preprocess.image_size} pixels, threads {self.engine.threads}>"
+        )
+
+    def close(self) -> None:
+        """Free the engine, one that was given open too. Nothing can be classified afterwards."""
+        self.engine.close()
+        for graphs in ("_walker", "_graph", "_decider"):
+            vars(self).pop(graphs, None)
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._opened is None:
+            raise ConfigError(
+                "a classifier of an engine that was open before cannot be pickled", fix="give the engine's path instead"
+            )
+        return _reopen, (*self._opened, self.engine.digest)
 
     def _strategy(self, strategy: Strategy | None) -> Strategy:
         if len(self.policy.temperatures) != len(self.card.exits):
@@ -120,31 +184,42 @@ class Classifier:
     @overload
     def predict(self, source: list[One] | tuple[One, ...]) -> list[Prediction]: ...
     def predict(self, source: Source | list[One] | tuple[One, ...]) -> Prediction | list[Prediction]:
-        """Classify a path, Pillow image or uint8 RGB array (H, W, 3), or a list of them in batches.
+        """Classify an image, or a list of images in batches.
+
+        source: a path, a file's bytes, a file that is open for reading in binary, a Pillow image, or a uint8 array,
+            RGB (H, W, 3) or grey (H, W).
 
         Raises:
             DataError: an image that cannot be used; a file is named.
         """
         preprocess = self.card.preprocess
         if not isinstance(source, (list, tuple)):
-            return self._predictions(self.run(load(source, preprocess)[None]))[0]
+            return self._predictions([source], load(source, preprocess)[None])[0]
         found: list[Prediction] = []
         for start in range(0, len(source), self.batch_size):
             batch = source[start : start + self.batch_size]
-            found += self._predictions(self.run(load_batch(batch, preprocess)))
+            found += self._predictions(batch, load_batch(batch, preprocess))
         return found
 
-    def _predictions(self, decision: Decision) -> list[Prediction]:
+    def _predictions(self, sources: Sequence[Source], images: Array) -> list[Prediction]:
+        decision = self.run(images)
+        paths = [Path(s) if isinstance(s, (str, Path)) else None for s in sources]
         indices = decision.probabilities.argmax(axis=1).tolist()
-        rows = zip(indices, decision.confidence.tolist(), decision.exits.tolist(), decision.probabilities.tolist())
-        return [Prediction(self.card.classes[i], i, sure, exit, tuple(p)) for i, sure, exit, p in rows]
+        rows = zip(
+            indices, decision.confidence.tolist(), decision.exits.tolist(), decision.probabilities.tolist(), paths
+        )
+        names = self.card.classes
+        return [Prediction(names[i], i, sure, exit, tuple(p), path, names) for i, sure, exit, p, path in rows]
 
     def run(self, images: Array) -> Decision:
         """Classify preprocessed images, float32 (N, 3, H, W).
 
         Raises:
             DataError: another type or shape.
+            BackendError: the engine is closed, was opened before this process was forked, or cannot run; or its answers
+                are not finite.
         """
+        self.engine.check_usable()
         size = self.card.preprocess.image_size
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise DataError(
@@ -155,13 +230,19 @@ class Classifier:
         cascade = self._cascade_of_one if is_small else self._cascade
         decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
-            return decide(images)
+            return self._finite(decide(images))
         decision = Decision.empty(len(images), len(self.card.classes))
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found = decide(images[part])
+            found = self._finite(decide(images[part]))
             decision.probabilities[part] = found.probabilities
             decision.exits[part], decision.confidence[part] = found.exits, found.confidence
+        return decision
+
+    def _finite(self, decision: Decision) -> Decision:
+        if not np.isfinite(decision.confidence).all():
+            what = f"{self.engine.name} answers with numbers that are not finite"
+            raise BackendError(what, fix="compile with --recipe fp32; if it says so then, train anew")
         return decision
 
     def _at_once(self, images: Array) -> Decision:
@@ -215,6 +296,13 @@ class Classifier:
     def _next_size(self, exit: int, left: int, current: int) -> int:
         size = _padded(left, self._buckets)
         return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
+
+
+def _reopen(path: Path, options: dict[str, Any], digest: str) -> Classifier:
+    classifier = Classifier(path, **options)
+    if classifier.engine.digest != digest:
+        raise ArtifactError(f"{path} was replaced since the classifier was pickled", fix="open the new one")
+    return classifier
 
 
 def next_batch(remaining: int, current: int, stage_ms: Mapping[int, float]) -> int:

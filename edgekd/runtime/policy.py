@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from edgekd.errors import closest
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Measure: TypeAlias = Literal["max_probability", "margin", "entropy"]
@@ -16,6 +18,8 @@ Average: TypeAlias = Literal["own", "mean"]
 
 NEVER = 2.0
 """A threshold that no confidence reaches."""
+TEMPERATURES = (1e-3, 1e3)
+"""Temperatures of exits; beyond, float32 probabilities are all 0 or 1, or all alike."""
 FEW_CLASSES = 32
 """Up to so many, `step_of_one` is faster than `step`."""
 
@@ -34,10 +38,19 @@ class Policy:
     average: Average = "own"
 
     def __post_init__(self) -> None:
-        if not self.temperatures or min(self.temperatures) <= 0:
-            raise ValueError("temperatures: one above 0 for each exit")
+        low, high = TEMPERATURES
+        if not self.temperatures or not all(low <= t <= high for t in self.temperatures):
+            raise ValueError(f"temperatures: one for each exit, from {low:g} to {high:g}")
         if self.thresholds and len(self.thresholds) != len(self.temperatures) - 1:
             raise ValueError("thresholds: one for each exit but the last, or none")
+        if not all(0 <= t < math.inf for t in self.thresholds):
+            raise ValueError("thresholds: numbers from 0 on")
+        for name, value, known in (
+            ("confidence", self.confidence, get_args(Measure)),
+            ("average", self.average, get_args(Average)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: '{value}' is none of {', '.join(known)}. {closest(value, known)}".rstrip())
 
     @property
     def is_tuned(self) -> bool:

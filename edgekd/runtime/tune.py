@@ -15,14 +15,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifact import read_manifest, write_manifest
 from edgekd.engines import Engine
-from edgekd.errors import ConfigError
+from edgekd.errors import ArtifactError, ConfigError, check_known
 from edgekd.runtime.images import Progress
 from edgekd.runtime.policy import NEVER, Array, Average, Measure, Policy, ensemble, step
 
@@ -71,8 +71,10 @@ def tune(
     latency_ms: expected milliseconds an image at batch 1; the most accurate setting within is taken.
 
     Raises:
-        ConfigError: not exactly one of the two, or none of the settings reaches it.
+        ConfigError: not exactly one of the two, none of the settings reaches it, or an unknown confidence or average.
     """
+    check_known("confidence", confidence, get_args(Measure))
+    check_known("average", average, get_args(Average))
     if (max_accuracy_drop is None) == (latency_ms is None):
         raise ConfigError("one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
     logits = _logits(engine, images, progress)
@@ -91,9 +93,17 @@ def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: 
     return np.concatenate(found, axis=1)
 
 
-def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any]) -> None:
-    """Write the thresholds, the curve and `provenance` (what was asked, on which images) into the manifest."""
+def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, digest: str) -> None:
+    """Write the thresholds, the curve and `provenance` (what was asked, on which images) into the manifest.
+
+    digest: the manifest's when the engine was opened.
+
+    Raises:
+        ArtifactError: it is another by now: the thresholds were found on an engine that is gone.
+    """
     manifest = read_manifest(folder)
+    if manifest.digest != digest:
+        raise ArtifactError(f"{folder} was written anew while it was tuned", fix="tune it again")
     facts = {k: v for k, v in dataclasses.asdict(tuned).items() if k not in ("policy", "curve")}
     card = dataclasses.replace(manifest.card, policy=tuned.policy)
     write_manifest(folder, dataclasses.replace(manifest, card=card, curve=tuned.curve, tuned={**facts, **provenance}))

@@ -21,8 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-
+from edgekd import shell
 from edgekd.host import default_threads
 
 GRACE_S = 10
@@ -98,6 +97,8 @@ class _Processes:
         threads = {"OMP_NUM_THREADS": str(max(1, default_threads() // at_once))} if at_once > 1 else {}
         self.env = threads | os.environ
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+        import torch  # not above: the process of a job would spend seconds in it before it heeds signals
+
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = list(map(str, range(torch.cuda.device_count()))) if named is None else named.split(",")
         for slot in range(at_once):
@@ -169,7 +170,7 @@ def reason(log: Path) -> str:
 
 def _child(commands: Sequence[Sequence[str]]) -> None:
     """The commands, up to the first that fails."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us in the background ignores it
+    shell.heed(ignored=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from edgekd.cli import app
 

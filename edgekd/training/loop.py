@@ -21,12 +21,22 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from edgekd.distill import Criterion, Setting, Step, needs
 from edgekd.distill.views import Viewer, viewer
-from edgekd.errors import ConfigError, TrainingError
+from edgekd.errors import ArtifactError, ConfigError, TrainingError
 from edgekd.files import to_json
 from edgekd.models.multi_exit import Outputs
 from edgekd.models.weights import read_state
 from edgekd.training.protocol import Protocol
-from edgekd.training.run import MODEL, Anchors, Header, anchor, load_resume, save_model, save_resume, write_metrics
+from edgekd.training.run import (
+    MODEL,
+    RESUME,
+    Anchors,
+    Header,
+    anchor,
+    load_resume,
+    save_model,
+    save_resume,
+    write_metrics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +110,13 @@ def fit(
     parts |= {"ema": live.ema} if live.ema else {}
     kept = live.ema.module if live.ema else network
     state = (load_resume(out, digest=digest) if resume else None) or {"epoch": 0, "history": [], "best": -1.0}
-    for name, part in parts.items():
-        if name in state:
-            part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        what = f"{out / RESUME} does not fit these networks: {' '.join(str(error).split())[:200]}"
+        raise ArtifactError(what, fix="resume with the edgekd that wrote it, or train anew") from None
     history: list[dict[str, float]] = state["history"]
     best: float = state["best"]
     board = _board(out, history) if fabric.is_global_zero else None

@@ -67,9 +67,12 @@ class Protocol(Settings):
         for key in ("epochs", "batch_size", "lr"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is not above 0")
-        for key in ("weight_decay", "clip_norm", "warmup_epochs", "anchor_every", "workers", "seed", "fold"):
+        counts = ("clip_norm", "warmup_epochs", "anchor_every", "workers", "seed", "fold")
+        for key in ("momentum", "weight_decay", "gamma", *counts):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
+        if min(self.milestones, default=0) < 0:
+            raise ValueError("milestones: epochs from 0 on")
         if self.per_class < 2:
             raise ValueError(f"per_class: {self.per_class} is below 2, so that no two images of a class meet")
         if self.anchor_every > self.epochs:

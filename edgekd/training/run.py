@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgekd import __version__, specs
-from edgekd.artifact import SCHEMA, Card, Split
+from edgekd.artifact import BLANK, SCHEMA, Card, Split, check_classes, from_table, read_bytes, seal
 from edgekd.errors import ArtifactError
 from edgekd.export import exits_of
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, sweep, to_json
 from edgekd.models import build, stem_of
 from edgekd.models.multi_exit import Outputs
-from edgekd.models.weights import read_state
+from edgekd.models.weights import read_safetensors
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
-from edgekd.specs import from_dict
 from edgekd.training.protocol import Protocol
 
 MODEL, RESUME, METRICS, PROTOCOL, SPLIT = "model.safetensors", "resume.pt", "metrics.csv", "protocol.toml", "split.json"
@@ -35,14 +34,21 @@ MODEL, RESUME, METRICS, PROTOCOL, SPLIT = "model.safetensors", "resume.pt", "met
 
 @dataclass(frozen=True)
 class Header:
-    """What model.safetensors says of itself, so that it can be rebuilt without any other file."""
+    """What model.safetensors says of itself, so that it can be rebuilt without any other file.
+
+    sha256: of the whole file, with `artifact.BLANK` in its place; `save_model` sets it.
+    """
 
     network: str
     classes: tuple[str, ...]
     preprocess: Preprocess
     exits: tuple[int | str, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
 
     def build(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The network that these weights are of, without them: they tell its stem."""
@@ -70,7 +76,9 @@ class Anchors:
 def save_model(path: Path, network: nn.Module, header: Header) -> None:
     """Write model.safetensors or an anchor: weights only, with the header."""
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    atomic_write(path, save(state, metadata={"edgekd": to_json(header).decode(), "format": "pt"}))
+    text = to_json(dataclasses.replace(header, sha256=BLANK)).decode()
+    data = save(state, metadata={"edgekd": text, "format": "pt"})
+    atomic_write(path, data.replace(BLANK.encode(), seal(data).encode()))
 
 
 def read_header(folder: Path) -> Header:
@@ -79,30 +87,37 @@ def read_header(folder: Path) -> Header:
     Raises:
         ArtifactError: no run folder, training not finished its first epoch, or a damaged file.
     """
+    return _model(folder)[1]
+
+
+def _model(folder: Path) -> tuple[dict[str, Tensor], Header]:
     path = folder / MODEL
     if not path.is_file():
         known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
         raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
-    return _header(path)
+    return _weights(path)
 
 
-def _header(path: Path) -> Header:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("edgekd")
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged ({error})", fix="train again, or continue with --resume") from None
-    if text is None:
+def _weights(path: Path) -> tuple[dict[str, Tensor], Header]:
+    state, header = read_safetensors(path)
+    if header is None:
         raise ArtifactError(f"{path} was not written by edgekd", fix="give it to edgekd train --weights instead")
-    return from_dict(Header, json.loads(text), where=str(path), error=ArtifactError)
+    return state, from_table(Header, header, where=str(path))
 
 
 def load_model(folder: Path) -> tuple[nn.Module, Header]:
-    """The trained network of a run folder, on the CPU, in eval mode."""
-    header = read_header(folder)
-    state = read_state(folder / MODEL)
+    """The trained network of a run folder, on the CPU, in eval mode.
+
+    Raises:
+        ArtifactError: as `read_header`; or weights that are not this network's.
+    """
+    state, header = _model(folder)
     network = header.build(state)
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{folder / MODEL} is no {header.network}: {reason}", fix="train again") from None
     return network.eval(), header
 
 
@@ -128,7 +143,8 @@ def anchors(folder: Path) -> Anchors:
             fix=f"if its training was stopped, continue it with --resume; else train it anew: {shlex.join(anew)}",
         )
     for file in files:
-        if (found := _header(file)).network != own.network or found.classes != own.classes or found.exits != own.exits:
+        found = _weights(file)[1]
+        if (found.network, found.classes, found.exits) != (own.network, own.classes, own.exits):
             raise ArtifactError(f"{file} is no anchor of {own.network}", fix="train the teacher anew")
     return Anchors(every, files)
 
@@ -153,9 +169,12 @@ def provenance(protocol: Any, split: Split, *, teacher: Path | None) -> dict[str
 
 
 def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write resume.pt: tensors and plain values only."""
+    """Write resume.pt: tensors and plain values only. The SHA-256 of all before it is the zip archive's comment."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(len(BLANK).to_bytes(2, "little"))
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     atomic_write(folder / RESUME, buffer.getbuffer())
 
 
@@ -165,15 +184,22 @@ def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
     Raises:
         ArtifactError: damaged, or written under another protocol.
     """
-    path = folder / RESUME
+    path, anew = folder / RESUME, "remove the folder and train anew"
     if not path.is_file():
         return None
+    data = read_bytes(path, what="state of a run")
+    if hashlib.sha256(memoryview(data)[: -len(BLANK)]).hexdigest().encode() != data[-len(BLANK) :]:
+        raise ArtifactError(f"{path} is damaged: its SHA-256 differs", fix=anew)
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises many kinds on damaged files
-        raise ArtifactError(
-            f"{path} is damaged ({type(error).__name__})", fix="remove the folder and train anew"
-        ) from None
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises many kinds
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__})", fix=anew) from None
+    kinds: dict[str, Any] = {"epoch": int, "history": list, "best": float, "digest": str}
+    kinds |= dict.fromkeys(("network", "criterion", "optimizer"), Mapping)
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
+        raise ArtifactError(f"{path} is no state of a run", fix=anew)
+    if not all(isinstance(v, Tensor) and torch.isfinite(v).all() for v in state["network"].values()):
+        raise ArtifactError(f"{path} holds weights that are not finite", fix=anew)
     if state.get("digest") != digest:
         raise ArtifactError(
             f"{folder} was trained under other settings than now asked for",
@@ -193,13 +219,20 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def start(folder: Path, *, resume: bool) -> None:
-    """Refuse to write over a run that is there.
+    """Refuse to write over a run that is there; clear away what one that was killed was writing.
 
     Raises:
-        ArtifactError: the folder holds a run and `resume` is off, or holds other files.
+        ArtifactError: the folder holds a run and `resume` is off, or holds other files, or is none.
     """
-    if not folder.exists() or resume or not any(folder.iterdir()):
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file", fix="choose another --out")
+    sweep(folder)
+    if not any(folder.iterdir()):
         return
     if (folder / PROTOCOL).is_file():
+        if resume:
+            return
         raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
     raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")

@@ -13,7 +13,7 @@ from torch import nn
 from edgekd.artifact import Split
 from edgekd.errors import ConfigError
 from edgekd.models.points import flat, observe
-from edgekd.runtime.images import load_batch
+from edgekd.runtime.images import load_batch, require_unchanged
 from edgekd.runtime.preprocess import Array, Preprocess
 
 BATCH = 64
@@ -37,6 +37,7 @@ def fit_svm(
     from sklearn.svm import SVC
 
     items = split.part("train")
+    require_unchanged(items, data)
     chunks = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
     rows = [features(network, point, load_batch([data / i.path for i in part], preprocess)) for part in chunks]
     machine = make_pipeline(StandardScaler(), SVC(kernel="linear", break_ties=True))

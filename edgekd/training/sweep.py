@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd import specs
+from edgekd import files, specs
 from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.files import atomic_write, to_json
+from edgekd.specs import parse_json
 from edgekd.training import run
 from edgekd.training.launch import Job, State, launch
 from edgekd.training.protocol import Protocol, refuse_other_settings
@@ -73,6 +73,7 @@ def sweep(
     of: Sequence[Member],
     teacher: Path | None = None,
     keep_split: bool = True,
+    labels: Path | None = None,
     resume: bool = False,
     leave_out_bad: bool = False,
     at_once: int = 1,
@@ -81,13 +82,15 @@ def sweep(
     """Train and test each member in out/<its name>, a normal run folder; write out/summary.json.
 
     teacher: a run folder for all, or a sweep in which each member finds its own; so for `protocol.weights`.
-    keep_split: divide the images as the protocol says, not as the teacher's were. resume: keep the runs that are
-    finished, go on with those that were begun. What a run prints is in out/<its name>.log.
+    keep_split: divide the images as the protocol says, not as the teacher's were. labels: a CSV file instead of class
+    folders. resume: keep the runs that are finished, go on with those that were begun. What a run prints is in
+    out/<its name>.log.
 
     Raises:
         ArtifactError: runs that are there already, or were made under other settings.
         ConfigError: one teacher for several folds; a sweep that lacks a member.
     """
+    files.refuse_other(out / SUMMARY, files.SUMMARY)
     jobs = []
     for member in of:
         folder = out / member.name
@@ -108,7 +111,7 @@ def sweep(
                 )
             asked = dataclasses.replace(asked, split=str(own_teacher / run.SPLIT))
         if not finished(folder, asked):
-            jobs.append(job(member.name, folder, asked, data=data, leave_out_bad=leave_out_bad))
+            jobs.append(job(member.name, folder, asked, data=data, labels=labels, leave_out_bad=leave_out_bad))
     states = launch(jobs, at_once=at_once, on_end=on_end)
     atomic_write(
         out / SUMMARY, to_json(summary({m.name: scores(f) for m in of if (f := out / m.name / TEST).is_file()}))
@@ -138,6 +141,7 @@ def job(
     protocol: Protocol,
     *,
     data: Path,
+    labels: Path | None = None,
     leave_out_bad: bool = False,
     after: tuple[str, ...] = (),
 ) -> Job:
@@ -145,6 +149,7 @@ def job(
     settings = folder.parent / f"{folder.name}.toml"
     specs.write_toml(settings, protocol)
     words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
+    words += ["--labels", labels] if labels else []
     words += ["--leave-out-bad"] if leave_out_bad else []
     test = ["evaluate", folder, "--data", data, "--out", folder / TEST]
     commands = tuple(tuple(map(str, command)) for command in (words, test))
@@ -171,9 +176,12 @@ def scores(path: Path) -> Scores:
         ArtifactError: it is no such file.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["metrics"]
-        return {name: {m: ({**row, **row["macro"]})[m] for m in METRICS} for name, row in table.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        table = parse_json(path.read_text(encoding="utf-8"))["metrics"]
+        found = {name: {m: ({**row, **row["macro"]})[m] for m in METRICS} for name, row in table.items()}
+        if not all(v is None or 0 <= v <= 1 for row in found.values() for v in row.values()):
+            raise ValueError("a measure that is no fraction")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r})", fix="remove it and run the same command again") from None
 
 

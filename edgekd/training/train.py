@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 
 from edgekd.artifact import Part, Split, read_split
 from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet
-from edgekd.data.folders import check, scan
+from edgekd.data.folders import check
 from edgekd.data.loader import Loader, loader, start_processes
-from edgekd.data.splits import make_split
+from edgekd.data.splits import images_of, make_split
 from edgekd.distill import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write, locked, to_json
 from edgekd.host import default_threads
 from edgekd.models import build, has_stems, hub_name, stem_of
 from edgekd.models.weights import load_state, read_state
+from edgekd.runtime.images import require_unchanged
 from edgekd.specs import write_toml
 from edgekd.training import run
 from edgekd.training.loop import Progress, Task, fit
@@ -37,6 +39,7 @@ def train(
     *,
     protocol: Protocol,
     teacher: Path | None = None,
+    labels: Path | None = None,
     resume: bool = False,
     leave_out_bad: bool = False,
     devices: int = 1,
@@ -47,10 +50,12 @@ def train(
     """Train `protocol.network` on the images under `data` and write the run folder `out`.
 
     teacher: a run folder, for methods that learn from one; the protocol's if not given. devices: processes or GPUs;
-    under torchrun each process calls this alike and the first one writes.
+    under torchrun each process calls this alike and the first one writes. labels: a CSV file instead of class folders;
+    a run that is resumed has its images in its split.
 
     Raises:
-        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts.
+        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts; another
+            process trains into `out`.
     """
     if teacher is None and protocol.teacher:
         teacher = Path(protocol.teacher)
@@ -59,26 +64,27 @@ def train(
         raise ConfigError(f"method '{protocol.method}' needs a teacher", fix="give a run folder with --teacher")
     fabric = _fabric(devices)
     torch.set_num_threads(min(torch.get_num_threads(), default_threads()))
-    if fabric.is_global_zero:
-        run.start(out, resume=resume)
-        if protocol.workers:
-            start_processes()  # they get ready while the images are checked
-        split = _split(data, out, protocol=protocol, leave_out_bad=leave_out_bad, on_check=on_check)
-        if on_split:
-            on_split(split)
-        for source in (teacher, Path(protocol.weights)):
-            _refuse_seen(source, split)
-        protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
-        task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
-        if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
-            write_toml(out / run.PROTOCOL, protocol)
-            atomic_write(out / run.SPLIT, to_json(split))
-    protocol = fabric.broadcast(protocol)
-    if not fabric.is_global_zero:
-        split, progress = read_split(out), None
-        net = network(protocol, classes=len(split.classes))
-        task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
-    rows = fit(_fabric(devices, protocol.precision), task, out=out, resume=resume, progress=progress)
+    with locked(out) if fabric.is_global_zero else contextlib.nullcontext():
+        if fabric.is_global_zero:
+            run.start(out, resume=resume)
+            if protocol.workers:
+                start_processes()  # they get ready while the images are checked
+            split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
+            if on_split:
+                on_split(split)
+            protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
+            task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+            for source in (teacher, Path(protocol.weights)):
+                _refuse_seen(source, split)
+            if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
+                write_toml(out / run.PROTOCOL, protocol)
+                atomic_write(out / run.SPLIT, to_json(split))
+        protocol = fabric.broadcast(protocol)
+        if not fabric.is_global_zero:
+            split, progress = read_split(out), None
+            net = network(protocol, classes=len(split.classes))
+            task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
+        rows = fit(_fabric(devices, protocol.precision), task, out=out, resume=resume, progress=progress)
     if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter: it would abort now and then
         torch.distributed.destroy_process_group()
     return rows
@@ -103,28 +109,33 @@ def _decided(protocol: Protocol, *, classes: int, device: torch.device) -> tuple
 
 
 def _split(
-    data: Path, out: Path, *, protocol: Protocol, leave_out_bad: bool, on_check: Callable[[int, int], None] | None
+    data: Path,
+    out: Path,
+    *,
+    protocol: Protocol,
+    labels: Path | None,
+    leave_out_bad: bool,
+    on_check: Callable[[int, int], None] | None,
 ) -> Split:
-    """The split of the run that is resumed, or a new one."""
+    """The split of the run that is resumed, whose images must be what they were; or a new one."""
     if (out / run.SPLIT).is_file():
-        return read_split(out)
-    checked = check(scan(data), leave_out_bad=leave_out_bad, progress=on_check)
+        split = read_split(out)
+        require_unchanged([*split.part("train"), *split.part("val")], data)
+        return split
+    images = images_of(data, labels=labels, method=protocol.split)
+    checked = check(images, leave_out_bad=leave_out_bad, progress=on_check)
     return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
 
 
 def _refuse_seen(folder: Path | None, split: Split) -> None:
-    """A teacher, or first weights, must not have been trained on images that will test the student.
+    """A teacher, or first weights, must not have been trained on images, by any name, that will test the student.
 
     Raises:
         ConfigError: the run folder's training part holds some of them.
     """
     if folder is not None and (folder / run.SPLIT).is_file():
-        known = read_split(folder)
-        seen = {i.path for i in known.parts.get("train", ())}
-        common = seen & {i.path for i in split.parts.get("test", ())}
-        if common and known.fingerprint != split.fingerprint:
-            log.warning("%s was trained on other data in which %d test images' names occur", folder, len(common))
-        elif common:
+        seen = {i.digest for i in read_split(folder).parts.get("train", ())}
+        if common := [i.path for i in split.parts.get("test", ()) if i.digest in seen]:
             raise ConfigError(
                 f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
                 fix=f"use its split: --split {folder / run.SPLIT}",

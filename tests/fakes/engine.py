@@ -226,8 +226,8 @@ def offer_engine(world: World) -> None:
         def __init__(self, refitter: Any, logger: Any) -> None:
             self._refitter = refitter
 
-        def refit_from_file(self, path: str) -> bool:
-            model = onnx.load(path)
+        def refit_from_bytes(self, data: bytes) -> bool:
+            model = onnx.load_model_from_string(data)
             if shapes_of(model) != shapes_of(self._refitter._engine._model):
                 return False
             self._refitter._model = model
