@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
     out = tmp_path / "out"
     words: dict[str, list[str | Path]] = {
         "train": ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--epochs", "1",
-                  "--image-size", "16", "--set", "stem=small", "--workers", "0", "--batch-size", "8", "--out", out],
+                  "--image-size", "16", "--workers", "0", "--batch-size", "8", "--set", "stem=small", "--out", out],
         "compile": ["compile", student_onnx, "--backend", "onnxruntime", "--out", out],
         "data": ["data", "synthetic", "--out", out, "--count", "10", "--size", "512"],
     }  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
 def test_ctrl_c_and_a_closed_terminal_while_training(cells: Path, tmp_path: Path, sig: signal.Signals) -> None:
     """The workers that read images get the signal, too."""
     words = ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--image-size", "16"]
-    process = command(*words, "--set", "batch_size=8", "--epochs", "500", "--out", tmp_path / "run")
+    process = command(*words, "--batch-size", "8", "--set", "stem=small", "--epochs", "500", "--out", tmp_path / "run")
     while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, sig)

@@ -114,8 +114,8 @@ def _decided(protocol: Protocol, *, classes: int, device: torch.device) -> tuple
     stem = stem_of(protocol.network, net.state_dict())
     precision = choose(protocol.precision, net, device=device, image_size=size)
     if has_stems(protocol.network):
-        hint = "; --set stem=small keeps more of images so small, at more cost" if protocol.stem == "auto" else ""
-        log.info("stem %s at %d pixels%s", stem, size, hint if stem == "imagenet" and size <= 64 else "")
+        hint = "; --set stem=small keeps four times the map" if stem == "imagenet" and size <= 64 else ""
+        log.info("stem %s at %d pixels%s", stem, size, hint)
     return dataclasses.replace(protocol, stem=stem, precision=precision), net
 
 
