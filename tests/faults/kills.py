@@ -71,6 +71,9 @@ def start(name: str, folder: Path, hook: Callable[[str], None] | None, log: Path
     if pid := os.fork():
         return pid
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # whoever runs this in the background has some ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
     for number, target in ((1, os.devnull), (2, log)):
@@ -240,11 +243,9 @@ class Tries:
             self._count("tracebacks", f"{at}: {said[-300:]}")
 
     def _run_again(self, at: str) -> None:
-        words = self.name
-        if words == "bench" and (self.folder / "new.json").exists():  # a record is never changed
-            for path in self.folder.glob("new.*"):
-                path.unlink()
-        code = wait(start(words, self.folder, None, self.log))
+        (self.folder / "new.json").unlink(missing_ok=True)  # a record, or a data set, that is there is refused
+        shutil.rmtree(self.folder / "drawn", ignore_errors=True)
+        code = wait(start(self.name, self.folder, None, self.log))
         if code:
             self._count("next runs that fail", f"{at}: exit code {code}: {self.log.read_text()[-300:]}")
         for name, reason in refusals(self.folder).items():
