@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgekd import shell
 from edgekd.errors import EdgekdError
 
 TINY = ["--set", "workers=0", "--set", "batch_size=16", "--set", "precision=32-true"]
@@ -70,10 +71,8 @@ def start(name: str, folder: Path, hook: Callable[[str], None] | None, log: Path
     """Run a command in a fork, in `folder` and with its TMPDIR there; `hook` is told its file-system events."""
     if pid := os.fork():
         return pid
+    shell.heed(ignored=True)  # as the command does first; whoever runs this in the background has some ignored
     os.setsid()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # whoever runs this in the background has some ignored
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
     for number, target in ((1, os.devnull), (2, log)):
