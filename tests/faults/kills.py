@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgekd import shell
 from edgekd.errors import EdgekdError
 
 TINY = ["--set", "workers=0", "--set", "batch_size=16", "--set", "precision=32-true"]
@@ -41,7 +42,8 @@ COMMANDS = {
     "evaluate": ["evaluate", "student.engine", *IMAGES, "--out", "measures.json", "--plot", "confusion.png"],
     "train": ["train", "--data", "cells", "--model", "multi-exit-test_resnet", "--protocol", "demo", "--weights",
               "none", "--epochs", "2", "--image-size", "32", *TINY, "--out", "new", "--resume"],
-    "bench": ["bench", "student.engine", *IMAGES, "--suite", "tiny.toml", "--no-report", "--out", "new.json"],
+    "bench": ["bench", "student.engine", *IMAGES, "--suite", "tiny.toml", "--set", 'variants=["cascade"]', "--no-report",
+              "--out", "new.json"],
     "data": ["data", "synthetic", "--count", "40", "--size", "16", "--out", "drawn"],
 }  # fmt: skip
 EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "ctypes.dlsym"}
@@ -70,6 +72,7 @@ def start(name: str, folder: Path, hook: Callable[[str], None] | None, log: Path
     """Run a command in a fork, in `folder` and with its TMPDIR there; `hook` is told its file-system events."""
     if pid := os.fork():
         return pid
+    shell.heed(ignored=True)  # as the command does first; whoever runs this in the background has some ignored
     os.setsid()
     os.chdir(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
@@ -202,7 +205,7 @@ class Tries:
     def end(self, sig: signal.Signals, *, event: int | None = None, after_s: float = 0.0) -> None:
         """End it just before its nth event, or at a moment, and look."""
         self._fresh()
-        self.log.unlink(missing_ok=True)
+        self.log.write_text("")
         left = [event]
 
         def hook(event: str) -> None:
@@ -240,11 +243,9 @@ class Tries:
             self._count("tracebacks", f"{at}: {said[-300:]}")
 
     def _run_again(self, at: str) -> None:
-        words = self.name
-        if words == "bench" and (self.folder / "new.json").exists():  # a record is never changed
-            for path in self.folder.glob("new.*"):
-                path.unlink()
-        code = wait(start(words, self.folder, None, self.log))
+        (self.folder / "new.json").unlink(missing_ok=True)  # a record, or a data set, that is there is refused
+        shutil.rmtree(self.folder / "drawn", ignore_errors=True)
+        code = wait(start(self.name, self.folder, None, self.log))
         if code:
             self._count("next runs that fail", f"{at}: exit code {code}: {self.log.read_text()[-300:]}")
         for name, reason in refusals(self.folder).items():
