@@ -1,15 +1,18 @@
 # The whole set-up: `make demo` or `make test` on a fresh machine with Python 3.10 or newer.
+# TORCH_INDEX: where to take PyTorch's CPU build from, which is 4 GB smaller (see README.md).
 PYTHON ?= python3
+TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test check clean
+.PHONY: install demo test faults check clean
 
 install: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision --index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,cpu,report,dev]'
 	touch $(READY)
 
@@ -18,6 +21,13 @@ demo: $(READY)
 
 test: check
 	$(BIN)/python -m pytest
+
+# Mutated inputs to every reader and kills of every command, far more than in `make test`: about an hour.
+faults: $(READY)
+	rm -rf build/faults
+	$(BIN)/python tests/faults/base.py build/faults
+	$(BIN)/python tests/faults/fuzz.py --base build/faults --count 100000 --out build/fuzz.jsonl
+	$(BIN)/python tests/faults/kills.py --base build/faults --count 300
 
 check: $(READY)
 	$(BIN)/ruff check

@@ -31,17 +31,19 @@ def send(number: int) -> None:
 def test_a_signal_is_raised_once(number: signal.Signals) -> None:
     """`timeout` sends two: the second must not break off what clears up after the first."""
     before = signal.getsignal(number)
-    cleared = False
-    with stopping() as stops:
-        with pytest.raises(Stopped, match=number.name) as caught:  # noqa: PT012
-            try:
-                send(number)
-            finally:
-                send(number)
-                cleared = True
-        assert stops.by == number
+    cleared = []
+
+    def work() -> None:
+        try:
+            send(number)
+        finally:
+            send(number)
+            cleared.append(True)
+
+    with stopping() as stops, pytest.raises(Stopped, match=number.name) as caught:
+        work()
     assert cleared
-    assert caught.value.code == 128 + number
+    assert (stops.by, caught.value.code) == (number, 128 + number)
     assert signal.getsignal(number) is before
 
 
@@ -52,9 +54,13 @@ def test_an_import_is_finished_first(number: signal.Signals, tmp_path: Path, mon
     outer = "try:\n    import odd_inner\nexcept BaseException:\n    raise ImportError('as some extensions do')\n"
     (tmp_path / "odd_outer.py").write_text(outer)
     monkeypatch.syspath_prepend(tmp_path)
-    with stopping(), pytest.raises(Stopped):  # noqa: PT012
+
+    def work() -> None:
         importlib.import_module("odd_outer")
         time.sleep(5)
+
+    with stopping(), pytest.raises(Stopped):
+        work()
     assert {"odd_inner", "odd_outer"} <= sys.modules.keys()
     del sys.modules["odd_inner"], sys.modules["odd_outer"]
 

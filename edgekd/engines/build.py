@@ -232,11 +232,11 @@ def _exact_enough(
             parity, accuracy = check(engine, job.validation, job.float_logits, recipe=job.recipe)
         except GateError as error:
             refusal = error
-            notes.append(f"quantised exit heads were refused: {error.what}")
+            notes.append(f"{'quantised' if heads else 'float'} exit heads were refused: {error.what}")
             continue
         lost = worst_drop(accuracy).points if accuracy else 0.0
-        said = [f"exit heads: {'int8' if heads else 'float'} convolutions"] if int8 else []
-        manifest = dataclasses.replace(manifest, parity=parity, accuracy=accuracy, notes=(*notes, *said))
+        said = [*notes, f"exit heads: {'int8' if heads else 'float'} convolutions"] if int8 else notes
+        manifest = dataclasses.replace(manifest, parity=parity, accuracy=accuracy, notes=tuple(said))
         passed.append((lost, manifest, engine, part))
         if lost <= job.recipe.max_accuracy_drop:
             break

@@ -15,7 +15,7 @@ from edgekd.engines.recipe import Recipe, TensorRT
 from edgekd.engines.trt_graphs import is_seam, to_fp16, without_qdq
 from edgekd.engines.trt_library import failed, library, logger, make, strongly_typed
 from edgekd.errors import BackendError
-from edgekd.files import atomic_write, cache_folder
+from edgekd.files import atomic_write, cache_folder, locked
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
         config.set_timing_cache(cache, False)
     yield
     try:
-        with _locked(path):
+        with locked(path, wait=True):
             others = config.create_timing_cache(_read(path))
             if others:
                 cache.combine(others, False)
@@ -247,17 +247,3 @@ def timing_cache_path() -> Path:
 
 def _read(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time; where there is no flock (Windows), the last writer wins, which only costs time."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
