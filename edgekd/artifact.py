@@ -17,7 +17,7 @@ import onnx
 
 from edgekd import onnxcheck
 from edgekd.errors import ArtifactError, ConfigError
-from edgekd.files import atomic_write, recover, to_json
+from edgekd.files import atomic_write, recover, sha256, to_json
 from edgekd.runtime.policy import Policy
 from edgekd.runtime.preprocess import Preprocess
 from edgekd.specs import from_dict, parse_json
@@ -409,7 +409,9 @@ def read_manifest(folder: Path) -> Manifest:
     recover(folder)
     manifest = _manifest(folder)
     for name in manifest.files:
-        read_file(folder / name, manifest)
+        path = folder / name
+        if _listed(path, manifest) != sha256(path):
+            raise _edited(path)
     return manifest
 
 
@@ -419,15 +421,26 @@ def read_file(path: Path, manifest: Manifest) -> bytes:
     Raises:
         ArtifactError: it is not, whatever has become of the folder since the manifest was read.
     """
+    listed, data = _listed(path, manifest), read_bytes(path, what="engine file")
+    if listed != hashlib.sha256(data).hexdigest():
+        raise _edited(path)
+    return data
+
+
+def _listed(path: Path, manifest: Manifest) -> str:
+    """The SHA-256 that a file has to have, which is there and as long as it should be."""
     file = manifest.files.get(path.name)
     if file is None:
         raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
     if not path.is_file():
         raise ArtifactError(f"{path} is missing", fix="compile again")
-    data = read_bytes(path, what="engine file") if path.stat().st_size == file.bytes else b""
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
-    return data
+    if path.stat().st_size != file.bytes:
+        raise _edited(path)
+    return file.sha256
+
+
+def _edited(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -63,6 +63,8 @@ class Suite:
             raise ValueError("min_count: one for each batch size, 2 or more")
         if min(self.rounds, self.pool, 1 if self.threads is None else self.threads) < 1 or not self.variants:
             raise ValueError("rounds, pool, threads and variants: 1 or more")
+        if not all(0 <= seconds <= 1e6 for seconds in (self.min_seconds, self.warmup_seconds)):
+            raise ValueError("min_seconds, warmup_seconds: from 0 to a million")
 
 
 @dataclass(frozen=True)
