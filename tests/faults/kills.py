@@ -42,8 +42,8 @@ COMMANDS = {
     "evaluate": ["evaluate", "student.engine", *IMAGES, "--out", "measures.json", "--plot", "confusion.png"],
     "train": ["train", "--data", "cells", "--model", "multi-exit-test_resnet", "--protocol", "demo", "--weights",
               "none", "--epochs", "2", "--image-size", "32", *TINY, "--out", "new", "--resume"],
-    "bench": ["bench", "student.engine", *IMAGES, "--suite", "tiny.toml", "--set", 'variants=["cascade"]', "--no-report",
-              "--out", "new.json"],
+    "bench": ["bench", "student.engine", *IMAGES, "--suite", "tiny.toml", "--set", 'variants=["cascade"]',
+              "--no-report", "--out", "new.json"],
     "data": ["data", "synthetic", "--count", "40", "--size", "16", "--out", "drawn"],
 }  # fmt: skip
 EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "ctypes.dlsym"}
