@@ -131,7 +131,7 @@ def value(rng: random.Random, *, old: Any = None, toml: bool = False) -> Any:
         return rng.choice((True, False)) if toml else rng.choice((None, True, False))
     if kind == 4:
         return rng.choice(([], {}, [[]], [0] * 1000, {"a": {}}))
-    if kind == 5 and isinstance(old, (int, float)) and not isinstance(old, bool):
+    if kind == 5 and isinstance(old, (int, float)) and not isinstance(old, bool) and abs(old) < 1e300:
         return rng.choice((-old, old + 1, old * 1000, old / 2, float(old), old - 1))
     if kind == 6 and isinstance(old, list):
         return rng.choice((old * 2, old[::-1], old[:-1], old[1:], old + old[:1]))
