@@ -30,6 +30,7 @@ def work(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(base, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     (tmp_path / "work" / "notes.md").write_text("## Notes\nyears of work\n")
+    (tmp_path / "work" / "photo.png").write_bytes(next((base / "cells").rglob("*.png")).read_bytes())
     (tmp_path / "work" / "site").mkdir()
     for name in ("manifest.json", "summary.json", "gao2022-table3.json"):
         (tmp_path / "work" / "site" / name).write_text('{"name": "a page"}')
@@ -50,8 +51,9 @@ def refused(line: str, said: str, work: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("evaluate run --plot run/model.safetensors", "is no plot"),
-        ("evaluate run --plot student.onnx", "is no plot"),
+        ("evaluate run --plot run/model.safetensors", "names no kind of picture"),
+        ("evaluate run --plot student.onnx", "names no kind of picture"),
+        ("evaluate run --plot photo.png", "is no plot"),
         ("evaluate run --out student.onnx", "is no file of edgekd evaluate"),
         ("evaluate run --out record.json", "is no file of edgekd evaluate"),
         ("evaluate run --out site", "is a folder"),
