@@ -151,23 +151,6 @@ def test_kather_arrives_as_class_folders(
         get("kather2016", tmp_path / "kather")
 
 
-def test_an_archive_that_the_user_has_is_used_and_kept(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = zipped({"k/a/1.png": b"1", "k/b/1.png": b"2"})
-    monkeypatch.setitem(download.SOURCES, "kather2016", source(server, "k.zip", content))
-    for mine in (content, content[:-9], b"another"):
-        (tmp_path / "k.zip").write_bytes(mine)
-        if mine == content:
-            get("kather2016", tmp_path / "kather")
-        else:
-            with pytest.raises(DataError, match="is there and is not"):
-                get("kather2016", tmp_path / "again")
-        assert (tmp_path / "k.zip").read_bytes() == mine
-    assert server.asked == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["k.zip", "kather"]
-
-
 @pytest.mark.parametrize("name", ["../out.txt", "/tmp/out.txt", "a/../../out.txt"])
 def test_archives_may_not_leave_their_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "bad.zip").write_bytes(zipped({"a/fine.txt": b"", name: b"x"}))
