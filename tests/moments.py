@@ -1,4 +1,6 @@
-"""In one process, many moments: reading begins, and so many milliseconds later Ctrl-C reaches the whole group.
+"""In one process, many moments: so many milliseconds after reading begins, or after its first batch, Ctrl-C comes.
+
+The whole group hears it.
 
 `python moments.py FOLDER TIMES MS`; at the end it prints how many batches came.
 """
@@ -25,11 +27,15 @@ def main(folder: Path, times: int, ms: float) -> None:
     batches = 0
     for k in range(times):
         try:
-            threading.Timer(k * ms / 1000, os.killpg, (0, signal.SIGINT)).start()
+            ctrl_c = threading.Timer(k // 2 * ms / 1000, os.killpg, (0, signal.SIGINT))
+            if k % 2:
+                ctrl_c.start()
             reading = loader(images, batch_size=4, sampler=EpochSampler(len(items)), workers=2)
             while True:
                 for _ in reading:
                     batches += 1
+                    if not ctrl_c.ident:
+                        ctrl_c.start()
         except KeyboardInterrupt:
             reading = None  # its processes end
         except EdgekdError as error:

@@ -40,9 +40,9 @@ def moments(few_cells: Path, times: int, ms: float, *, shm: str = "") -> subproc
 
 def test_ctrl_c_at_many_moments_prints_nothing(few_cells: Path) -> None:
     """From before the first process to the middle of reading: the whole group hears it, as from a terminal."""
-    done = moments(few_cells, 25, 20)
+    done = moments(few_cells, 20, 25)
     assert (done.returncode, done.stderr) == (0, "")
-    assert int(done.stdout.split()[0]) > 10
+    assert int(done.stdout.split()[0]) >= 10
 
 
 @pytest.mark.parametrize(("shm", "said"), [("64k", "batches"), ("12k", "cannot be started: No space left on device")])

@@ -39,7 +39,7 @@ def mine(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Protocol]:
     """What would be trained, instead of training it."""
     found: list[Protocol] = []
-    monkeypatch.setattr(learn, "_train", lambda data, out, protocol, *more: found.append(protocol))
+    monkeypatch.setattr(learn, "_train", lambda protocol, given: found.append(protocol))
     return found
 
 

@@ -109,16 +109,28 @@ def _uninterrupted() -> Iterator[None]:
         return
     shield_tracker()  # begun later, it would lift the mask
     came: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (SIGINT, SIGTERM, SIGHUP)}
+    waiting = True
+
+    def hold(number: int, _: object) -> None:
+        if waiting:
+            came.append(number)
+        else:  # the end of the block was itself interrupted, and this handler is still there
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGHUP)}
+    for number in before:
+        signal.signal(number, hold)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for one, handler in before.items():
-            signal.signal(one, handler)
-        for number in came:
-            signal.raise_signal(number)
+        waiting = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for sent in came:
+            signal.raise_signal(sent)
 
 
 def loader(
