@@ -395,7 +395,7 @@ def block(*, channels: int = 16) -> tuple[onnx.ModelProto, Card]:
     nodes = [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in wiring]
     graph = helper.make_graph(nodes, "block", [given], [answer], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    card = Card("block", ("x",), Preprocess(8), (Exit("exit_0", ()),), Policy((1.0,)))
+    card = Card("block", ("x", "y"), Preprocess(8), (Exit("exit_0", ()),), Policy((1.0,)))
     return model, card
 
 
