@@ -66,7 +66,7 @@ def student(name: str) -> tuple[onnx.ModelProto, Card]:
     from edgekd.models import build
 
     torch.manual_seed(0)
-    net = build(name, classes=5, image_size=SIZE, stem="small" if name == "msdnet" else "imagenet")
+    net = build(name, classes=5, image_size=SIZE)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
