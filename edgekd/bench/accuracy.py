@@ -188,13 +188,17 @@ def confusion_text(result: Metrics) -> str:
     return aligned(rows)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]], *, remarks: bool = False) -> str:
+    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right.
+
+    remarks: the last column is text, and not padded.
+    """
     rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows
-    )
+    if remarks:
+        widths[-1] = 0
+    lines = ("  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(map(str.rstrip, lines) if remarks else lines)
 
 
 def _padded(cell: str, width: int, *, left: bool) -> str:

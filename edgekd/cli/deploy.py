@@ -102,7 +102,7 @@ def _attempts(attempts: Iterable[Attempt]) -> str:
         first, *others = a.note.splitlines()
         rows.append((a.backend, ms, drop if a.ok else "refused", first + (" …" if others else "")))
         below += f"\n{a.backend}: {a.note}" if others else ""
-    return aligned(rows) + below
+    return aligned(rows, remarks=True) + below
 
 
 def tune(

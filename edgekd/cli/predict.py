@@ -242,7 +242,7 @@ class _Table(_Rows):
     def _line(self, *cells: str) -> str:
         from edgekd.bench.accuracy import aligned
 
-        return f"{aligned([self._widest, cells[:-1]]).splitlines()[1]}  {visible(cells[-1])}\n"
+        return aligned([[*self._widest, ""], cells], remarks=True).splitlines()[1] + "\n"
 
     @cached_property
     def _widest(self) -> list[str]:

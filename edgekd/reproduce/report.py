@@ -15,7 +15,6 @@ from edgekd.files import atomic_write, to_json
 from edgekd.reproduce import tables
 from edgekd.reproduce.tables import Row, Table
 from edgekd.text import markdown as escaped
-from edgekd.text import visible
 
 State = Literal["reproduced", "partly", "open"]
 RANK: tuple[State, ...] = ("reproduced", "partly", "open")
@@ -129,10 +128,8 @@ def _common(result: Result) -> list[str]:
 
 def text(result: Result) -> str:
     """The table for a terminal."""
-    rows = [_header(result), *_rows(result)]
-    numbers = aligned([row[:-1] for row in rows]).splitlines()
-    table = [f"{cells}  {visible(row[-1])}".rstrip() for cells, row in zip(numbers, rows)]
-    return "\n".join([f"{result.table}: {result.caption}", *table, *_said(result)])
+    table = aligned([_header(result), *_rows(result)], remarks=True)
+    return "\n".join([f"{result.table}: {result.caption}", table, *_said(result)])
 
 
 def markdown(result: Result) -> str:
