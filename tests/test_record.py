@@ -240,6 +240,12 @@ def test_warnings() -> None:
     busy = dataclasses.replace(record, load_before=(3.0, 1.0, 1.0), policy=Policy((1.0, 1.0, 1.0)))
     assert "busy" in "\n".join(warnings(busy))
     assert "no cascade" in "\n".join(warnings(busy))
+    answers = {"final": {"float": 0.99, "engine": 0.98, "images": 1000, "lost": 10, "gained": 0}}
+    engine = {**record.engine, "accuracy": {"answers": answers}}
+    for wrong, far in ((6, True), (0, False)):
+        variants = (*record.variants, variant("final", 1.0, [2] * 8, wrong=wrong))
+        text = "\n".join(warnings(dataclasses.replace(record, engine=engine, variants=variants)))
+        assert ("far below the 98.00% on 1000 validation images" in text) is far
 
 
 def test_markdown_is_a_table_of_all_variants() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
+from edgekd.bench.accuracy import gap
 from edgekd.bench.latency import UNSTABLE
 from edgekd.bench.record import Record, Target, Variant
 
@@ -91,6 +92,11 @@ def warnings(record: Record) -> tuple[str, ...]:
             f"{record.split['leaking']} of {record.split['groups']} pictures have pieces on both sides of the split, "
             "so accuracy is flattered"
         )
+    final, validated = record.find("final"), record.engine.get("accuracy")
+    if final and validated:
+        known = validated["answers"]["final"]
+        if far := gap(final.metrics, accuracy=known["engine"], images=known["images"]):
+            found.append(f"final: {far}")
     if not record.policy.is_tuned:
         found.append("no exit thresholds, so no cascade was measured; edgekd tune sets them")
     if record.idle_watts is None:
