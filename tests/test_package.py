@@ -74,7 +74,7 @@ WITHOUT = {
 def bare(*words: str, missing: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command where the extras named are not installed."""
     modules = [module for extra in missing for module in WITHOUT[extra]]
-    code = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); from edgekd.cli import main; main()"
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); from edgekd.__main__ import main; main()"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, check=False)
 
 

@@ -92,7 +92,7 @@ def test_libraries_send_nothing_once_edgekd_is_imported(student_onnx: Path, tmp_
 def test_commands_open_no_socket(tmp_path: Path) -> None:
     env = private(tmp_path / "home")
     (tmp_path / "tiny.toml").write_text(SUITE)
-    script = WATCH + "from edgekd.cli import main\nmain()"
+    script = WATCH + "from edgekd.__main__ import main\nmain()"
     for command in COMMANDS.strip().splitlines():
         words = [sys.executable, "-c", script, *command.split()]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperGroup
 
 from edgekd import extras, shell
-from edgekd.__main__ import main as main  # where scripts of older editable installs look for it
 from edgekd.cli import deploy, learn, measure
 from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.data import app as data_app
