@@ -102,10 +102,9 @@ def test_the_run_keeps_what_was_taken(few_cells: Path, tmp_path: Path, monkeypat
     supports(monkeypatch, False)
     train(few_cells, tmp_path / "run", protocol=made, resume=True)
     from_it = {"weights": str(tmp_path / "run"), "network": "multi-exit-resnet18", "exits": [4]}
-    for stem, kernel in (("auto", (3, 3)), ("imagenet", (7, 7))):
-        wanted = specs.load(
-            Protocol, "protocols", str(tmp_path / "run" / run.PROTOCOL), overrides=from_it | {"stem": stem}
-        )
+    for stem, kernel, size in (("auto", (3, 3), 16), ("imagenet", (7, 7), 64)):  # 16 pixels are too few for that
+        overrides = from_it | {"stem": stem, "preprocess.image_size": size}
+        wanted = specs.load(Protocol, "protocols", str(tmp_path / "run" / run.PROTOCOL), overrides=overrides)
         train(few_cells, tmp_path / stem, protocol=wanted)
         network, _ = run.load_model(tmp_path / stem)
         assert network.backbone.conv1.kernel_size == kernel  # type: ignore[union-attr]
