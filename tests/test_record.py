@@ -143,6 +143,7 @@ ODD: dict[str, tuple[tuple[str | int, ...], object]] = {
     "an engine without a name": (("engine", "name"), None),
     "a precision that is text": (("engine", "precision"), {"int8": "all"}),
     "a point of nothing": (("curve", 0), {}),
+    "a verdict without a limit": (("targets", 1, "limit"), None),
     "no threads": (("threads",), 0),
     "two classes of a name": (("classes",), ["a", "a", "b"]),
     "an image elsewhere": (("images", 0), "../../secret.png"),

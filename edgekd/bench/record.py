@@ -131,6 +131,10 @@ class Target:
     met: bool | None = None
     sign: Literal["≤", "≥"] = "≤"
 
+    def __post_init__(self) -> None:
+        if (self.limit is None) != (self.met is None):
+            raise ValueError("limit, met: both or none")
+
 
 @dataclass(frozen=True)
 class Record:
