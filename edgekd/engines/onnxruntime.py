@@ -153,7 +153,8 @@ def _session(
         options.optimized_model_filepath = str(optimised)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]  # there is nothing to fall back to, which ONNX Runtime would print
+        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise refused(f"onnxruntime cannot load {name}", error) from error
     session._model_bytes = None  # kept to open the model again with other providers, which nobody asks for
