@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import resumes_exactly
+from tiny_protocol import TINY
 from torch import Tensor
 
 from edgekd.artifact import read_split
@@ -20,9 +21,7 @@ from edgekd.distill import METHODS, Criterion, Setting, Settings, Shapes, Step, 
 from edgekd.distill.crd import Contrast, nce
 from edgekd.errors import ConfigError
 from edgekd.models.multi_exit import Outputs
-from edgekd.runtime.preprocess import Preprocess
 from edgekd.training import run
-from edgekd.training.protocol import Protocol
 from edgekd.training.train import train
 
 LABELS = (0, 0, 1, 2, 0, 1, 2, 0, 0)
@@ -121,18 +120,6 @@ def test_one_class_has_no_negatives() -> None:
     assert METHODS["crd"].weight == 0.8
     with pytest.raises(ConfigError, match="the training part has 1 class"):
         Criterion(Settings(method="crd"), Setting(Shapes(pooled=4), Shapes(pooled=3), (1, 1, 1), 2))
-
-
-TINY = Protocol(
-    network="test_resnet",
-    weights="none",
-    precision="32-true",
-    preprocess=Preprocess(32),
-    epochs=1,
-    batch_size=8,
-    lr=0.01,
-    workers=0,
-)
 
 
 def test_memory_and_embeddings_are_trained_saved_and_resumed(few_cells: Path, tmp_path: Path) -> None:

@@ -10,26 +10,16 @@ import pytest
 import torch
 from conftest import resumes_exactly
 from safetensors.torch import load_file
+from tiny_protocol import TINY
 from torch import Tensor
 
 from edgekd.distill import Criterion, Settings, Step, View, needs_anchors, needs_teacher
 from edgekd.errors import ArtifactError
 from edgekd.models.multi_exit import Outputs
-from edgekd.runtime.preprocess import Preprocess
 from edgekd.training import loop, run
-from edgekd.training.protocol import Protocol
 from edgekd.training.train import train
 
-TINY = Protocol(
-    network="test_resnet",
-    weights="none",
-    precision="32-true",
-    preprocess=Preprocess(32),
-    epochs=5,
-    batch_size=8,
-    lr=0.01,
-    workers=0,
-)
+FIVE = replace(TINY, epochs=5)
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -61,14 +51,14 @@ def test_paper_c_anchors() -> None:
 def teacher(few_cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five epochs, an anchor every second one."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    train(few_cells, folder, protocol=replace(TINY, anchor_every=2))
+    train(few_cells, folder, protocol=replace(FIVE, anchor_every=2))
     return folder
 
 
 def test_anchors_are_the_weights_of_their_epochs(few_cells: Path, teacher: Path, tmp_path: Path) -> None:
     """Those of a run that ends there; a run that is stopped and resumed writes the same files."""
     assert sorted(p.name for p in (teacher / "anchors").iterdir()) == [f"epoch_000{k}.safetensors" for k in (2, 4)]
-    short = replace(TINY, epochs=2, anchor_every=2)
+    short = replace(FIVE, epochs=2, anchor_every=2)
     whole = resumes_exactly(few_cells, tmp_path, short)
     kept = load_file(run.anchor(whole, 2))
     assert same(kept, torch.load(whole / run.RESUME, weights_only=True)["network"])
@@ -77,7 +67,7 @@ def test_anchors_are_the_weights_of_their_epochs(few_cells: Path, teacher: Path,
 
 
 def test_averaged_weights_are_kept_if_there_are_any(few_cells: Path, tmp_path: Path) -> None:
-    train(few_cells, tmp_path / "t", protocol=replace(TINY, epochs=1, anchor_every=1, ema=0.9))
+    train(few_cells, tmp_path / "t", protocol=replace(FIVE, epochs=1, anchor_every=1, ema=0.9))
     average = torch.load(tmp_path / "t" / run.RESUME, weights_only=True)["ema"]
     kept = load_file(run.anchor(tmp_path / "t", 1))
     assert same(kept, {n.removeprefix("module."): v for n, v in average.items() if n != "n_averaged"})
@@ -92,7 +82,7 @@ def test_student_follows_the_anchors(
     read_state, freeze = loop.read_state, loop.freeze
     monkeypatch.setattr(loop, "read_state", lambda path: read.append(path) or read_state(path))
     monkeypatch.setattr(loop, "freeze", lambda net: held.append(freeze(net)) or held[-1])
-    protocol = replace(TINY, method="multipart", epochs=6, split=str(teacher / run.SPLIT), anchor_every=3)
+    protocol = replace(FIVE, method="multipart", epochs=6, split=str(teacher / run.SPLIT), anchor_every=3)
     train(few_cells, tmp_path / "s", protocol=protocol, teacher=teacher)
     assert [path.name[9:10] for path in read] == list("224444")
     assert same({n: v.contiguous() for n, v in held[0].state_dict().items()}, load_file(run.anchor(teacher, 4)))
@@ -106,8 +96,8 @@ def test_student_follows_the_anchors(
 
 def test_missing_anchors(few_cells: Path, teacher: Path, tmp_path: Path) -> None:
     """None kept, a gap, a damaged or foreign file: known before anything is trained or written."""
-    protocol = replace(TINY, method="multipart", split=str(teacher / run.SPLIT))
-    train(few_cells, tmp_path / "t", protocol=replace(TINY, epochs=1, data=str(few_cells)))
+    protocol = replace(FIVE, method="multipart", split=str(teacher / run.SPLIT))
+    train(few_cells, tmp_path / "t", protocol=replace(FIVE, epochs=1, data=str(few_cells)))
     with pytest.raises(ArtifactError, match=r"epoch_0001\.safetensors(.|\n)*edgekd train .*--set anchor_every=1 --out"):
         train(few_cells, tmp_path / "s", protocol=protocol, teacher=tmp_path / "t")
     file = run.anchor(teacher, 4)
@@ -119,7 +109,7 @@ def test_missing_anchors(few_cells: Path, teacher: Path, tmp_path: Path) -> None
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ArtifactError, match=r"epoch_0004\.safetensors is damaged"):
             train(few_cells, tmp_path / "s", protocol=protocol, teacher=teacher)
-        train(few_cells, tmp_path / "o", protocol=replace(TINY, network="test_efficientnet", epochs=1))
+        train(few_cells, tmp_path / "o", protocol=replace(FIVE, network="test_efficientnet", epochs=1))
         file.write_bytes((tmp_path / "o" / run.MODEL).read_bytes())
         with pytest.raises(ArtifactError, match=r"epoch_0004\.safetensors is no anchor of test_resnet"):
             train(few_cells, tmp_path / "s", protocol=protocol, teacher=teacher)

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import pytest
 import torch
 from conftest import resumes_exactly
+from tiny_protocol import TINY
 from torch import Tensor, nn
 
 from edgekd.distill import METHODS, Criterion, Setting, Settings, Shapes, Step, View
 from edgekd.distill.sskd import SelfSupervision, best_ranked, likeness
 from edgekd.errors import ConfigError
 from edgekd.models.multi_exit import Outputs
-from edgekd.runtime.preprocess import Preprocess
 from edgekd.training import run
 from edgekd.training.protocol import Protocol
 from edgekd.training.train import network, train
@@ -164,21 +164,11 @@ def test_gradients_are_finite(batch: int, epoch: int, dtype: torch.dtype) -> Non
 def test_two_stages_of_a_run(few_cells: Path, tmp_path: Path) -> None:
     """The student's weights rest while the teacher's head learns; both heads are resumed and not exported."""
     assert METHODS["sskd"].teacher
-    tiny = Protocol(
-        network="test_resnet",
-        weights="none",
-        precision="32-true",
-        preprocess=Preprocess(32),
-        epochs=1,
-        batch_size=8,
-        lr=0.01,
-        workers=0,
-    )
     teacher, out = tmp_path / "t", tmp_path / "s"
-    train(few_cells, teacher, protocol=tiny)
+    train(few_cells, teacher, protocol=TINY)
     before = (teacher / run.MODEL).read_bytes()
     settings = {"method": "sskd", "split": str(teacher / run.SPLIT), "epochs": 2, "init_epochs": 1}
-    protocol = Protocol(**{**vars(tiny), **settings})
+    protocol = Protocol(**{**vars(TINY), **settings})
 
     def stop(done: int, total: int, loss: float) -> None:
         if done > total // 2:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_protocol import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,21 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_students_script(few_cells: Path, tmp_path: Path) -> None:
     from edgekd.artifact import read_split
-    from edgekd.runtime.preprocess import Preprocess
-    from edgekd.training.protocol import Protocol
     from edgekd.training.train import train
 
-    protocol = Protocol(
-        network="squeezenet1_1",
-        weights="none",
-        precision="32-true",
-        preprocess=Preprocess(32),
-        epochs=1,
-        batch_size=8,
-        lr=0.01,
-        workers=0,
-    )
-    train(few_cells, tmp_path / "run", protocol=protocol)
+    train(few_cells, tmp_path / "run", protocol=replace(TINY, network="squeezenet1_1"))
     settings = {"image-size": 48, "images": 12, "calibration": 8, "rounds": 2, "seconds": 0.02, "threads": 1}
     small = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     names = ["--names", "squeezenet1_1", "multi-exit-squeezenet1_1"]
