@@ -28,22 +28,28 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgekd.artifact import Card, Item, Split, read_split
-from edgekd.bench.accuracy import percent
+from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.recipe import Recipe
+from edgekd.backends.base import Runner
 from edgekd.bench.host import host, load_average
 from edgekd.bench.latency import rotate, summarise
 from edgekd.bench.record import refuse_existing, write_record
 from edgekd.bench.tables import pipe_table
+from edgekd.compiler.build import compile_engine
 from edgekd.data.folders import scan
-from edgekd.engines import Engine, Recipe, Runner, compile_engine, open_engine
-from edgekd.export import exits_of, export
+from edgekd.data.images import load_part
+from edgekd.data.preprocess import Preprocess
+from edgekd.data.split import Item, Split, read_split
+from edgekd.export import export
 from edgekd.files import atomic_write
-from edgekd.models import build
+from edgekd.models.base import exits_of
+from edgekd.models.networks import build
 from edgekd.models.weights import load_state, read_state
-from edgekd.runtime.images import load_part
-from edgekd.runtime.policy import Policy, ensemble
-from edgekd.runtime.preprocess import Array, Preprocess
-from edgekd.training.run import load_model, read_header
+from edgekd.policy import Policy, ensemble
+from edgekd.runtime.engine import Engine, open_engine
+from edgekd.text import percent
+from edgekd.training.run_folder import load_model, read_header
+from edgekd.types import Array
 
 log = logging.getLogger("students")
 

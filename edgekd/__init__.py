@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from edgekd._version import __version__
 from edgekd.errors import EdgekdError
 
 # Nothing is sent anywhere. ONNX Runtime and huggingface_hub read these when imported, and child processes inherit them;
@@ -17,11 +17,6 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 if TYPE_CHECKING:
     from edgekd.runtime.classifier import Classifier as Classifier
     from edgekd.runtime.classifier import Prediction as Prediction
-
-try:
-    __version__ = version("edgekd")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+unknown"
 
 __all__ = ["Classifier", "EdgekdError", "Prediction", "__version__"]
 

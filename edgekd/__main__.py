@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from edgekd import shell
+from edgekd import signals
 
 
 def main() -> None:
     """Run the command; signals and streams are seen to before what takes long to import."""
-    shell.heed()
-    shell.streams()
-    from edgekd.cli import app
+    signals.heed()
+    signals.streams()
+    from edgekd.cli.main import app
 
     app(prog_name="edgekd")
 

@@ -15,13 +15,13 @@ import onnxsim
 import torch
 from torch import Tensor, nn
 
-from edgekd import onnxcheck
-from edgekd.artifact import Card, Exit, put_card
-from edgekd.engines.graphs import graph, with_shapes
+from edgekd.artifacts import onnx_checks
+from edgekd.artifacts.metadata import Card, put_card
+from edgekd.artifacts.partition import graph, with_shapes
 from edgekd.errors import ArtifactError, ConfigError, GateError
 from edgekd.files import NETWORK, atomic_write, refuse_other
-from edgekd.models.multi_exit import Outputs
-from edgekd.runtime.preprocess import Array
+from edgekd.models.base import Outputs, _tensors, exits_of
+from edgekd.types import Array
 
 OPSET = 17
 """TensorRT 8.6 (JetPack 6.0) reads no newer one."""
@@ -39,28 +39,6 @@ class _Flat(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         out: Outputs = self.network(x)
         return (*out.logits, *(t for m in out.maps for t in _tensors(m)))
-
-
-def _tensors(boundary: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (boundary,) if isinstance(boundary, Tensor) else boundary
-
-
-def exits_of(out: Outputs) -> tuple[Exit, ...]:
-    """The tensor names for a network that answers so: `stage_k` for a boundary of one tensor, else `stage_k_0`, ….
-
-    Raises:
-        ConfigError: several exits, and not a map for each to cut the network at.
-    """
-    if not out.maps and len(out.logits) == 1:
-        return (Exit("exit_0", ()),)
-    counts = [len(_tensors(m)) for m in out.maps]
-    if len(counts) != len(out.logits) or not all(counts):
-        raise ConfigError(
-            f"the network has {len(out.logits)} exits and returns {len(counts)} maps to cut it at",
-            fix="return Outputs.maps with one entry an exit: what the exit's head and the next stage start from",
-        )
-    names = [[f"stage_{k}"] if n == 1 else [f"stage_{k}_{i}" for i in range(n)] for k, n in enumerate(counts)]
-    return tuple(Exit(f"exit_{k}", tuple(boundary)) for k, boundary in enumerate(names))
 
 
 def to_onnx(network: nn.Module, *, image_size: int) -> onnx.ModelProto:
@@ -114,7 +92,7 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
     put_card(model, card)
     data = model.SerializeToString()
     try:
-        onnxcheck.parsed(data)
+        onnx_checks.parsed(data)
     except ValueError as error:
         raise GateError(f"the network is not exported: {error}", fix="train it anew") from None
     worst = check_parity(network, data, images, names=names)

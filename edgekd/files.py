@@ -1,18 +1,15 @@
 """Files that are there whole or not at all: atomic writing, locks, leftovers of processes that were killed, JSON.
 
 What is being written to NAME lies beside it as `.NAME.MACHINE-….partial`, under a lock on `.NAME.edgekd-lock`. The lock
-ends with its process, so whoever writes to that folder next can tell what is abandoned from what is being written.
-"""
+ends with its process, so whoever writes to that folder next can tell what is abandoned from what is being written."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import errno
 import functools
 import hashlib
-import json
 import logging
 import mmap
 import os
@@ -24,7 +21,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edgekd.errors import ArtifactError
 
@@ -336,9 +332,3 @@ def sha256(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def to_json(value: Any) -> bytes:
-    """Indented JSON of a dataclass or dict."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    return (json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

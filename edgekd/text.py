@@ -1,4 +1,4 @@
-"""Names from outside (of classes, files, devices) made harmless for the medium they are written to."""
+"""Text output: numbers, aligned columns, and names from outside (classes, files, devices) escaped for their medium."""
 
 from __future__ import annotations
 
@@ -7,7 +7,40 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from rich.cells import cell_len
+
+
+def percent(fraction: float | None, *, digits: int = 2) -> str:
+    """`97.41`, or `n/a` where the measure is not defined."""
+    return "n/a" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def plus_minus(mean: float | None, sd: float | None, *, scale: float = 100.0) -> str:
+    """`97.41 ± 0.30` of fractions; without the second if there is one run, empty if there is none."""
+    if mean is None:
+        return ""
+    return f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}")
+
+
+def aligned(rows: Sequence[Sequence[str]], *, remarks: bool = False) -> str:
+    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right.
+
+    remarks: the last column is text, and not padded.
+    """
+    rows = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*rows)]
+    if remarks:
+        widths[-1] = 0
+    lines = ("  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(map(str.rstrip, lines) if remarks else lines)
+
+
+def _padded(cell: str, width: int, *, left: bool) -> str:
+    spaces = " " * (width - cell_len(cell))
+    return cell + spaces if left else spaces + cell
+
 
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"

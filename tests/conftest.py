@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import functools
 import platform
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
-from fakes.box import box, small_student  # noqa: F401  # fixtures
+from fakes.machine import box, small_student  # noqa: F401  # fixtures
 from faults.base import make_base
 
 if TYPE_CHECKING:
-    from edgekd.training.protocol import Protocol
-
-
-def heed_ctrl_c() -> None:
-    """For a child: what runs in the background, as CI may, hands down SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_for_end_of(folder: Path) -> None:
-    """Until no process has the folder on its command line; half a minute at most."""
-    until = time.monotonic() + 30
-    while found := [line for p in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in (line := _read(p))]:
-        assert time.monotonic() < until, found
-        time.sleep(0.1)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode(errors="replace").replace("\0", " ")
-    except OSError:  # ended meanwhile
-        return ""
+    pass
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -71,11 +49,12 @@ def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multi-exit ResNet18 for 5 classes at 32 pixels with seeded random weights, exported."""
     import torch
 
-    from edgekd.artifact import Card
-    from edgekd.export import exits_of, export
-    from edgekd.models import build
-    from edgekd.runtime.policy import Policy
-    from edgekd.runtime.preprocess import Preprocess
+    from edgekd.artifacts.metadata import Card
+    from edgekd.data.preprocess import Preprocess
+    from edgekd.export import export
+    from edgekd.models.base import exits_of
+    from edgekd.models.networks import build
+    from edgekd.policy import Policy
 
     torch.manual_seed(0)
     network = build("multi-exit-resnet18", classes=5, image_size=32, stem="small")
@@ -95,11 +74,11 @@ def two_maps_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from torch import nn
 
-    from edgekd.artifact import Card
-    from edgekd.export import exits_of, export
-    from edgekd.models.multi_exit import Outputs
-    from edgekd.runtime.policy import Policy
-    from edgekd.runtime.preprocess import Preprocess
+    from edgekd.artifacts.metadata import Card
+    from edgekd.data.preprocess import Preprocess
+    from edgekd.export import export
+    from edgekd.models.base import Outputs, exits_of
+    from edgekd.policy import Policy
 
     class TwoScales(nn.Module):
         def __init__(self) -> None:
@@ -139,12 +118,13 @@ def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """Networks by name, exported when first asked for: chance weights, batch norm measured on the cells."""
     import torch
 
-    from edgekd.artifact import Card
-    from edgekd.export import exits_of, export
-    from edgekd.models import build
-    from edgekd.runtime.images import load_batch
-    from edgekd.runtime.policy import Policy
-    from edgekd.runtime.preprocess import Preprocess
+    from edgekd.artifacts.metadata import Card
+    from edgekd.data.images import load_batch
+    from edgekd.data.preprocess import Preprocess
+    from edgekd.export import export
+    from edgekd.models.base import exits_of
+    from edgekd.models.networks import build
+    from edgekd.policy import Policy
 
     folders = sorted((shared / "data" / "sipakmed").iterdir())
     files = [file for folder in folders for file in sorted(folder.iterdir())[:8]]
@@ -172,51 +152,10 @@ def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 @pytest.fixture(scope="session")
-def few_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 synthetic cells of 24 pixels in five classes, 35 of them for training with the seed 0."""
     from edgekd.data.synthetic import write_cells
 
-    folder = tmp_path_factory.mktemp("few") / "cells"
+    folder = tmp_path_factory.mktemp("cells") / "cells"
     write_cells(folder, count=60, size=24)
     return folder
-
-
-def resumes_exactly(data: Path, out: Path, protocol: Protocol, *, teacher: Path | None = None) -> Path:
-    """Train a run, and one that is stopped in its last epoch and resumed: all tensors of both must be the same.
-
-    The teacher's tensors must be its file's to the end, but where anchors change them. Returns the first one's folder;
-    its model holds the network's tensors and no others.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    from edgekd.distill import needs_anchors
-    from edgekd.training import loop, run
-    from edgekd.training.train import train
-
-    held, freeze = [], loop.freeze
-
-    def stop(done: int, total: int, loss: float) -> None:
-        if done > total - total // protocol.epochs:
-            raise KeyboardInterrupt
-
-    whole, stopped = out / "whole", out / "stopped"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "freeze", lambda net: held.append(net) or freeze(net))
-        train(data, whole, protocol=protocol, teacher=teacher)
-        with pytest.raises(KeyboardInterrupt):
-            train(data, stopped, protocol=protocol, teacher=teacher, progress=stop)
-        before = torch.load(stopped / run.RESUME, weights_only=True)
-        assert before["epoch"] == protocol.epochs - 1
-        train(data, stopped, protocol=protocol, teacher=teacher, resume=True)
-    left, right = (torch.load(folder / run.RESUME, weights_only=True) for folder in (whole, stopped))
-    for part in ("network", "criterion"):
-        assert left[part].keys() == right[part].keys()
-        assert all(torch.equal(left[part][name], right[part][name]) for name in left[part]), part
-    assert any(not torch.equal(before["network"][name], left["network"][name]) for name in left["network"])
-    assert load_file(whole / run.MODEL).keys() == left["network"].keys()
-    if teacher and not needs_anchors(protocol.method):
-        file = load_file(teacher / run.MODEL)
-        assert len(held) == 3
-        assert all(torch.equal(value, file[name]) for net in held for name, value in net.state_dict().items())
-    return whole

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.artifact import Card, Exit, read_onnx
-from edgekd.engines import open_engine
-from edgekd.engines.graphs import graph, with_shapes
+from edgekd.artifacts.metadata import Card, Exit, read_onnx
+from edgekd.artifacts.partition import graph, with_shapes
+from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError, ConfigError, GateError
-from edgekd.export import check_parity, exits_of, export, to_onnx
-from edgekd.models.multi_exit import Outputs
-from edgekd.runtime.policy import Policy
-from edgekd.runtime.preprocess import Preprocess
+from edgekd.export import check_parity, export, to_onnx
+from edgekd.models.base import Outputs, exits_of
+from edgekd.policy import Policy
+from edgekd.runtime.engine import open_engine
 
 PLAIN = [
     "resnet18",

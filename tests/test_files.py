@@ -11,35 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.other_process import Other
 
 from edgekd import files
 from edgekd.errors import ArtifactError
 from edgekd.files import Kind, atomic_folder, atomic_path, atomic_write, locked, recover, refuse_other, temporary_folder
-
-HOLD = """
-import sys, tempfile
-from pathlib import Path
-from edgekd import files
-{setup}
-with files.{what}:
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
-
-
-class Other:
-    """Another process that is in the middle of a block of `files`."""
-
-    def __init__(self, what: str, setup: str = "", **env: str) -> None:
-        code = HOLD.format(what=what, setup=setup)
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | env, **pipes)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.records import sample
 from PIL import Image
-from test_record import sample
 from typer.testing import CliRunner
 
 import edgekd
@@ -21,7 +21,8 @@ from edgekd import text
 from edgekd.bench import accuracy, report, tables
 from edgekd.bench.compare import compare
 from edgekd.bench.record import Record
-from edgekd.cli import app, common
+from edgekd.cli import common
+from edgekd.cli.main import app
 from edgekd.reproduce.report import Cell, Line, Result
 from edgekd.reproduce.report import markdown as paper_page
 from edgekd.reproduce.report import text as paper_text

@@ -8,9 +8,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from edgekd.runtime.policy import (
+from edgekd.policy import (
     NEVER,
-    Array,
     Average,
     Decision,
     Measure,
@@ -21,6 +20,7 @@ from edgekd.runtime.policy import (
     softmax,
     step_of_one,
 )
+from edgekd.types import Array
 
 
 def logs(*probabilities: list[list[float]]) -> Array:

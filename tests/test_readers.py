@@ -18,28 +18,25 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from typer.testing import CliRunner
 
-from edgekd import specs
-from edgekd.artifact import (
-    MANIFEST,
-    EngineFile,
-    put_card,
-    read_manifest,
-    read_onnx,
-    read_split,
-    write_manifest,
-)
+from edgekd import config
+from edgekd.artifacts.manifest import MANIFEST, EngineFile, read_manifest, write_manifest
+from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.artifacts.recipe import Recipe
+from edgekd.backends import onnxruntime
 from edgekd.bench.record import read_record
-from edgekd.cli import app
-from edgekd.engines import Recipe, compile_engine, onnxruntime, open_engine
+from edgekd.cli.main import app
+from edgekd.compiler.build import compile_engine
+from edgekd.data.images import load
+from edgekd.data.preprocess import Preprocess
+from edgekd.data.split import read_split
 from edgekd.errors import ArtifactError, ConfigError, EdgekdError, GateError
 from edgekd.export import export
-from edgekd.models import build
+from edgekd.models.networks import build
 from edgekd.models.weights import read_state
+from edgekd.policy import Policy
 from edgekd.runtime.classifier import Classifier
-from edgekd.runtime.images import load
-from edgekd.runtime.policy import Policy
-from edgekd.runtime.preprocess import Preprocess
-from edgekd.training import run
+from edgekd.runtime.engine import open_engine
+from edgekd.training import run_folder
 from edgekd.training.protocol import Protocol
 
 IMAGES = np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32)
@@ -51,11 +48,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder's model.safetensors, an anchor and resume.pt."""
     folder = tmp_path_factory.mktemp("trained")
     network = build("multi-exit-test_resnet", classes=3, image_size=32)
-    header = run.Header("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
-    for path in (folder / run.MODEL, run.anchor(folder, 1)):
-        run.save_model(path, network, header)
+    header = run_folder.Header("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
+    for path in (folder / run_folder.MODEL, run_folder.anchor(folder, 1)):
+        run_folder.save_model(path, network, header)
     state = {"network": network.state_dict(), "criterion": {}, "optimizer": {}, "epoch": 1, "history": [], "best": 0.5}
-    run.save_resume(folder, {**state, "digest": "d"})
+    run_folder.save_resume(folder, {**state, "digest": "d"})
     return folder
 
 
@@ -83,9 +80,9 @@ def remade(engine: Path, **changes: Any) -> Path:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "student.onnx": read_onnx,
-    run.MODEL: lambda path: run.load_model(path.parent),
+    run_folder.MODEL: lambda path: run_folder.load_model(path.parent),
     "anchors/epoch_0001.safetensors": read_state,
-    run.RESUME: lambda path: run.load_resume(path.parent, digest="d"),
+    run_folder.RESUME: lambda path: run_folder.load_resume(path.parent, digest="d"),
 }
 
 
@@ -112,9 +109,9 @@ def test_files_without_a_digest(trained: Path, small_student: Path, tmp_path: Pa
     onnx.save(model, str(tmp_path / "student.onnx"))
     with pytest.raises(ArtifactError, match="carries no SHA-256"):
         read_onnx(tmp_path / "student.onnx")
-    torch.save(torch.load(trained / run.RESUME, weights_only=True), tmp_path / run.RESUME)
+    torch.save(torch.load(trained / run_folder.RESUME, weights_only=True), tmp_path / run_folder.RESUME)
     with pytest.raises(ArtifactError, match="SHA-256 differs"):
-        run.load_resume(tmp_path, digest="d")
+        run_folder.load_resume(tmp_path, digest="d")
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -127,10 +124,10 @@ def test_weights_that_are_no_numbers(bad: float, small_student: Path, tmp_path: 
     with torch.no_grad():
         weight.view(-1)[7] = bad
         out = network(torch.zeros(1, 3, 32, 32))
-    header = run.Header("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
-    run.save_model(tmp_path / run.MODEL, network, header)
+    header = run_folder.Header("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
+    run_folder.save_model(tmp_path / run_folder.MODEL, network, header)
     torch.save(network.state_dict(), tmp_path / "w.pth")
-    for read in (lambda: run.load_model(tmp_path), lambda: read_state(tmp_path / "w.pth")):
+    for read in (lambda: run_folder.load_model(tmp_path), lambda: read_state(tmp_path / "w.pth")):
         with pytest.raises(ArtifactError, match=f"{name} holds values that are not finite"):
             read()
     with pytest.raises(GateError, match=r"weights of .* are not finite"):
@@ -347,14 +344,14 @@ def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, t
             return
         from safetensors.torch import save_file
 
-        path = tmp_path / run.MODEL
+        path = tmp_path / run_folder.MODEL
         save_file({}, path, metadata={"edgekd": content})
     read: dict[str, Callable[[], Any]] = {
         "split": lambda: read_split(path),
         "record": lambda: read_record(path),
         "manifest": lambda: read_manifest(tmp_path),
         "card": lambda: read_onnx(path),
-        "header": lambda: run.load_model(tmp_path),
+        "header": lambda: run_folder.load_model(tmp_path),
     }
     with pytest.raises(ArtifactError, match=str(tmp_path)):
         read[reader]()
@@ -382,7 +379,7 @@ def test_odd_toml(text: str, tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     path.write_text(text + "\n")
     with pytest.raises(ConfigError, match=str(path)):
-        specs.load(Protocol, "protocols", str(path))
+        config.load(Protocol, "protocols", str(path))
 
 
 def test_toml_that_cannot_be_read(tmp_path: Path) -> None:
@@ -390,13 +387,13 @@ def test_toml_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes('source = "é"'.encode("latin-1"))
     for name in ("folder.toml", "latin.toml", "none.toml"):
         with pytest.raises(ConfigError, match=name):
-            specs.load(Protocol, "protocols", str(tmp_path / name))
+            config.load(Protocol, "protocols", str(tmp_path / name))
 
 
 def test_toml_is_written_so_that_it_reads_the_same(tmp_path: Path) -> None:
     odd = Protocol(source='"\\\r\n\t\x7f\x1b é', loss_weights={"a.b": 1.0, "": 2.0})
-    specs.write_toml(tmp_path / "p.toml", odd)
-    assert specs.load(Protocol, "protocols", str(tmp_path / "p.toml")) == odd
+    config.write_toml(tmp_path / "p.toml", odd)
+    assert config.load(Protocol, "protocols", str(tmp_path / "p.toml")) == odd
 
 
 @pytest.mark.parametrize(

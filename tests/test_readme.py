@@ -85,7 +85,7 @@ def test_links_and_make_targets_exist() -> None:
 def test_demo_keeps_what_is_there(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from edgekd.cli import app
+    from edgekd.cli.main import app
 
     write_cells(tmp_path / "full" / "cells", count=10, size=16)
     assert "is not empty" in CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "full")]).output

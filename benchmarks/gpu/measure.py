@@ -21,7 +21,8 @@ import steps
 from table import table
 
 from edgekd.errors import EdgekdError
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write
+from edgekd.serialization import to_json
 
 ORDER = ("fp16", "int8-fp16", "fp32", "int8")
 """Recipes, the most important first."""

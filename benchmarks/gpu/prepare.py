@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekd.artifact import Item, Split, leaks, read_onnx, read_split
-from edgekd.engines import open_engine
+from edgekd.artifacts.metadata import read_onnx
+from edgekd.data.images import load_part
+from edgekd.data.preprocess import Preprocess, open_image
+from edgekd.data.split import Item, Split, leaks, read_split
 from edgekd.errors import ConfigError, EdgekdError
-from edgekd.files import atomic_folder, atomic_write, sha256, to_json
-from edgekd.quantize_tensorrt import quantize_tensorrt
-from edgekd.runtime.images import load_part
-from edgekd.runtime.preprocess import Preprocess, open_image
+from edgekd.files import atomic_folder, atomic_write, sha256
+from edgekd.quantization.tensorrt import quantize_tensorrt
+from edgekd.runtime.engine import open_engine
+from edgekd.serialization import to_json
 
 NAMES = ("student", "plain", "light")
 METHODS = ("minmax", "entropy")

@@ -12,20 +12,22 @@ from typing import Any
 import numpy as np
 from gpu import Meter, NotMeasured, facts, gaps, spans
 
-from edgekd.artifact import read_onnx, read_split
+from edgekd.artifacts.metadata import read_onnx
+from edgekd.artifacts.recipe import Recipe, TensorRT
+from edgekd.backends.base import find_backend
+from edgekd.backends.cuda.device import device
 from edgekd.bench.latency import rotate
 from edgekd.bench.record import summary, write_record
 from edgekd.bench.suite import Suite, bench
 from edgekd.bench.variants import answerer
-from edgekd.engines import Recipe, compile_engine, open_engine
-from edgekd.engines.backends import find_backend
-from edgekd.engines.cuda import device
-from edgekd.engines.recipe import TensorRT
+from edgekd.compiler.build import compile_engine
+from edgekd.data.images import load_part
+from edgekd.data.split import read_split
 from edgekd.errors import BackendError, ConfigError, GateError
-from edgekd.runtime.images import load_part
-from edgekd.runtime.policy import NEVER
-from edgekd.runtime.policy import step as decide
-from edgekd.runtime.tune import save_tuned, tune
+from edgekd.policy import NEVER
+from edgekd.policy import step as decide
+from edgekd.runtime.engine import open_engine
+from edgekd.runtime.tuning import save_tuned, tune
 
 __all__ = ["NotMeasured", "build", "check", "on_device", "records", "short"]
 

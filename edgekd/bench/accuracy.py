@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.cells import cell_len
 
 from edgekd.errors import BackendError, DataError
-from edgekd.text import visible
+from edgekd.text import aligned, percent
 
 BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
@@ -151,18 +150,6 @@ def _macro(rates: list[Rates]) -> Rates:
     return Rates(sum(r.images for r in present), *(mean(n) for n in ("sensitivity", "specificity", "precision", "f1")))
 
 
-def percent(fraction: float | None, *, digits: int = 2) -> str:
-    """`97.41`, or `n/a` where the measure is not defined."""
-    return "n/a" if fraction is None else f"{100 * fraction:.{digits}f}"
-
-
-def plus_minus(mean: float | None, sd: float | None, *, scale: float = 100.0) -> str:
-    """`97.41 ± 0.30` of fractions; without the second if there is one run, empty if there is none."""
-    if mean is None:
-        return ""
-    return f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}")
-
-
 def text_table(results: Mapping[str, Metrics]) -> str:
     """Percent, as aligned text: one row for each result, then the rates of every class of the last one."""
     head = ["sensitivity", "specificity", "precision", "F1"]
@@ -186,21 +173,3 @@ def confusion_text(result: Metrics) -> str:
     for c, (name, counts) in enumerate(zip(result.per_class, result.confusion)):
         rows.append([f"[{c}] {name}", *(str(v) if v else "." for v in counts)])
     return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]], *, remarks: bool = False) -> str:
-    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right.
-
-    remarks: the last column is text, and not padded.
-    """
-    rows = [[visible(cell) for cell in row] for row in rows]
-    widths = [max(map(cell_len, column)) for column in zip(*rows)]
-    if remarks:
-        widths[-1] = 0
-    lines = ("  ".join(_padded(cell, w, left=c == 0) for c, (cell, w) in enumerate(zip(row, widths))) for row in rows)
-    return "\n".join(map(str.rstrip, lines) if remarks else lines)
-
-
-def _padded(cell: str, width: int, *, left: bool) -> str:
-    spaces = " " * (width - cell_len(cell))
-    return cell + spaces if left else spaces + cell

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgekd.bench.accuracy import percent
 from edgekd.bench.record import Record
 from edgekd.bench.tables import pipe_table
 from edgekd.errors import ConfigError
-from edgekd.text import markdown
+from edgekd.text import markdown, percent
 
 
 def compare(records: Mapping[str, Record], *, force: bool = False) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from edgekd import __version__
+from edgekd._version import __version__
 from edgekd.host import cores
 
 PACKAGES = ("numpy", "pillow", "onnx", "onnxruntime", "openvino")

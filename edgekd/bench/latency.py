@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.runtime.preprocess import Array
+from edgekd.types import Array
 
 UNSTABLE = 0.025
 """Coefficient of variation above which a result is called unstable."""

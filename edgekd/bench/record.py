@@ -10,13 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifact import MAX_MS, SCHEMA, check_classes, check_curve, is_stray, read_json
+from edgekd.artifacts.manifest import MAX_MS, check_curve
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.host import Host
 from edgekd.bench.latency import Summary, summarise
+from edgekd.data.split import check_classes, is_stray
 from edgekd.errors import ArtifactError
-from edgekd.files import atomic_write, to_json
-from edgekd.runtime.policy import Policy
+from edgekd.files import atomic_write
+from edgekd.policy import Policy
+from edgekd.serialization import SCHEMA, read_json, to_json
 
 MAX_EXITS = 1000
 """Exits that no network has; those of other models under test are not in a record."""

@@ -10,13 +10,12 @@ from string import Template
 from PIL import ImageOps
 
 from edgekd.bench import plots
-from edgekd.bench.accuracy import percent
 from edgekd.bench.record import Record, Variant
 from edgekd.bench.tables import LEGEND, host_text, start_text, table, title
 from edgekd.bench.targets import target_text
+from edgekd.data.preprocess import open_image
 from edgekd.files import atomic_write
-from edgekd.runtime.preprocess import open_image
-from edgekd.text import markup
+from edgekd.text import markup, percent
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAILS = 7

@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifact import Split, read_json
 from edgekd.bench import energy, host, variants
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.record import Record, Timing, Variant
 from edgekd.bench.targets import Limits, targets, warnings
 from edgekd.bench.variants import Group
 from edgekd.bench.worker import OVERHEAD_QUERIES, Job, Outcome
-from edgekd.engines import Engine, open_engine
+from edgekd.data.images import load, load_part
+from edgekd.data.preprocess import Preprocess
+from edgekd.data.split import Split
 from edgekd.errors import BackendError, ConfigError
-from edgekd.files import sha256, temporary_folder, to_json
-from edgekd.runtime.images import load, load_part
-from edgekd.runtime.preprocess import Array, Preprocess
+from edgekd.files import sha256, temporary_folder
+from edgekd.runtime.engine import Engine, open_engine
+from edgekd.serialization import read_json, to_json
+from edgekd.types import Array
 
 log = logging.getLogger(__name__)
 PREPROCESSED = 200

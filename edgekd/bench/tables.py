@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgekd import text
-from edgekd.bench.accuracy import percent
 from edgekd.bench.latency import Summary, summarise
 from edgekd.bench.record import Record, Variant
 from edgekd.bench.targets import target_text
+from edgekd.text import percent
 
 Table = tuple[list[str], list[list[str]]]
 

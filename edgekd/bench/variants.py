@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifact import Card
-from edgekd.engines import Engine, Runner
-from edgekd.engines.backends import Walk, Walker
+from edgekd.artifacts.metadata import Card
+from edgekd.backends.base import Runner, Walk, Walker
+from edgekd.policy import NEVER, Decision, confidence, softmax
 from edgekd.runtime.classifier import Classifier
-from edgekd.runtime.policy import NEVER, Decision, confidence, softmax
-from edgekd.runtime.preprocess import Array
+from edgekd.runtime.engine import Engine
+from edgekd.types import Array
 
 Group: TypeAlias = Literal["exits", "cascade", "no-leaving", "full", "final"]
 Answer: TypeAlias = Callable[[Array], Decision]

@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifact import read_json
 from edgekd.bench import energy
 from edgekd.bench.latency import rotate, take_turns
 from edgekd.bench.memory import peak_mib, resident_mib
 from edgekd.bench.variants import Answer, answerer, overhead_ms
-from edgekd.engines import open_engine
 from edgekd.errors import EdgekdError
-from edgekd.files import to_json
-from edgekd.runtime.preprocess import Array
+from edgekd.runtime.engine import open_engine
+from edgekd.serialization import read_json, to_json
+from edgekd.types import Array
 
 OVERHEAD_QUERIES = 100
 

@@ -19,7 +19,7 @@ from edgekd.files import Kind, locked, real, refuse_other
 from edgekd.text import terminal, visible
 
 if TYPE_CHECKING:
-    from edgekd.artifact import Split
+    from edgekd.data.split import Split
 
 DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a run folder remembers its own.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
@@ -174,8 +174,8 @@ def next_command(*words: object) -> None:
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
     """The split given; or the images under `data`, or those that `labels` lists: the test part, but where they say."""
-    from edgekd.artifact import Item, read_split
-    from edgekd.artifact import Split as SplitType
+    from edgekd.data.split import Item, read_split
+    from edgekd.data.split import Split as SplitType
 
     if split is not None:
         found = read_split(split)

@@ -23,7 +23,7 @@ app = typer.Typer(no_args_is_help=True, help="List networks, look inside them, c
 @app.command("list")
 def list_(part: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only names that hold this.")] = "") -> None:
     """edgekd's own networks, then those of timm and torchvision."""
-    from edgekd.models import OWN, PREFIX, library, nearest_network
+    from edgekd.models.networks import OWN, PREFIX, library, nearest_network
 
     own, others = ([n for n in names if part in n] for names in (OWN, sorted(frozenset().union(*library()))))
     if not own and not others:
@@ -42,23 +42,26 @@ def show(
     stem: StemOption = "imagenet",
 ) -> None:
     """A network's size, stages and feature points: the places for exits and for methods that compare maps."""
-    from edgekd.bench.accuracy import aligned
-    from edgekd.models import build, points, stem_named
+    from edgekd.models import feature_points
+    from edgekd.models.networks import build, stem_named
+    from edgekd.text import aligned
 
     network = build(name, classes=classes, image_size=image_size, stem=stem_named(stem))
     parameters = sum(p.numel() for p in network.parameters())
-    found = points.points(network, image_size=image_size)
+    found = feature_points.points(network, image_size=image_size)
     try:
-        stages = points.ends(found)
+        stages = feature_points.ends(found)
     except ConfigError:  # a perceptron has no maps
         stages = ()
     own = hasattr(network, "exits")  # a multi-exit network returns its pooled features itself
-    pooled = "" if own else points.pooled(network, image_size=image_size)
+    pooled = "" if own else feature_points.pooled(network, image_size=image_size)
     echo(f"{name}: {parameters:,} parameters with {classes} classes")
     echo(f"stages: {', '.join(stages) or 'none'}")
     echo(f"pooled: {pooled or 'in front of each exit'}")
     if features:
-        marks = {pooled.removesuffix(points.INPUT): "pooled"} | {s: f"stage {k}" for k, s in enumerate(stages, start=1)}
+        marks = {pooled.removesuffix(feature_points.INPUT): "pooled"} | {
+            s: f"stage {k}" for k, s in enumerate(stages, start=1)
+        }
         rows = [[p.name, marks.get(p.name, ""), p.kind, " x ".join(map(str, p.shape))] for p in found]
         echo(aligned([["feature point", "default", "class", "channels x height x width"], *rows]))
 
@@ -72,9 +75,9 @@ def cost(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Parameters, multiply-adds, memory of the activations and size of the weights, counted for one image."""
-    from edgekd.files import to_json
-    from edgekd.models import stem_named
     from edgekd.models.cost import cost
+    from edgekd.models.networks import stem_named
+    from edgekd.serialization import to_json
 
     costs = [cost(name, classes=classes, image_size=image_size, stem=stem_named(stem)) for name in names]
     if as_json:
@@ -84,7 +87,7 @@ def cost(
 
 
 def _table(costs: list[Cost]) -> str:
-    from edgekd.bench.accuracy import aligned
+    from edgekd.text import aligned
 
     rows = [["network", "parameters, M", "MACs, M", "activations, MiB", "weights, MB"]]
     for c in costs:

@@ -114,7 +114,7 @@ def _inputs(source: str) -> Iterator[Input]:
 def _files(source: str) -> Sequence[Path]:
     """A pattern stands for the images that it matches, and those in folders that it matches unless it has a `**`."""
     from edgekd.data.folders import image_files
-    from edgekd.runtime.preprocess import EXTENSIONS
+    from edgekd.data.preprocess import EXTENSIONS
 
     path = Path(source)
     if path.is_dir():
@@ -240,7 +240,7 @@ class _Table(_Rows):
         return self._line(answer.label, f"{answer.confidence:.3f}", f"exit_{answer.exit}", *others, str(path))
 
     def _line(self, *cells: str) -> str:
-        from edgekd.bench.accuracy import aligned
+        from edgekd.text import aligned
 
         return aligned([[*self._widest, ""], cells], remarks=True).splitlines()[1] + "\n"
 

@@ -50,13 +50,13 @@ def reproduce(
         return
     if not table or data is None:
         raise ConfigError("no table and images given", fix="edgekd reproduce TABLE --data DIR, or --list")
-    from edgekd import specs
+    from edgekd import config
     from edgekd.errors import TrainingError
     from edgekd.files import PAPER, RESULT
+    from edgekd.reproduce.execute import Asked, stem
+    from edgekd.reproduce.execute import reproduce as run
     from edgekd.reproduce.report import text
-    from edgekd.reproduce.run import Asked, stem
-    from edgekd.reproduce.run import reproduce as run
-    from edgekd.training.launch import reason
+    from edgekd.training.jobs import reason
 
     asked = Asked(
         data=data,
@@ -64,7 +64,7 @@ def reproduce(
         out=out,
         weights=weights,
         protocol=protocol,
-        overrides=specs.parse_overrides(set_ or []),
+        overrides=config.parse_overrides(set_ or []),
         instead=dict(_pair(text) for text in instead or []),
         group=group or "none",
         rows=tuple(row or ()),
@@ -99,11 +99,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _list(table: str, out: Path) -> None:
-    from edgekd.reproduce import tables
+    from edgekd.reproduce import table_spec
     from edgekd.reproduce.report import states
 
-    for name in [table] if table else tables.names():
-        echo(f"{name}: {tables.read(name).caption}", bold=True)
+    for name in [table] if table else table_spec.names():
+        echo(f"{name}: {table_spec.read(name).caption}", bold=True)
         rows = states(name, out)
         wide = max(len(label) for label, _, _ in rows)
         for label, state, why in rows:

@@ -1,1 +1,1 @@
-"""From folders of labelled images to batches: scanning, checking, splitting, augmenting, generating, downloading."""
+"""From folders of labelled images to splits and preprocessed batches; needs no torch."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from edgekd import __version__
+from edgekd._version import __version__
 from edgekd.errors import DataError, EdgekdError, nearest
 from edgekd.files import atomic_folder, locked
 

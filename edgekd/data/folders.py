@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from edgekd.artifact import Part
+from edgekd.data.preprocess import EXTENSIONS, STRIP, opened
+from edgekd.data.split import Part
 from edgekd.errors import DataError, nearest
 from edgekd.files import sha256
 from edgekd.host import default_threads
-from edgekd.runtime.preprocess import EXTENSIONS, STRIP, opened
 
 log = logging.getLogger(__name__)
 

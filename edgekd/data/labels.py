@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgekd.artifact import check_relative
 from edgekd.data.folders import PARTS, Folder, Found, some
+from edgekd.data.split import check_relative
 from edgekd.errors import DataError, nearest
 
 REQUIRED, OPTIONAL = ("path", "label"), ("group", "part")

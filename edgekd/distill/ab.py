@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
 from edgekd.distill.at import same_size
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 from edgekd.distill.fitnets import Map, regressor
 from edgekd.errors import ConfigError
 

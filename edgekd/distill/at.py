@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

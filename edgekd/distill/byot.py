@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, method
+from edgekd.distill.base import Loss, Setting, Settings, method
 from edgekd.distill.sd import equal_widths
-from edgekd.models.multi_exit import Outputs
+from edgekd.models.base import Outputs
 
 
 def soft_ce(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

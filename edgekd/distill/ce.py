@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, method
+from edgekd.distill.base import Loss, Setting, Settings, method
 
 
 def multi_exit_ce(

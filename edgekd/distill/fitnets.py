@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
 from edgekd.distill.at import same_size
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 WEIGHT = 100.0
 Map = tuple[int, int, int]

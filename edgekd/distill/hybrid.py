@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 
 def distances(feature: Tensor, *, squared: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 
 def soft_kl(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

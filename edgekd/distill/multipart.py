@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgekd.distill import Loss, Setting, Settings, method
+from edgekd.distill.base import Loss, Setting, Settings, method
 from edgekd.distill.kd import kd
 
 

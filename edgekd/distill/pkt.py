@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 EPSILON = 1e-7
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 DISTANCE_WEIGHT, ANGLE_WEIGHT = 25.0, 50.0
 LEAST_MEAN = 1e-6

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, method
+from edgekd.distill.base import Loss, Setting, Settings, method
 from edgekd.distill.byot import soft_ce
 from edgekd.distill.sd import equal_widths
-from edgekd.models.multi_exit import Outputs
+from edgekd.models.base import Outputs
 
 FEATURE_WEIGHT = 5e-7
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill import Loss, Setting, Settings, method
+from edgekd.distill.base import Loss, Setting, Settings, method
 from edgekd.distill.kd import soft_kl
 from edgekd.errors import ConfigError
-from edgekd.models.multi_exit import Outputs
+from edgekd.models.base import Outputs
 
 
 def self_distillation(out: Outputs, *, temperature: float, feature_weight: float) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distill import Loss, Setting, Settings, Step, View, method
+from edgekd.distill.base import Loss, Setting, Settings, Step, View, method
 from edgekd.distill.kd import soft_kl
 
 KD, TURNED, SIMILAR = 0.9, 2.7, 10.0

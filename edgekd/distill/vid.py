@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distill import Loss, Setting, Settings, Step, method
 from edgekd.distill.at import same_size
+from edgekd.distill.base import Loss, Setting, Settings, Step, method
 
 FIRST_VARIANCE, LEAST_VARIANCE = 5.0, 1e-5
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgekd.models import build
-from edgekd.models.multi_exit import Stem
-from edgekd.models.points import fitting
+from edgekd.models.base import Stem
+from edgekd.models.feature_points import fitting
+from edgekd.models.networks import build
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ConfigError
-from edgekd.models.multi_exit import Outputs, Stem
+from edgekd.models.base import Outputs, Stem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,7 @@
 Each exit is a global-context block, a chain of stride-2 blocks that brings the map to the size and width of the
 deepest one (as in BYOT, arXiv 1905.08094), average pooling and a linear layer. On ResNets the blocks are bottlenecks,
 at all four exits, as in the paper. On other networks they are depthwise-separable, and the deepest exit is the
-network's own classifier: with that exit alone it is the plain network.
-"""
+network's own classifier: with that exit alone it is the plain network."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +18,8 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import ResNet
 
 from edgekd.errors import ConfigError, closest
-from edgekd.models import points
-
-FINAL = "final"
-"""The deepest exit, by whatever number it has."""
-Stem = Literal["imagenet", "small"]
-"""How a network begins: 7x7 convolution of stride 2 and max-pooling, or the 3x3 one of stride 1 alone, as on CIFAR."""
-
-
-class Outputs(NamedTuple):
-    """What a network returns, one entry an exit, shallow to deep.
-
-    logits: (B, C) each. features: (B, D) each, pooled, before the linear layer.
-    maps: (B, D_k, H_k, W_k), the backbone's stage outputs, where the next stage takes over; where that takes over
-    several (MSDNet), a tuple of them.
-    """
-
-    logits: tuple[Tensor, ...]
-    features: tuple[Tensor, ...]
-    maps: tuple[Tensor | tuple[Tensor, ...], ...]
+from edgekd.models import feature_points
+from edgekd.models.base import FINAL, Outputs, Stem
 
 
 class GlobalContext(nn.Module):
@@ -175,12 +156,12 @@ class MultiExit(nn.Module):
         self.exits = nn.ModuleList(_light_head(point.shape, at[-1].shape, classes) for point in at[:-1])
 
     def forward(self, x: Tensor) -> Outputs:
-        with points.observe(self, self.exit_at) as seen:
+        with feature_points.observe(self, self.exit_at) as seen:
             answer = deepest(self.backbone(x))
         maps = [seen[name] for name in self.exit_at]
         heads = [head(m) for head, m in zip(self.exits, maps)]
         logits, features = ([h[k] for h in heads] for k in range(2))
-        return Outputs((*logits, answer), (*features, points.flat(maps[-1])), tuple(maps))
+        return Outputs((*logits, answer), (*features, feature_points.flat(maps[-1])), tuple(maps))
 
 
 def deepest(out: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -195,10 +176,10 @@ def _light_head(shape: tuple[int, int, int], last: tuple[int, int, int], classes
     return ExitHead(widths, classes, block=separable if steps else functools.partial(separable, stride=1))
 
 
-def _exit_points(backbone: nn.Module, exits: Sequence[int | str], *, image_size: int) -> list[points.Point]:
+def _exit_points(backbone: nn.Module, exits: Sequence[int | str], *, image_size: int) -> list[feature_points.Point]:
     """The points of the exits, checked; the deepest is the end of the last stage."""
-    known = {point.name: point for point in points.points(backbone, image_size=image_size)}
-    ends, order = points.ends(list(known.values())), list(known)
+    known = {point.name: point for point in feature_points.points(backbone, image_size=image_size)}
+    ends, order = feature_points.ends(list(known.values())), list(known)
     where = f"the stages are {', '.join(f'{k} {name}' for k, name in enumerate(ends, start=1))}"
     if not exits or exits[-1] not in (FINAL, len(ends)):
         raise ConfigError(
@@ -212,7 +193,7 @@ def _exit_points(backbone: nn.Module, exits: Sequence[int | str], *, image_size:
             raise ConfigError(
                 f"exits {_text(exits)} are not in order: {late}", fix="name them shallow to deep, once each"
             )
-    points.check_cuts(backbone, names, image_size=image_size)
+    feature_points.check_cuts(backbone, names, image_size=image_size)
     return [known[name] for name in names]
 
 
@@ -221,7 +202,7 @@ def _point_name(backbone: nn.Module, asked: int | str, ends: Sequence[str], orde
         if not 1 <= asked < len(ends):
             raise ConfigError(f"exit {asked}: no such stage before the deepest; {where}", fix="name one of these")
         return ends[asked - 1]
-    points.find(backbone, asked)
+    feature_points.find(backbone, asked)
     if asked not in order:
         raise ConfigError(f"exit '{asked}' returns no map for images of this size", fix=closest(asked, order) or where)
     return asked

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from edgekd.models.multi_exit import MultiExitResNet, Stem, resnet_backbone
+from edgekd.models.base import Stem
+from edgekd.models.multi_exit import MultiExitResNet, resnet_backbone
 
 
 class Attention(nn.Module):

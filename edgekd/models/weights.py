@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from edgekd.artifact import check_seal, read_bytes
 from edgekd.errors import ArtifactError, ConfigError
-from edgekd.specs import parse_json
+from edgekd.schema import parse_json
+from edgekd.serialization import check_seal, read_bytes
 
 
 @dataclass(frozen=True)

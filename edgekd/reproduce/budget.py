@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekd import specs
-from edgekd.artifact import read_json
+from edgekd import config
 from edgekd.data.folders import Checked, Folder
-from edgekd.data.splits import make_split
+from edgekd.data.splitting import make_split
 from edgekd.errors import ConfigError, TrainingError
-from edgekd.files import atomic_folder, atomic_write, to_json
-from edgekd.reproduce.jobs import Planned, Request, plan, tasks
-from edgekd.reproduce.tables import Table
-from edgekd.training import run
-from edgekd.training.launch import launch
+from edgekd.files import atomic_folder, atomic_write
+from edgekd.reproduce.plan import Planned, Request, plan, tasks
+from edgekd.reproduce.table_spec import Table
+from edgekd.serialization import read_json, to_json
+from edgekd.training import run_folder
+from edgekd.training.jobs import launch
 from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import Member
 
@@ -113,11 +113,14 @@ def key(planned: Planned) -> Key:
 def known_speeds(runs: Path) -> Speeds:
     """The speeds of the last epochs of all runs of at least two; the first one's includes much that is done once."""
     found: Speeds = {}
-    folders = {path.parent for path in runs.glob(f"**/{run.METRICS}")}
+    folders = {path.parent for path in runs.glob(f"**/{run_folder.METRICS}")}
     for folder in sorted(folders, key=lambda f: (PROBES not in f.parts, f)):  # real runs count more
-        rows = list(csv.DictReader((folder / run.METRICS).read_text().splitlines()))
+        rows = list(csv.DictReader((folder / run_folder.METRICS).read_text().splitlines()))
         if len(rows) > 1:
-            made, header = specs.load(Protocol, "protocols", str(folder / run.PROTOCOL)), run.read_header(folder)
+            made, header = (
+                config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL)),
+                run_folder.read_header(folder),
+            )
             teacher = header.provenance.get("teacher") or ""
             speed = float(rows[-1]["images_per_s"]), made.preprocess.image_size
             for precision in (made.precision, "auto"):  # what was left to edgekd is kept as what it took

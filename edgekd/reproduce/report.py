@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifact import SCHEMA, read_json
-from edgekd.bench.accuracy import aligned, plus_minus
 from edgekd.bench.host import Host
 from edgekd.bench.tables import pipe_table
-from edgekd.files import atomic_write, to_json
-from edgekd.reproduce import tables
-from edgekd.reproduce.tables import Row, Table
+from edgekd.files import atomic_write
+from edgekd.reproduce import table_spec
+from edgekd.reproduce.table_spec import Row, Table
+from edgekd.serialization import SCHEMA, read_json, to_json
+from edgekd.text import aligned, plus_minus
 from edgekd.text import markdown as escaped
 
 State = Literal["reproduced", "partly", "open"]
@@ -156,7 +156,7 @@ def _said(result: Result) -> Iterator[str]:
 
 def states(name: str, out: Path) -> list[tuple[str, State, str]]:
     """Label, state and why of each row of a table, by the files in `out`: the best of what was made of it."""
-    table = tables.read(name)
+    table = table_spec.read(name)
     found = [read_json(path, Result, what="table") for path in sorted(out.glob(f"{name}*.json"))]
     return [_state(row, found) for row in table.rows]
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekd import __version__, specs
-from edgekd.artifact import read_split
+from edgekd import config, schema
+from edgekd._version import __version__
 from edgekd.bench.host import Host
+from edgekd.data.split import read_split
 from edgekd.errors import ArtifactError
 from edgekd.models.cost import Cost, cost
-from edgekd.reproduce.jobs import Planned
+from edgekd.reproduce.plan import Planned
 from edgekd.reproduce.report import Cell, Line, Result, Run, blank, state_of
-from edgekd.reproduce.tables import Row, Table
-from edgekd.training import run, sweep
+from edgekd.reproduce.table_spec import Row, Table
+from edgekd.training import run_folder, sweep
 from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import Member
 
@@ -70,7 +71,7 @@ class Collection:
     def _costs(self, row: Row) -> dict[str, Cell]:
         """The columns that count costs, at the paper's image size."""
         one, printed = self.planned.get(row.job), blank(row, self.table)
-        paper = one.paper if one else specs.load(Protocol, "protocols", self.table.protocol)
+        paper = one.paper if one else config.load(Protocol, "protocols", self.table.protocol)
         size, name = paper.preprocess.image_size, one.protocol.network if one else row.network
         found = {}
         for title, measure in self.table.columns.items():
@@ -135,17 +136,17 @@ def _settings(one: Planned) -> dict[str, Any]:
 @functools.cache
 def _read(path: Path) -> tuple[Run, Host]:
     scores = sweep.scores(path)
-    table = specs.parse_json(path.read_text(encoding="utf-8"))
+    table = schema.parse_json(path.read_text(encoding="utf-8"))
     try:
-        host = specs.from_dict(Host, table["host"], where=str(path), error=ArtifactError)
+        host = schema.from_dict(Host, table["host"], where=str(path), error=ArtifactError)
         images = int(next(iter(table["metrics"].values()))["n"])
         return Run(0, 0, "", scores, images, _train_s(path.parent), str(table["device"]), 0), host
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration) as error:
-        what = f"{path} or the {run.METRICS} beside it is damaged ({error!r})"
+        what = f"{path} or the {run_folder.METRICS} beside it is damaged ({error!r})"
         raise ArtifactError(what, fix="remove the folder and run the same command again") from None
 
 
 def _train_s(folder: Path) -> float:
     """Seconds of training, without validation."""
-    rows = csv.DictReader((folder / run.METRICS).read_text().splitlines())
+    rows = csv.DictReader((folder / run_folder.METRICS).read_text().splitlines())
     return len(read_split(folder).part("train")) * sum(1 / float(row["images_per_s"]) for row in rows)

@@ -1,1 +1,1 @@
-"""Answers from an engine: pre-processing, the decision to leave early, and the classifier that joins them."""
+"""Running an engine: opening it, early-exit classification, threshold tuning, diagnosis."""

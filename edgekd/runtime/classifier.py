@@ -11,21 +11,12 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args, overload
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.engines import Engine, open_engine
-from edgekd.engines.walks import resized
+from edgekd.backends.staged import resized
+from edgekd.data.images import Source, load, load_batch
 from edgekd.errors import ArtifactError, BackendError, ConfigError, DataError, nearest
-from edgekd.runtime.images import Source, load, load_batch
-from edgekd.runtime.policy import (
-    FEW_CLASSES,
-    Array,
-    Decision,
-    Policy,
-    confidence,
-    ensemble,
-    softmax,
-    step,
-    step_of_one,
-)
+from edgekd.policy import FEW_CLASSES, Decision, Policy, confidence, ensemble, softmax, step, step_of_one
+from edgekd.runtime.engine import Engine, open_engine
+from edgekd.types import Array
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +83,7 @@ class Classifier:
 
     Raises:
         ConfigError: unknown strategy, a cascade without thresholds, a policy for another number of exits.
-        ArtifactError, BackendError: as `edgekd.engines.open_engine`.
+        ArtifactError, BackendError: as `edgekd.runtime.engine.open_engine`.
     """
 
     def __init__(

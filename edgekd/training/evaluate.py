@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from edgekd.host import default_threads
-from edgekd.runtime.preprocess import Array
-from edgekd.training.run import Header, load_model
+from edgekd.training.run_folder import Header, load_model
+from edgekd.types import Array
 
 
 def load(run: Path) -> tuple[nn.Module, Header, str]:

@@ -19,14 +19,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from edgekd.distill import Criterion, Setting, Step, needs
-from edgekd.distill.views import Viewer, viewer
+from edgekd.distill.base import Setting, Step, needs
+from edgekd.distill.criterion import Criterion
+from edgekd.distill.feature_taps import Viewer, viewer
 from edgekd.errors import ArtifactError, ConfigError, TrainingError
-from edgekd.files import to_json
-from edgekd.models.multi_exit import Outputs
+from edgekd.models.base import Outputs
 from edgekd.models.weights import read_state
+from edgekd.serialization import to_json
 from edgekd.training.protocol import Protocol
-from edgekd.training.run import (
+from edgekd.training.run_folder import (
     MODEL,
     RESUME,
     Anchors,

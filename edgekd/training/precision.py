@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import ConfigError
-from edgekd.models.multi_exit import Outputs
+from edgekd.models.base import Outputs
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from edgekd.data.transforms import Augment
-from edgekd.distill import Settings
+from edgekd.data.preprocess import Preprocess
+from edgekd.distill.base import Settings
 from edgekd.errors import ArtifactError
-from edgekd.models.multi_exit import Stem
-from edgekd.runtime.preprocess import Preprocess
+from edgekd.models.base import Stem
+from edgekd.training.augment import Augment
 from edgekd.training.precision import Precision
 
 PLACES = ("source", "data", "workers")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgekd.artifact import Split
+from edgekd.data.images import load_batch, require_unchanged
+from edgekd.data.preprocess import Preprocess
+from edgekd.data.split import Split
 from edgekd.errors import ConfigError
-from edgekd.models.points import flat, observe
-from edgekd.runtime.images import load_batch, require_unchanged
-from edgekd.runtime.preprocess import Array, Preprocess
+from edgekd.models.feature_points import flat, observe
+from edgekd.types import Array
 
 BATCH = 64
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd import files, specs
-from edgekd.bench.accuracy import aligned, plus_minus
+from edgekd import config, files
 from edgekd.errors import ArtifactError, ConfigError
-from edgekd.files import atomic_write, to_json
-from edgekd.specs import parse_json
-from edgekd.training import run
-from edgekd.training.launch import Job, State, launch
+from edgekd.files import atomic_write
+from edgekd.schema import parse_json
+from edgekd.serialization import to_json
+from edgekd.text import aligned, plus_minus
+from edgekd.training import run_folder
+from edgekd.training.jobs import Job, State, launch
 from edgekd.training.protocol import Protocol, refuse_other_settings
 
 TEST, SUMMARY = "test.json", "summary.json"
@@ -94,7 +95,7 @@ def sweep(
     jobs = []
     for member in of:
         folder = out / member.name
-        run.start(folder, resume=resume)
+        run_folder.start(folder, resume=resume)
         own_teacher = teacher and of_member(teacher, member)
         asked = dataclasses.replace(
             protocol,
@@ -109,7 +110,7 @@ def sweep(
                     f"{teacher} is one teacher, so every fold would have its split",
                     fix="train the teacher with the same --seeds and --folds",
                 )
-            asked = dataclasses.replace(asked, split=str(own_teacher / run.SPLIT))
+            asked = dataclasses.replace(asked, split=str(own_teacher / run_folder.SPLIT))
         if not finished(folder, asked):
             jobs.append(job(member.name, folder, asked, data=data, labels=labels, leave_out_bad=leave_out_bad))
     states = launch(jobs, at_once=at_once, on_end=on_end)
@@ -147,7 +148,7 @@ def job(
 ) -> Job:
     """The commands that train `folder` under `protocol`, or go on with it, and test it; settings are written beside."""
     settings = folder.parent / f"{folder.name}.toml"
-    specs.write_toml(settings, protocol)
+    config.write_toml(settings, protocol)
     words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
     words += ["--labels", labels] if labels else []
     words += ["--leave-out-bad"] if leave_out_bad else []
@@ -162,9 +163,9 @@ def finished(folder: Path, asked: Protocol) -> bool:
     Raises:
         ArtifactError: it was begun under other settings than `asked`; they are named.
     """
-    if not (folder / run.PROTOCOL).is_file():
+    if not (folder / run_folder.PROTOCOL).is_file():
         return False
-    made = specs.load(Protocol, "protocols", str(folder / run.PROTOCOL))
+    made = config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL))
     refuse_other_settings(folder, made, asked)
     return (folder / TEST).is_file()
 

@@ -12,20 +12,21 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from edgekd.artifact import Part, Split, read_split
-from edgekd.data.dataset import ClassSampler, EpochSampler, ImageSet
+from edgekd.config import write_toml
 from edgekd.data.folders import check
-from edgekd.data.loader import Loader, loader, start_processes
-from edgekd.data.splits import images_of, make_split
-from edgekd.distill import needs_anchors, needs_teacher
+from edgekd.data.images import require_unchanged
+from edgekd.data.split import Part, Split, read_split
+from edgekd.data.splitting import images_of, make_split
+from edgekd.distill.base import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
-from edgekd.files import atomic_write, locked, to_json
+from edgekd.files import atomic_write, locked
 from edgekd.host import default_threads
-from edgekd.models import build, has_stems, hub_name, stem_of
+from edgekd.models.networks import build, has_stems, hub_name, stem_of
 from edgekd.models.weights import load_state, read_state
-from edgekd.runtime.images import require_unchanged
-from edgekd.specs import write_toml
-from edgekd.training import run
+from edgekd.serialization import to_json
+from edgekd.training import run_folder
+from edgekd.training.dataset import ClassSampler, EpochSampler, ImageSet
+from edgekd.training.loader import Loader, loader, start_processes
 from edgekd.training.loop import Progress, Task, fit
 from edgekd.training.precision import choose
 from edgekd.training.protocol import Protocol
@@ -66,7 +67,7 @@ def train(
     torch.set_num_threads(min(torch.get_num_threads(), default_threads()))
     with locked(out) if fabric.is_global_zero else contextlib.nullcontext(), _ending_together(fabric):
         if fabric.is_global_zero:
-            run.start(out, resume=resume)
+            run_folder.start(out, resume=resume)
             if protocol.workers:
                 start_processes()  # they get ready while the images are checked
             split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
@@ -76,9 +77,11 @@ def train(
             task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
             for source in (teacher, Path(protocol.weights)):
                 _refuse_seen(source, split)
-            if not (out / run.SPLIT).is_file():  # nothing is written before all that was asked for proved possible
-                write_toml(out / run.PROTOCOL, protocol)
-                atomic_write(out / run.SPLIT, to_json(split))
+            if not (
+                out / run_folder.SPLIT
+            ).is_file():  # nothing is written before all that was asked for proved possible
+                write_toml(out / run_folder.PROTOCOL, protocol)
+                atomic_write(out / run_folder.SPLIT, to_json(split))
         protocol = fabric.broadcast(protocol)
         if not fabric.is_global_zero:
             split, progress = read_split(out), None
@@ -129,7 +132,7 @@ def _split(
     on_check: Callable[[int, int], None] | None,
 ) -> Split:
     """The split of the run that is resumed, whose images must be what they were; or a new one."""
-    if (out / run.SPLIT).is_file():
+    if (out / run_folder.SPLIT).is_file():
         split = read_split(out)
         require_unchanged([*split.part("train"), *split.part("val")], data)
         return split
@@ -144,12 +147,12 @@ def _refuse_seen(folder: Path | None, split: Split) -> None:
     Raises:
         ConfigError: the run folder's training part holds some of them.
     """
-    if folder is not None and (folder / run.SPLIT).is_file():
+    if folder is not None and (folder / run_folder.SPLIT).is_file():
         seen = {i.digest for i in read_split(folder).parts.get("train", ())}
         if common := [i.path for i in split.parts.get("test", ()) if i.digest in seen]:
             raise ConfigError(
                 f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
-                fix=f"use its split: --split {folder / run.SPLIT}",
+                fix=f"use its split: --split {folder / run_folder.SPLIT}",
             )
 
 
@@ -161,17 +164,17 @@ def _task(
         train=_loader(data, split, "train", protocol=protocol, fabric=fabric),
         val=_loader(data, split, "val", protocol=protocol, fabric=fabric),
         protocol=protocol,
-        header=run.Header(
+        header=run_folder.Header(
             protocol.network,
             split.classes,
             protocol.preprocess,
             protocol.exits,
-            run.provenance(protocol, split, teacher=teacher),
+            run_folder.provenance(protocol, split, teacher=teacher),
         ),
         names=[item.path for item in split.part("train")],
         labels=tuple(item.label for item in split.part("train")),
         teacher=_teacher(teacher, split, protocol) if teacher and needs_teacher(protocol.method) else None,
-        anchors=run.anchors(teacher) if teacher and needs_anchors(protocol.method) else None,
+        anchors=run_folder.anchors(teacher) if teacher and needs_anchors(protocol.method) else None,
     )
 
 
@@ -205,7 +208,7 @@ def network(protocol: Protocol, *, classes: int) -> nn.Module:
         state = hub.backbone.state_dict()  # type: ignore[union-attr]
     elif weights != "none":
         path = Path(weights)
-        state = read_state(path / run.MODEL if path.is_dir() else path)
+        state = read_state(path / run_folder.MODEL if path.is_dir() else path)
     stem = stem_of(protocol.network, state) if protocol.stem == "auto" else protocol.stem
     net = build(protocol.network, classes=classes, image_size=size, exits=protocol.exits, stem=stem)
     if weights != "none":
@@ -219,7 +222,7 @@ def _teacher(folder: Path, split: Split, protocol: Protocol) -> nn.Module:
     Raises:
         ConfigError: other classes or another standardisation than the student's.
     """
-    net, header = run.load_model(folder)
+    net, header = run_folder.load_model(folder)
     if header.classes != split.classes:
         raise ConfigError(
             f"teacher {folder} knows the classes {', '.join(header.classes)}; the data has {', '.join(split.classes)}",

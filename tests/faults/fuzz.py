@@ -79,7 +79,7 @@ def stray(path: str) -> bool:
 
 def resealed(data: bytes, digest: bytes) -> bytes:
     """A file whose digest holds again, if it still has one."""
-    from edgekd.artifact import BLANK, seal
+    from edgekd.serialization import BLANK, seal
 
     blank = data.replace(digest, BLANK.encode()) if digest else data
     return blank.replace(BLANK.encode(), seal(blank).encode()) if blank.count(BLANK.encode()) == 1 else data
@@ -87,7 +87,7 @@ def resealed(data: bytes, digest: bytes) -> bytes:
 
 def blanked(text: str) -> str:
     """A card or header as JSON, ready for `resealed`."""
-    from edgekd.artifact import BLANK
+    from edgekd.serialization import BLANK
 
     table = json.loads(text)
     return json.dumps({**table, "sha256": BLANK} if isinstance(table, dict) else table)
@@ -109,8 +109,8 @@ class ManifestBytes(Reader):
         self.path = self.folder / "manifest.json"
         self.good = self.path.read_bytes()
         self.path.unlink()
-        from edgekd.artifact import Manifest
-        from edgekd.specs import from_dict
+        from edgekd.artifacts.manifest import Manifest
+        from edgekd.schema import from_dict
 
         self.value = from_dict(Manifest, json.loads(self.good), where="")
 
@@ -118,7 +118,7 @@ class ManifestBytes(Reader):
         self.path.write_bytes(mutate.of_bytes(self.good, rng))
 
     def read(self) -> Outcome:
-        from edgekd.artifact import read_manifest
+        from edgekd.artifacts.manifest import read_manifest
 
         return ("same", "") if read_manifest(self.folder) == self.value else ("wrong", "edited manifest accepted")
 
@@ -127,14 +127,14 @@ class ManifestStruct(ManifestBytes):
     """Edited, its digest made again, as anyone may; then opened and asked."""
 
     def make(self, rng: random.Random) -> None:
-        from edgekd import artifact
-        from edgekd.specs import from_dict
+        from edgekd.artifacts import manifest
+        from edgekd.schema import from_dict
 
         for _ in range(20):
             table = mutate.tree(json.loads(self.good), rng, keep=("digest",))
             try:
-                manifest = from_dict(artifact.Manifest, {**table, "digest": ""}, where="")
-                table["digest"] = artifact._digest(manifest)
+                manifest = from_dict(manifest.Manifest, {**table, "digest": ""}, where="")
+                table["digest"] = manifest._digest(manifest)
             except Exception:
                 if rng.random() < 0.7:
                     continue
@@ -142,9 +142,9 @@ class ManifestStruct(ManifestBytes):
         self.path.write_text(json.dumps(table), encoding="utf-8", errors="surrogatepass")
 
     def read(self) -> Outcome:
-        from edgekd.artifact import read_manifest
-        from edgekd.engines import open_engine
+        from edgekd.artifacts.manifest import read_manifest
         from edgekd.runtime.classifier import Classifier
+        from edgekd.runtime.engine import open_engine
 
         manifest = read_manifest(self.folder)
         if manifest == self.value:
@@ -186,7 +186,7 @@ class EngineFiles(ManifestBytes):
         self.touched.write_bytes(self.edited)
 
     def read(self) -> Outcome:
-        from edgekd.artifact import read_manifest
+        from edgekd.artifacts.manifest import read_manifest
 
         read_manifest(self.folder)
         same = self.touched is not None and self.edited == self.files[self.touched]
@@ -197,20 +197,20 @@ class EngineRehashed(EngineFiles):
     """As EngineFiles, but the hashes are made again: what do the backend and the network's users make of it?"""
 
     def make(self, rng: random.Random) -> None:
-        from edgekd import artifact
+        from edgekd.artifacts import manifest
 
         super().make(rng)
         assert self.touched
         file = dataclasses.replace(
             self.value.files[self.touched.name], sha256=hashlib.sha256(self.edited).hexdigest(), bytes=len(self.edited)
         )
-        artifact.write_manifest(
+        manifest.write_manifest(
             self.folder, dataclasses.replace(self.value, files=self.value.files | {self.touched.name: file})
         )
 
     def read(self) -> Outcome:
-        from edgekd.engines import open_engine
         from edgekd.runtime.classifier import Classifier
+        from edgekd.runtime.engine import open_engine
 
         engine = open_engine(self.folder, threads=1)
         found = [Classifier(engine, strategy=s).predict(_picture()) for s in ("cascade", "full")]
@@ -221,7 +221,7 @@ class OnnxBytes(Reader):
     def setup(self) -> None:
         self.path = self.work / "student.onnx"
         self.good = (self.base / "student.onnx").read_bytes()
-        from edgekd.artifact import read_card
+        from edgekd.artifacts.manifest import read_card
 
         self.digest = read_card(self.base / "student.onnx").sha256.encode()
 
@@ -230,7 +230,7 @@ class OnnxBytes(Reader):
         self.path.write_bytes(self.edited)
 
     def read(self) -> Outcome:
-        from edgekd.artifact import read_onnx
+        from edgekd.artifacts.metadata import read_onnx
 
         read_onnx(self.path)
         return ("same", "") if self.edited == self.good else ("wrong", "edited file accepted")
@@ -245,9 +245,9 @@ class OnnxResealed(OnnxBytes):
         self.path.write_bytes(self.edited)
 
     def read(self) -> Outcome:
-        from edgekd.artifact import read_onnx
-        from edgekd.engines import open_engine
+        from edgekd.artifacts.metadata import read_onnx
         from edgekd.runtime.classifier import Classifier
+        from edgekd.runtime.engine import open_engine
 
         _, card = read_onnx(self.path)
         if self.edited == self.good:
@@ -330,7 +330,7 @@ class SplitBytes(Reader):
     struct = False
 
     def setup(self) -> None:
-        from edgekd.artifact import read_split
+        from edgekd.data.split import read_split
 
         self.good = (self.base / "run" / "split.json").read_bytes()
         self.path = self.work / "split.json"
@@ -345,8 +345,8 @@ class SplitBytes(Reader):
         self.draw = rng.random() < 0.02
 
     def read(self) -> Outcome:
-        from edgekd.artifact import read_split
-        from edgekd.data.splits import summary
+        from edgekd.data.split import read_split
+        from edgekd.data.splitting import summary
 
         split = read_split(self.path)
         if split == self.value:
@@ -424,14 +424,14 @@ class Toml(Reader):
     def setup(self) -> None:
         import tomllib
 
-        from edgekd import shipped
+        from edgekd import config
+        from edgekd.artifacts.recipe import Recipe
         from edgekd.bench.suite import Suite
-        from edgekd.engines import Recipe
-        from edgekd.engines.device import Device
+        from edgekd.device_profiles import Device
         from edgekd.training.protocol import Protocol
 
         self.kinds = [(Protocol, "protocols"), (Recipe, "compile"), (Suite, "benchmarks/suites"), (Device, "devices")]
-        self.texts = [[p.read_bytes() for p in sorted(shipped.folder(kind).glob("*.toml"))] for _, kind in self.kinds]
+        self.texts = [[p.read_bytes() for p in sorted(config.folder(kind).glob("*.toml"))] for _, kind in self.kinds]
         self.texts[0].append((self.base / "run" / "protocol.toml").read_bytes())
         self.load = tomllib.loads
         self.path = self.work / "edited.toml"
@@ -446,14 +446,14 @@ class Toml(Reader):
             self.path.write_bytes(mutate.of_bytes(text, rng))
 
     def read(self) -> Outcome:
-        from edgekd import specs
+        from edgekd import config
 
         cls, kind = self.kinds[self.at]
-        spec = specs.load(cls, kind, str(self.path))
+        spec = config.load(cls, kind, str(self.path))
         table = dataclasses.asdict(spec)
         positive = {k: v for k, v in table.items() if k not in ALLOWED}
-        specs.write_toml(self.work / "again.toml", spec)
-        again = specs.load(cls, kind, str(self.work / "again.toml"))
+        config.write_toml(self.work / "again.toml", spec)
+        again = config.load(cls, kind, str(self.work / "again.toml"))
         return nonsense(
             {
                 f"{cls.__name__}: a number that is none": any(map(odd_number, numbers(table))),
@@ -485,7 +485,7 @@ class SafetensorsBytes(Reader):
         self.path.write_bytes(self.edited)
 
     def read(self) -> Outcome:
-        from edgekd.training.run import load_model
+        from edgekd.training.run_folder import load_model
 
         load_model(self.folder)
         return ("same", "") if self.edited == self.good else ("wrong", "edited file accepted")
@@ -504,8 +504,8 @@ class SafetensorsResealed(SafetensorsBytes):
         import torch
 
         from edgekd.bench.accuracy import metrics
-        from edgekd.runtime.policy import softmax
-        from edgekd.training.run import load_model
+        from edgekd.policy import softmax
+        from edgekd.training.run_folder import load_model
 
         network, header = load_model(self.folder)
         if self.edited == self.good:
@@ -559,7 +559,7 @@ class ResumeBytes(Reader):
 
     def read(self) -> Outcome:
 
-        from edgekd.training.run import load_resume
+        from edgekd.training.run_folder import load_resume
 
         state = load_resume(self.folder, digest=self.state["digest"])
         assert state is not None
@@ -581,7 +581,7 @@ class ResumeResealed(ResumeBytes):
     def read(self) -> Outcome:
         import torch
 
-        from edgekd.training.run import load_resume
+        from edgekd.training.run_folder import load_resume
 
         state = load_resume(self.folder, digest=self.state["digest"])
         assert state is not None
@@ -645,7 +645,7 @@ class Pictures(Reader):
         import numpy as np
         from PIL import Image
 
-        from edgekd.runtime.preprocess import Preprocess
+        from edgekd.data.preprocess import Preprocess
 
         self.preprocess = Preprocess(32)
         rng = np.random.default_rng(0)
@@ -692,7 +692,7 @@ class Pictures(Reader):
     def read(self) -> Outcome:
         import numpy as np
 
-        from edgekd.runtime.images import load
+        from edgekd.data.images import load
 
         pixels = load(self.path, self.preprocess)
         good = pixels.shape == (3, 32, 32) and pixels.dtype == np.float32 and bool(np.isfinite(pixels).all())

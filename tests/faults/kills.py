@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from edgekd import shell
+from edgekd import signals
 from edgekd.errors import EdgekdError
 
 TINY = ["--set", "workers=0", "--set", "batch_size=16", "--set", "precision=32-true"]
@@ -53,8 +53,8 @@ SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 WARM = [
-    *("edgekd.bench.report", "edgekd.bench.suite", "edgekd.cli", "edgekd.export", "edgekd.quantize"),
-    *("edgekd.runtime.classifier", "edgekd.runtime.tune", "edgekd.training.train", "matplotlib.figure"),
+    *("edgekd.bench.report", "edgekd.bench.suite", "edgekd.cli", "edgekd.export", "edgekd.quantization.cpu"),
+    *("edgekd.runtime.classifier", "edgekd.runtime.tuning", "edgekd.training.train", "matplotlib.figure"),
     *("onnxruntime.quantization", "torch.utils.tensorboard"),
 ]
 
@@ -72,7 +72,7 @@ def start(name: str, folder: Path, hook: Callable[[str], None] | None, log: Path
     """Run a command in a fork, in `folder` and with its TMPDIR there; `hook` is told its file-system events."""
     if pid := os.fork():
         return pid
-    shell.heed(ignored=True)  # as the command does first; whoever runs this in the background has some ignored
+    signals.heed(ignored=True)  # as the command does first; whoever runs this in the background has some ignored
     os.setsid()
     os.chdir(folder)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
@@ -81,7 +81,7 @@ def start(name: str, folder: Path, hook: Callable[[str], None] | None, log: Path
     code = 70
     try:
         from edgekd import files
-        from edgekd.cli import app
+        from edgekd.cli.main import app
 
         if name.endswith("-moved"):
             files._exchange = lambda one, other: False
@@ -138,10 +138,12 @@ def outputs(files: dict[str, str]) -> dict[str, dict[str, str]]:
 
 def readers(folder: Path) -> dict[str, Callable[[], object]]:
     """What reads each output."""
-    from edgekd.artifact import read_manifest, read_onnx, read_split
+    from edgekd.artifacts.manifest import read_manifest
+    from edgekd.artifacts.metadata import read_onnx
     from edgekd.bench.record import read_record
     from edgekd.data.folders import check, scan
-    from edgekd.training import run, sweep
+    from edgekd.data.split import read_split
+    from edgekd.training import run_folder, sweep
 
     return {
         "student.engine": lambda: read_manifest(folder / "student.engine"),
@@ -149,7 +151,7 @@ def readers(folder: Path) -> dict[str, Callable[[], object]]:
         "measures.json": lambda: sweep.scores(folder / "measures.json"),
         "new.json": lambda: read_record(folder / "new.json"),
         "new/split.json": lambda: read_split(folder / "new"),
-        "new/model.safetensors": lambda: run.load_model(folder / "new"),
+        "new/model.safetensors": lambda: run_folder.load_model(folder / "new"),
         "drawn": lambda: check(scan(folder / "drawn")),
     }
 

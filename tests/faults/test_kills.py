@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import heed_ctrl_c
-from kills import KINDS
+from faults.kills import KINDS
+from helpers.processes import heed_ctrl_c
 
 
 @pytest.mark.slow

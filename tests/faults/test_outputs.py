@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import tree
-from test_cli import edgekd
-from test_files import Other
+from faults.kills import tree
+from helpers.cli import edgekd
+from helpers.other_process import Other
 
 from edgekd import files
 from edgekd.bench.record import read_record
 from edgekd.bench.report import html
-from edgekd.files import atomic_write, to_json
+from edgekd.files import atomic_write
+from edgekd.serialization import to_json
 from edgekd.training.sweep import summary
 
 IMAGES = "--data cells --split run/split.json"
@@ -36,7 +37,7 @@ def work(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "work" / "site" / name).write_text('{"name": "a page"}')
     for work in ("engines.compile_engine", "bench.suite.bench", "runtime.tune.tune", "export.export"):
         monkeypatch.setattr(f"edgekd.{work}", lambda *given, **more: pytest.fail("it began to work"))
-    monkeypatch.setattr("edgekd.runtime.images.load_part", lambda *given, **more: pytest.fail("it read images"))
+    monkeypatch.setattr("edgekd.data.images.load_part", lambda *given, **more: pytest.fail("it read images"))
     return tmp_path / "work"
 
 
@@ -182,7 +183,7 @@ def test_compiling_onto_a_link_keeps_it(base: Path, tmp_path: Path) -> None:
 
 
 PREDICT = "python -m edgekd predict student.engine cells --csv"
-PRINT = "\"from edgekd import shell; shell.streams(); print('caf\\u00e9 \\u2013 \\udcff')\""
+PRINT = "\"from edgekd import signals; signals.streams(); print('caf\\u00e9 \\u2013 \\udcff')\""
 
 
 @pytest.mark.parametrize(

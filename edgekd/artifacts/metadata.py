@@ -1,0 +1,121 @@
+"""student.onnx, its metadata and their checked reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgekd.artifacts import onnx_checks
+from edgekd.data.preprocess import Preprocess
+from edgekd.data.split import check_classes
+from edgekd.errors import ArtifactError
+from edgekd.policy import Policy
+from edgekd.schema import parse_json
+from edgekd.serialization import BLANK, SCHEMA, check_seal, from_table, read_bytes, seal, to_json
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Names of tensors in student.onnx: the exit's logits (`exit_0`, `exit_1`, …), and what its stage hands to its head
+    and the next stage.
+
+    A network with one exit is not cut and may have an empty boundary.
+    """
+
+    output: str
+    boundary: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What student.onnx says of itself, in metadata_props["edgekd"]; exits run from shallow to deep.
+
+    sha256: of the whole file, with `BLANK` in its place; `put_card` sets it.
+    """
+
+    network: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    exits: tuple[Exit, ...]
+    policy: Policy
+    provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+        if not self.exits:
+            raise ValueError("exits: one or more")
+        if len(self.exits) > 1 and self.outputs != [f"exit_{k}" for k in range(len(self.exits))]:
+            raise ValueError("exits: their outputs are exit_0, exit_1, …")
+        if len(self.exits) > 1 and not all(e.boundary for e in self.exits):
+            raise ValueError("exits: where there are several, each needs a boundary to cut the network at")
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        return [e.output for e in self.exits]
+
+
+def plain_metadata(card: Card) -> dict[str, str]:
+    """What somebody needs who runs student.onnx without edgekd, as metadata keys and their text."""
+    of = card.preprocess
+    return {
+        "input": "images: float32 (n, 3, image_size, image_size), RGB planes",
+        "image_size": str(of.image_size),
+        "resize": of.resize,
+        "interpolation": "bilinear, antialiased (Pillow)",
+        "scale": "1/255",
+        "mean": ",".join(map(str, of.mean)),
+        "std": ",".join(map(str, of.std)),
+        "output": "exit_0, exit_1, …: float32 (n, classes), logits before the softmax, shallow to deep",
+        "classes": json.dumps(card.classes, ensure_ascii=False),
+    }
+
+
+def put_card(model: onnx.ModelProto, card: Card) -> None:
+    """Make the card, with `plain_metadata` beside it, the model's only metadata; its SHA-256 holds as long as the model
+    is not changed any more.
+    """
+    del model.metadata_props[:]
+    for key, value in plain_metadata(card).items():
+        model.metadata_props.add(key=key, value=value)
+    own = model.metadata_props.add(key="edgekd", value=to_json(dataclasses.replace(card, sha256=BLANK)).decode())
+    own.value = own.value.replace(BLANK, seal(model.SerializeToString()))
+
+
+def read_onnx(path: Path) -> tuple[onnx.ModelProto, Card]:
+    """Read student.onnx and its card.
+
+    Raises:
+        ArtifactError: missing, cut short, changed, not ONNX, not made by `edgekd export`; other inputs and outputs than
+            its card says, operators or data that no exported classifier has (see `onnxcheck`).
+    """
+    again = "export it again"
+    data = read_bytes(path, what="ONNX file", fix="make one with edgekd export")
+    try:
+        model = onnx_checks.parsed(data)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not a whole ONNX file of ours: {error}", fix=again) from None
+    text = next((p.value for p in model.metadata_props if p.key == "edgekd"), None)
+    if text is None:
+        raise ArtifactError(f"{path} was not made by edgekd", fix="export the run folder with edgekd export")
+    try:
+        table = parse_json(text)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: its edgekd metadata is damaged ({error})", fix=again) from None
+    card = from_table(Card, table, where=f"{path}: its edgekd metadata")
+    check_seal(data, card.sha256, path=path, fix=again)
+    try:
+        size, classes = card.preprocess.image_size, len(card.classes)
+        onnx_checks.check_ends(model, image_size=size, outputs=card.outputs, classes=classes)
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker raises many kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArtifactError(f"{path} is not what its card says: {reason}", fix=again) from None
+    return model, card

@@ -1,0 +1,1 @@
+"""Backends: what compiles and runs a graph on a device."""

@@ -1,0 +1,279 @@
+"""The CUDA runtime through cuda-python or pycuda: memory, one stream, one GPU, captured graphs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import BackendError, ConfigError, nearest
+
+log = logging.getLogger(__name__)
+
+CHOICE = "EDGEKD_CUDA"
+"""Environment variable that names the bindings to use: cuda-python or pycuda."""
+NO_DRIVER, NO_DEVICE = 35, 100
+"""cudaErrorInsufficientDriver, which also stands for none at all, and cudaErrorNoDevice: what they have always been."""
+GET_DRIVER = "install NVIDIA's driver; a container needs --gpus all, on a Jetson --runtime nvidia"
+
+
+def too_much(size: int) -> str:
+    """What to do when so many bytes are not to be had."""
+    return f"{size / 2**20:.0f} MiB were asked for: close other programs, or compile with smaller batch_sizes"
+
+
+class Memory:
+    """Zeroed device memory, freed with the object. address: where it lies."""
+
+    def __init__(self, address: int, size: int, free: Callable[[], object]) -> None:
+        self.address = address
+        self.size = size
+        weakref.finalize(self, free)
+
+
+class Graph:
+    """Work that was captured and is launched as one, freed with the object."""
+
+    def __init__(self, handle: Any, free: Callable[[], object]) -> None:
+        self.handle = handle
+        weakref.finalize(self, free)
+
+
+class Device(ABC):
+    """The first GPU that CUDA shows (CUDA_VISIBLE_DEVICES chooses), and a stream that everything runs on in order.
+
+    `with device:` gives the GPU to the calling thread alone; whatever takes a Device expects to be inside. What is
+    enqueued has happened once `synchronize` returns: until then, host arrays that take part must be left alone.
+
+    name, sm: the GPU's, sm as "8.7". cuda: versions of CUDA, the runtime's and the driver's. stream: its handle.
+    """
+
+    bindings: str
+    can_capture = True
+    name: str
+    sm: str
+    cuda: dict[str, str]
+    stream: int
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Device:
+        self._lock.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Device memory that nobody uses."""
+
+    @abstractmethod
+    def allocate(self, size: int) -> Memory:
+        """Zeroed device memory of so many bytes.
+
+        Raises:
+            BackendError: there is no more.
+        """
+
+    @abstractmethod
+    def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array in page-locked memory, which copies to and from the GPU need to be asynchronous."""
+
+    @abstractmethod
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Enqueue a copy of a contiguous pinned array to the device."""
+
+    @abstractmethod
+    def download(self, array: npt.NDArray[Any], address: int) -> None:
+        """Enqueue a copy from the device into a contiguous pinned array."""
+
+    @abstractmethod
+    def move(self, to: int, source: int, size: int) -> None:
+        """Enqueue a copy within the device; the two must not overlap."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything enqueued has happened."""
+
+    @abstractmethod
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """What `work` enqueues, as one launch; nothing of it runs yet.
+
+        Raises:
+            BackendError: something in it cannot be captured.
+        """
+
+    @abstractmethod
+    def launch(self, graph: Graph) -> None:
+        """Enqueue a captured graph."""
+
+
+class CudaPython(Device):
+    """Through cuda-python."""
+
+    bindings = "cuda-python"
+
+    def __init__(self, runtime: Any) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self._check_there()
+        attribute = runtime.cudaDeviceAttr
+        major = self.do(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, 0))
+        minor = self.do(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, 0))
+        self.sm = f"{major}.{minor}"
+        self.name = self.do(runtime.cudaGetDeviceProperties(0)).name.decode().rstrip("\0")
+        self.cuda = {"runtime": self._version(runtime.cudaRuntimeGetVersion), "driver": self._driver()}
+        self.stream = int(self.do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        self._in, self._out, self._within = (
+            runtime.cudaMemcpyKind.cudaMemcpyHostToDevice,
+            runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost,
+            runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+        )
+
+    def _check_there(self) -> None:
+        error, count = self.runtime.cudaGetDeviceCount()
+        if int(error) == NO_DRIVER and self._driver() == "0.0":
+            raise BackendError("there is no NVIDIA driver here", fix=GET_DRIVER)
+        if int(error) == NO_DRIVER:
+            runtime = self._version(self.runtime.cudaRuntimeGetVersion)
+            what = f"NVIDIA's driver knows CUDA {self._driver()}; the CUDA bindings are for {runtime}"
+            raise BackendError(what, fix=f"pip install 'cuda-python<{int(runtime.split('.')[0])}', or a newer driver")
+        if int(error) == NO_DEVICE or (not int(error) and count == 0):
+            raise BackendError("CUDA finds no GPU here", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+        self.do((error,))
+
+    def _driver(self) -> str:
+        return self._version(self.runtime.cudaDriverGetVersion)
+
+    def _version(self, ask: Callable[[], Any]) -> str:
+        number = self.do(ask())
+        return f"{number // 1000}.{number % 1000 // 10}"
+
+    def do(self, result: Any, *, fix: str = "") -> Any:
+        """The value of a call that must succeed."""
+        error, *values = result
+        if int(error):
+            text = self.runtime.cudaGetErrorString(error)[1]
+            raise BackendError(f"CUDA says {error.name}: {text.decode()}", fix=fix)
+        return values[0] if values else None
+
+    def free_bytes(self) -> int:
+        error, free, _ = self.runtime.cudaMemGetInfo()
+        self.do((error,))
+        return int(free)
+
+    def allocate(self, size: int) -> Memory:
+        address = int(self.do(self.runtime.cudaMalloc(size), fix=too_much(size)))
+        memory = Memory(address, size, functools.partial(self.runtime.cudaFree, address))
+        self.do(self.runtime.cudaMemsetAsync(address, 0, size, self.stream))
+        self.synchronize()
+        return memory
+
+    def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        address = int(self.do(self.runtime.cudaHostAlloc(size, self.runtime.cudaHostAllocDefault)))
+        block = (ctypes.c_ubyte * size).from_address(address)
+        weakref.finalize(block, self.runtime.cudaFreeHost, address)
+        array: npt.NDArray[Any] = np.frombuffer(memoryview(block), dtype).reshape(shape)
+        return array
+
+    def upload(self, address: int, array: npt.NDArray[Any]) -> None:
+        self.do(self.runtime.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, self._in, self.stream))
+
+    def download(self, array: npt.NDArray[Any], address: int) -> None:
+        self.do(self.runtime.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, self._out, self.stream))
+
+    def move(self, to: int, source: int, size: int) -> None:
+        self.do(self.runtime.cudaMemcpyAsync(to, source, size, self._within, self.stream))
+
+    def synchronize(self) -> None:
+        self.do(self.runtime.cudaStreamSynchronize(self.stream))
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        return self.launchable(self.record(work))
+
+    def record(self, work: Callable[[], None]) -> Any:
+        """What `work` enqueues, as a graph to launch or to build into another."""
+        mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.do(self.runtime.cudaStreamBeginCapture(self.stream, mode))
+        try:
+            work()
+        finally:  # also ends a capture that failed: the stream is of no use otherwise
+            error, template = self.runtime.cudaStreamEndCapture(self.stream)
+            if int(error):
+                self.runtime.cudaGetLastError()  # or TensorRT would find it later and take it for its own
+        self.do((error,))
+        return template
+
+    def launchable(self, template: Any) -> Graph:
+        """A graph ready to launch; the graph itself is spent."""
+        handle = self.do(self.runtime.cudaGraphInstantiateWithFlags(template, 0))
+        self.do(self.runtime.cudaGraphDestroy(template))
+        return Graph(handle, functools.partial(self.runtime.cudaGraphExecDestroy, handle))
+
+    def launch(self, graph: Graph) -> None:
+        self.do(self.runtime.cudaGraphLaunch(graph.handle, self.stream))
+
+
+_finding = threading.Lock()
+
+
+def device() -> Device:
+    """The GPU, through the bindings that EDGEKD_CUDA names, or cuda-python, or pycuda if that is the only one there.
+
+    Raises:
+        BackendError: no bindings, no driver, no GPU. ConfigError: EDGEKD_CUDA names something else.
+    """
+    with _finding:  # or two threads that ask at once get two
+        return find()
+
+
+@functools.cache
+def find() -> Device:
+    """`device`, but for one thread."""
+    makers: dict[str, Callable[[], Device | None]] = {"cuda-python": _cuda_python, "pycuda": _pycuda}
+    asked = os.environ.get(CHOICE)
+    if asked and asked not in makers:
+        raise ConfigError(f"{CHOICE}={asked}: no such bindings", fix=nearest(asked, makers))
+    for name in [asked] if asked else makers:
+        if found := makers[name]():
+            return found
+    missing = asked or "cuda-python (nor pycuda)"
+    raise BackendError(f"there is no {missing} here", fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
+
+
+def _cuda_python() -> Device | None:
+    for module in ("cuda.bindings.runtime", "cuda.cudart"):  # the second up to cuda-python 12.5
+        try:
+            return CudaPython(importlib.import_module(module))
+        except ImportError:
+            continue
+    return None
+
+
+def _pycuda() -> Device | None:
+    if importlib.util.find_spec("pycuda") is None:
+        return None
+    from edgekd.backends.cuda.pycuda import PyCuda
+
+    try:
+        return PyCuda(importlib.import_module("pycuda.driver"))
+    except ImportError as error:  # it is there, and links to a driver that is not
+        raise BackendError(f"pycuda cannot be loaded: {error}", fix=GET_DRIVER) from error

@@ -1,0 +1,249 @@
+"""One graph to one TensorRT engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from edgekd.artifacts.recipe import Recipe, TensorRT
+from edgekd.backends.cuda.device import device
+from edgekd.backends.tensorrt.graph_passes import is_seam, to_fp16, without_qdq
+from edgekd.backends.tensorrt.library import failed, library, logger, make, strongly_typed
+from edgekd.errors import BackendError
+from edgekd.files import atomic_write, cache_folder, locked
+
+log = logging.getLogger(__name__)
+
+
+def build_plan(
+    graph: onnx.ModelProto, *, name: str, recipe: Recipe, progress: Callable[[float], None] | None = None
+) -> tuple[bytes, onnx.ModelProto]:
+    """The engine, and the graph that TensorRT was given. Expects to have the device.
+
+    name: for errors. progress: called with the share that is done, where TensorRT says it (from 10 on).
+
+    Raises:
+        BackendError: the GPU or this TensorRT cannot do what the recipe asks for, or building fails; with TensorRT's
+            own messages.
+    """
+    trt = library()
+    builder = make(trt.Builder)
+    _check_able(builder, recipe)
+    graph, ranges = _ready(graph, recipe)
+    network = builder.create_network(_creation_flags())
+    parser = make(trt.OnnxParser, network)  # holds the weights, so it lives until the engine is built
+    _parse(parser, graph, name=name, recipe=recipe)
+    if not strongly_typed():
+        _halve_seams(network, recipe)
+        _set_ranges(network, ranges)
+    config = builder.create_builder_config()
+    _configure(config, recipe)
+    _set_batches(builder, network, config, recipe)
+    monitor = _monitor(progress) if progress and hasattr(config, "progress_monitor") else None
+    if monitor:
+        config.progress_monitor = monitor
+    with timing_cache(config, recipe):
+        plan = builder.build_serialized_network(network, config)
+    if monitor and monitor.error:
+        raise monitor.error
+    if plan is None:
+        raise failed(f"TensorRT cannot build {name} as {recipe.name}")
+    logger().errors.clear()
+    return bytes(plan), graph
+
+
+def _check_able(builder: Any, recipe: Recipe) -> None:
+    """What flags below 11 would pass over in silence; from 11 on every GPU that is supported has both."""
+    gpu, core = device(), recipe.tensorrt.dla_core
+    if recipe.precision == "int8" and hasattr(builder, "platform_has_fast_int8") and not builder.platform_has_fast_int8:
+        raise BackendError(f"{gpu.name} (SM {gpu.sm}) has no fast int8", fix="use --recipe fp16")
+    if recipe.halves and hasattr(builder, "platform_has_fast_fp16") and not builder.platform_has_fast_fp16:
+        raise BackendError(f"{gpu.name} (SM {gpu.sm}) has no fast fp16", fix="use --recipe int8 or fp32")
+    if core is not None and core >= builder.num_DLA_cores:
+        what = f"there is no DLA core {core} here: TensorRT {library().__version__} finds {builder.num_DLA_cores}"
+        raise BackendError(what, fix="use --recipe int8-fp16, which runs on the GPU")
+
+
+def _ready(graph: onnx.ModelProto, recipe: Recipe) -> tuple[onnx.ModelProto, dict[str, float]]:
+    """The graph that says what the recipe does, as far as this TensorRT reads it from the graph."""
+    if recipe.tensorrt.dla_core is not None and recipe.precision == "int8" and not strongly_typed():
+        return without_qdq(graph)
+    return (to_fp16(graph) if recipe.halves and strongly_typed() else graph), {}
+
+
+def _creation_flags() -> int:
+    trt = library()
+    flags = 0
+    if hasattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH"):
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    if strongly_typed():
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return flags
+
+
+def _parse(parser: Any, graph: onnx.ModelProto, *, name: str, recipe: Recipe) -> None:
+    trt = library()
+    if recipe.tensorrt.dla_core is not None and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
+        parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
+    if parser.parse(graph.SerializeToString()):
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    lines = [f"  {_node(error, graph)}: {error.desc()}" for error in errors]
+    opset = graph.opset_import[0].version
+    raise failed(
+        "\n".join([f"TensorRT {trt.__version__} cannot read {name} (opset {opset}):", *lines]),
+        fix="use another --backend for this network, or a newer TensorRT",
+    )
+
+
+def _node(error: Any, graph: onnx.ModelProto) -> str:
+    """Which node a parser's error is about, by name and operator."""
+    index = error.node()
+    if 0 <= index < len(graph.graph.node):
+        node = graph.graph.node[index]
+        return f"node '{node.name or ', '.join(node.output)}' ({node.op_type})"
+    return "the graph"
+
+
+def _halve_seams(network: Any, recipe: Recipe) -> None:
+    """16-bit floats between stages, as inside them; strong types have them in the graph."""
+    trt = library()
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    for tensor in tensors:
+        if recipe.halves and is_seam(tensor.name) and tensor.dtype == trt.DataType.FLOAT:
+            tensor.dtype = trt.DataType.HALF
+
+
+def _set_ranges(network: Any, ranges: dict[str, float]) -> None:
+    """Implicit quantisation: how far each tensor reaches, by name."""
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    for i in range(network.num_layers if ranges else 0):
+        layer = network.get_layer(i)
+        tensors += [layer.get_output(k) for k in range(layer.num_outputs)]
+    for tensor in tensors:
+        if tensor.name in ranges:
+            tensor.set_dynamic_range(-ranges[tensor.name], ranges[tensor.name])
+
+
+def _configure(config: Any, recipe: Recipe) -> None:
+    trt, asked = library(), recipe.tensorrt
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the precision cannot be read back
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(asked.workspace_share * device().free_bytes()))
+    if recipe.precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # keeps 10 bits of 23
+    if not strongly_typed():
+        if recipe.precision == "int8":
+            config.set_flag(trt.BuilderFlag.INT8)
+        if recipe.halves:
+            config.set_flag(trt.BuilderFlag.FP16)
+    if asked.optimization_level != TensorRT.optimization_level:
+        _need(hasattr(config, "builder_optimization_level"), "optimization_level", since="8.6")
+        config.builder_optimization_level = asked.optimization_level
+    if asked.version_compatible:
+        _need(hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"), "version_compatible", since="8.6")
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if asked.hardware_compatible:
+        _need(hasattr(config, "hardware_compatibility_level"), "hardware_compatible", since="8.6")
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if asked.strip_weights:
+        _need(hasattr(trt.BuilderFlag, "STRIP_PLAN"), "strip_weights", since="10.0")
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if asked.dla_core is not None:
+        config.default_device_type = trt.DeviceType.DLA
+        config.DLA_core = asked.dla_core
+        config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    if not asked.library_tactics and hasattr(trt.TacticSource, "CUBLAS"):
+        libraries = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.CUDNN)
+        config.set_tactic_sources(config.get_tactic_sources() & ~sum(1 << int(source) for source in libraries))
+
+
+def _need(there: bool, key: str, *, since: str) -> None:
+    if not there:
+        what = f"TensorRT {library().__version__} knows no {key}: {since} is the first that does"
+        raise BackendError(what, fix=f"leave tensorrt.{key} out of the recipe")
+
+
+def _set_batches(builder: Any, network: Any, config: Any, recipe: Recipe) -> None:
+    """A profile for each batch size and no other, so that kernels are chosen for it; for a DLA, that size alone."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    if recipe.tensorrt.dla_core is not None:
+        for tensor in inputs:
+            tensor.shape = (recipe.batch_sizes[0], *tuple(tensor.shape)[1:])
+        return
+    for size in sorted(set(recipe.batch_sizes)):
+        profile = builder.create_optimization_profile()
+        for tensor in inputs:
+            shape = (size, *tuple(tensor.shape)[1:])
+            profile.set_shape(tensor.name, shape, shape, shape)
+        if config.add_optimization_profile(profile) < 0:
+            raise failed(f"TensorRT refuses batches of {size}")
+
+
+def _monitor(progress: Callable[[float], None]) -> Any:
+    """Tells how much of all nested phases is done, and lets Ctrl-C end the build."""
+    trt = library()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]  # TensorRT has no types
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.error: BaseException | None = None
+            self._phases: dict[str, list[int]] = {}  # outermost first: steps done, steps in all
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._phases[phase_name] = [0, max(num_steps, 1)]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                self._phases[phase_name][0] = step + 1
+                share = 0.0
+                for done, steps in reversed(self._phases.values()):
+                    share = min((done + share) / steps, 1.0)
+                progress(share)
+            except BaseException as error:  # nothing may travel through TensorRT; it is asked to stop
+                self.error = error
+            return self.error is None
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+
+    return Monitor()
+
+
+@contextlib.contextmanager
+def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
+    """Kernels measured before, and afterwards those measured now, added to what others have written meanwhile."""
+    if not recipe.tensorrt.timing_cache:
+        yield
+        return
+    path = timing_cache_path()
+    cache = config.create_timing_cache(_read(path))
+    if not cache or not config.set_timing_cache(cache, False):
+        log.warning("%s is damaged, or from another TensorRT: starting a new one", path)
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    yield
+    try:
+        with locked(path, wait=True):
+            others = config.create_timing_cache(_read(path))
+            if others:
+                cache.combine(others, False)
+            atomic_write(path, bytes(cache.serialize()))
+    except OSError as error:
+        log.warning("%s cannot be written (%s): the next build measures again", path, error.strerror)
+
+
+def timing_cache_path() -> Path:
+    """One file for each GPU and TensorRT, under `$XDG_CACHE_HOME/edgekd/tensorrt`, by default in `~/.cache`."""
+    gpu = device()
+    name = f"{gpu.name}-sm{gpu.sm}-{library().__version__}.timing".replace(" ", "-").replace("/", "-")
+    return cache_folder("tensorrt") / name
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""

@@ -1,0 +1,189 @@
+"""Research, never run on a GPU so far: the cascade of one image as one launch, which the GPU itself ends early.
+
+A CUDA graph holds each stage as a child graph that ends in a small kernel. The kernel computes probabilities and
+confidence as `runtime.policy.step` does, and sets the condition of the IF node that holds all later stages. So the
+host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
+their images want different depths.
+
+What could be checked without a GPU: the kernel compiles with NVRTC and links (the driver itself provides
+cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
+What only a GPU tells: whether a body accepts what TensorRT enqueues (CUDA allows kernels, copies, memsets and child
+graphs in it), and whether it is faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.backends.cuda.device import CudaPython, Graph, device
+from edgekd.backends.tensorrt.library import number
+from edgekd.backends.tensorrt.runner import Opened, enqueue, walker
+from edgekd.errors import BackendError
+from edgekd.policy import Policy
+
+NEEDED = (12, 4)
+"""The first CUDA with conditional nodes."""
+MEASURES = ("max_probability", "margin", "entropy")
+SOURCE = r"""
+extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
+
+// said: confidence, exit, then a probability a class. total: the sum of the probabilities of the exits so far.
+extern "C" __global__ void decide(
+    const float* logits, float* total, float* said, int classes, int exit, float temperature, float threshold,
+    int measure, int mean, unsigned long long handle)
+{
+    float largest = logits[0] / temperature, sum = 0;
+    for (int i = 1; i < classes; ++i) largest = fmaxf(largest, logits[i] / temperature);
+    for (int i = 0; i < classes; ++i) sum += expf(logits[i] / temperature - largest);
+    float first = 0, second = 0, negative_entropy = 0;
+    for (int i = 0; i < classes; ++i) {
+        float p = expf(logits[i] / temperature - largest) / sum;
+        if (mean) {
+            total[i] = exit ? total[i] + p : p;
+            p = total[i] / (exit + 1);
+        }
+        said[2 + i] = p;
+        second = fmaxf(second, fminf(first, p));
+        first = fmaxf(first, p);
+        negative_entropy += p * logf(fmaxf(p, 1.17549435e-38f));
+    }
+    float sure = measure == 0 ? first : measure == 1 ? first - second
+        : fminf(fmaxf(1 + negative_entropy / logf(classes), 0.0f), 1.0f);
+    said[0] = sure;
+    said[1] = exit;
+    if (handle) cudaGraphSetConditional(handle, sure < threshold);
+}
+"""
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+ARGUMENTS = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _INT, _INT, ctypes.c_uint64)
+"""Types of the kernel's."""
+
+
+class DeviceCascade:
+    """Image (1, 3, H, W) to its probabilities (C,), confidence and exit, in one launch.
+
+    Raises:
+        BackendError: CUDA or its bindings are too old, or a stage cannot be part of such a graph.
+    """
+
+    def __init__(self, stages: Sequence[Opened], policy: Policy) -> None:
+        with device() as gpu:
+            self._gpu = _able(gpu)
+            walker(stages)  # links them
+            self._stages, self._policy = stages, policy
+            self._images = stages[0].tensors["images"]
+            self._classes = math.prod(stages[0].tensors[stages[0].answers[0]].shape)
+            self._said = gpu.allocate(4 * (2 + self._classes))
+            self._total = gpu.allocate(4 * self._classes)
+            self._host = gpu.pinned((2 + self._classes,), np.float32)
+            self._kernel = _compiled(self._gpu)
+            self._contexts = [stage.prepared(1) for stage in stages]
+            for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
+                enqueue(context, name=stage.name)
+            gpu.synchronize()
+            self._graph = self._built()
+
+    def __call__(self, image: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float, int]:
+        with self._gpu as gpu:
+            self._stages[0].fits("images", image)
+            self._images.put(image)
+            gpu.launch(self._graph)
+            gpu.download(self._host, self._said.address)
+            gpu.synchronize()
+            return self._host[2:].copy(), float(self._host[0]), int(self._host[1])
+
+    def _built(self) -> Graph:
+        root = self._gpu.do(self._gpu.runtime.cudaGraphCreate(0))
+        self._add(root, 0)
+        return self._gpu.launchable(root)
+
+    def _add(self, graph: Any, exit: int) -> None:
+        """A stage with its decision, and behind it, on condition, the next one."""
+        runtime, do = self._gpu.runtime, self._gpu.do
+        is_last = exit == len(self._stages) - 1
+        handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
+        stage = self._gpu.record(lambda: self._stage(exit, int(handle)))
+        node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
+        do(runtime.cudaGraphDestroy(stage))  # the node has a copy
+        if not is_last:
+            self._add(self._body(graph, node, handle), exit + 1)
+
+    def _body(self, graph: Any, node: Any, handle: Any) -> Any:
+        """Add an IF behind a node and return the graph inside it."""
+        runtime = self._gpu.runtime
+        asked = runtime.cudaGraphNodeParams()
+        asked.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
+        asked.conditional.handle = handle
+        asked.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
+        asked.conditional.size = 1
+        edges = (None,) if number(self._gpu.cuda["runtime"]) >= (13, 0) else ()  # data of the edges, new in 13
+        self._gpu.do(runtime.cudaGraphAddNode(graph, [node], *edges, 1, asked))
+        return asked.conditional.phGraph_out[0]
+
+    def _stage(self, exit: int, handle: int) -> None:
+        stage, policy = self._stages[exit], self._policy
+        enqueue(self._contexts[exit], name=stage.name)
+        values = (
+            stage.tensors[stage.answers[0]].address,
+            self._total.address,
+            self._said.address,
+            self._classes,
+            exit,
+            policy.temperatures[exit],
+            policy.thresholds[exit] if handle else 0.0,
+            MEASURES.index(policy.confidence),
+            int(policy.average == "mean"),
+            handle,
+        )
+        self._gpu.do(_driver().cuLaunchKernel(self._kernel, *[1] * 6, 0, self._gpu.stream, (values, ARGUMENTS), 0))
+
+
+def _able(gpu: Any) -> CudaPython:
+    if not isinstance(gpu, CudaPython):
+        raise BackendError(f"{gpu.bindings} has no conditional graph nodes", fix="pip install cuda-python")
+    for part, text in gpu.cuda.items():
+        if number(text) < NEEDED:
+            what = f"deciding on the device needs CUDA 12.4; the {part} here is {text}"
+            raise BackendError(what, fix="leave out --device-side-exit")
+    return gpu
+
+
+def _driver() -> Any:
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def _compiled(gpu: CudaPython) -> Any:
+    """The kernel for this GPU, loaded."""
+    module = gpu.do(_driver().cuModuleLoadData(ptx(gpu.sm)))
+    return gpu.do(_driver().cuModuleGetFunction(module, b"decide"))
+
+
+def ptx(sm: str) -> bytes:
+    """The kernel compiled for "8.7", which needs no GPU.
+
+    Raises:
+        BackendError: with the compiler's words.
+    """
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    _, program = nvrtc.nvrtcCreateProgram(SOURCE.encode(), b"decide.cu", 0, [], [])
+    options = [f"--gpu-architecture=compute_{sm.replace('.', '')}".encode(), b"--relocatable-device-code=true"]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(error):
+        said = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+        nvrtc.nvrtcGetProgramLog(program, said)
+        raise BackendError(f"NVRTC cannot compile the decision: {said.decode()}", fix="leave out --device-side-exit")
+    code: bytes = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
+    nvrtc.nvrtcGetPTX(program, code)
+    return code
+
+
+def decider(stages: Sequence[Opened], policy: Policy) -> Callable[[Any], tuple[Any, float, int]]:
+    """See `DeviceCascade`."""
+    return DeviceCascade(stages, policy)

@@ -1,0 +1,262 @@
+"""TensorRT engines at work: what lies between stages stays on the GPU, a launch and a synchronisation a stage."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.artifacts.recipe import Recipe
+from edgekd.backends.base import Read
+from edgekd.backends.cuda.device import Graph, Memory, device
+from edgekd.backends.cuda.device_tensor import Tensor
+from edgekd.backends.tensorrt.graph_passes import is_seam
+from edgekd.backends.tensorrt.library import failed, library, logger, make
+from edgekd.errors import BackendError, DataError
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """A warning that is not repeated in this process."""
+    log.warning("%s", text)
+
+
+class Opened:
+    """An engine file: a `Runner` whose arrays come from and go to the host, and a stage of a `Walk`."""
+
+    def __init__(self, path: Path, recipe: Recipe, read: Read = Path.read_bytes) -> None:
+        trt = library()
+        self.name = path.stem
+        self.sizes = sorted(set(recipe.batch_sizes))
+        with device():
+            self._runtime = make(trt.Runtime)
+            self.engine = self._deserialised(path, recipe, read)
+            names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+            self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+            self.outputs = [n for n in names if n not in self.inputs]
+            self._contexts: dict[int, Any] = {}
+            self._batches: dict[int, _Batch] = {}
+            shapes = self.context(self.sizes[-1])
+            self.tensors = {
+                n: Tensor(tuple(shapes.get_tensor_shape(n))[1:], self._dtype(n), self.sizes[-1]) for n in names
+            }
+        self.seams = [n for n in self.outputs if is_seam(n)]
+        self.answers = [n for n in self.outputs if not is_seam(n)]
+        self.ends = self.tensors[self.inputs[0]].shape, self.tensors[self.answers[0]].shape
+
+    def _deserialised(self, path: Path, recipe: Recipe, read: Read) -> Any:
+        if recipe.tensorrt.version_compatible:
+            self._runtime.engine_host_code_allowed = True
+        if recipe.tensorrt.dla_core is not None:
+            self._runtime.DLA_core = recipe.tensorrt.dla_core
+        engine = self._runtime.deserialize_cuda_engine(read(path))
+        if engine is None:
+            raise failed(f"TensorRT cannot open {path}", fix="compile it again on this machine with edgekd compile")
+        if recipe.tensorrt.strip_weights:
+            _refit(engine, path.with_suffix(".onnx"), read)
+        logger().errors.clear()
+        return engine
+
+    def _dtype(self, name: str) -> npt.DTypeLike:
+        trt = library()
+        known = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT8: np.int8}
+        return known[self.engine.get_tensor_dtype(name)]
+
+    @functools.cached_property
+    def _scratch(self) -> Memory:
+        """Shared by the contexts of all batch sizes, of which one runs at a time."""
+        new = hasattr(self.engine, "device_memory_size_v2")
+        size = self.engine.device_memory_size_v2 if new else self.engine.device_memory_size
+        return device().allocate(max(size, 1))
+
+    def context(self, size: int) -> Any:
+        """An execution context for batches of `size`, without memory to run in."""
+        trt = library()
+        if size not in self._contexts:
+            if hasattr(trt, "ExecutionContextAllocationStrategy"):
+                context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            else:
+                context = self.engine.create_execution_context_without_device_memory()
+            if context is None:
+                raise failed(f"TensorRT cannot make a context for {self.name}")
+            ready = context.set_optimization_profile_async(self.sizes.index(size), device().stream)
+            device().synchronize()
+            for name in self.inputs:
+                shape = (size, *tuple(self.engine.get_tensor_shape(name))[1:])
+                ready = ready and context.set_input_shape(name, shape)
+            if not ready:
+                raise failed(f"TensorRT refuses batches of {size} for {self.name}")
+            self._contexts[size] = context
+        return self._contexts[size]
+
+    def prepared(self, size: int) -> Any:
+        """The same context with memory, reading and writing `tensors`."""
+        context = self.context(size)
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(self._scratch.address, self._scratch.size)
+        else:
+            context.device_memory = self._scratch.address
+        for name, tensor in self.tensors.items():
+            if not context.set_tensor_address(name, tensor.address):
+                raise failed(f"TensorRT refuses the memory of {name}")
+        return context
+
+    def read_from(self, before: Opened) -> None:
+        """Take the inputs from where the stage before writes them."""
+        for name in self.inputs:
+            mine, its = self.tensors[name], before.tensors[name]
+            if (mine.shape, mine.dtype) != (its.shape, its.dtype):
+                what = f"{self.name} reads {name} as {mine.dtype} {mine.shape}, {before.name} writes {its.dtype}"
+                raise BackendError(f"{what} {its.shape}", fix="compile again")
+            if mine is not its:
+                self.tensors[name] = its
+                self._batches.clear()  # they know the old address
+
+    def launch(self, count: int) -> None:
+        """Enqueue the graph for the first `count` rows and the copy of its logits to the host."""
+        size = self.size_for(count)
+        if size not in self._batches:
+            self._batches[size] = _Batch(self, size)
+        self._batches[size].launch()
+
+    def size_for(self, count: int) -> int:
+        """The smallest batch size that was built for and holds `count` rows."""
+        for size in self.sizes:
+            if size >= count:
+                return size
+        sizes = ", ".join(map(str, self.sizes))
+        fix = f"compile with --set batch_sizes=[{sizes}, {count}]"
+        raise BackendError(f"a batch of {count} is outside the profiles of {self.name}: {sizes}", fix=fix)
+
+    def step(self, count: int) -> npt.NDArray[Any]:
+        """Run on the first `count` rows: the logits (count, C)."""
+        self.launch(count)
+        device().synchronize()
+        logits: npt.NDArray[Any] = self.tensors[self.answers[0]].host[:count].copy()
+        return logits
+
+    def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
+        """Larger batches are cut at the largest size that was built for.
+
+        Raises:
+            DataError: rows of another shape.
+        """
+        largest = self.sizes[-1]
+        with device():
+            parts = [self._run([x[i : i + largest] for x in xs]) for i in range(0, len(xs[0]), largest)]
+        return parts[0] if len(parts) == 1 else [np.concatenate(rows) for rows in zip(*parts)]
+
+    def _run(self, xs: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        count = len(xs[0])
+        for name, x in zip(self.inputs, xs):
+            self.fits(name, x)
+            self.tensors[name].put(x)
+        self.launch(count)
+        for name in self.seams:
+            self.tensors[name].fetch(count)
+        device().synchronize()
+        return [self.tensors[name].host[:count].copy() for name in self.outputs]
+
+    def fits(self, name: str, x: npt.NDArray[Any]) -> None:
+        """Whether rows are what an input takes."""
+        tensor = self.tensors[name]
+        if (x.shape[1:], x.dtype) != (tensor.shape, tensor.dtype):
+            shape = ", ".join(map(str, tensor.shape))
+            what = f"{name} of {x.dtype} {x.shape} is outside the profiles of {self.name}"
+            raise DataError(what, fix=f"give {tensor.dtype} (N, {shape})")
+
+
+def enqueue(context: Any, *, name: str) -> None:
+    """Enqueue a run in a prepared context. name: for the error."""
+    if not context.execute_async_v3(device().stream):
+        raise failed(f"TensorRT cannot run {name}")
+
+
+def _refit(engine: Any, path: Path, read: Read) -> None:
+    """Put in the weights that the engine was built without."""
+    trt = library()
+    refitter = make(trt.Refitter, engine)
+    parser = make(trt.OnnxParserRefitter, refitter)
+    if not (parser.refit_from_bytes(read(path)) and refitter.refit_cuda_engine()):
+        raise failed(f"the weights of {path} do not fit the engine beside it", fix="compile it again")
+
+
+class _Batch:
+    """An engine for batches of one size: one launch of a CUDA graph where that can be, else TensorRT's own."""
+
+    def __init__(self, opened: Opened, size: int) -> None:
+        self._context = opened.prepared(size)
+        self._name = opened.name
+        self._answers = [opened.tensors[name] for name in opened.answers]
+        self._size = size
+        self._enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
+        device().synchronize()
+        self._graph = self._captured()
+
+    def _enqueue(self) -> None:
+        enqueue(self._context, name=self._name)
+        for tensor in self._answers:
+            tensor.fetch(self._size)
+
+    def _captured(self) -> Graph | None:
+        if not device().can_capture:
+            say_once(f"{device().bindings} has no CUDA graphs: every stage is launched by TensorRT, which is slower")
+            return None
+        try:
+            return device().capture(self._enqueue)
+        except BackendError as error:
+            say_once(f"no CUDA graphs, stages are launched by TensorRT, which is slower: {error.what}")
+            return None
+
+    def launch(self) -> None:
+        if self._graph:
+            device().launch(self._graph)
+        else:
+            self._enqueue()
+
+
+class Walk:
+    """One batch on its way through stages that are linked by `read_from`; see `backends.Walk`."""
+
+    def __init__(self, stages: Sequence[Opened], images: npt.NDArray[np.float32]) -> None:
+        self._ahead = iter(stages)
+        self._count = len(images)
+        first = stages[0]
+        first.size_for(self._count)
+        first.fits("images", images)
+        self._lying = [first.tensors["images"]]
+        self._lying[0].put(images)
+
+    def next(self) -> npt.NDArray[Any]:
+        stage = next(self._ahead)
+        self._lying = [stage.tensors[name] for name in stage.seams]
+        return stage.step(self._count)
+
+    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+        kept = rows.tolist()
+        for tensor in self._lying:
+            tensor.keep(kept)
+        self._count = size
+
+
+def walker(stages: Sequence[Opened]) -> Callable[[npt.NDArray[np.float32]], contextlib.AbstractContextManager[Walk]]:
+    """Link the stages; the answer starts batches on their way, one at a time."""
+    with device():
+        for before, after in itertools.pairwise(stages):
+            after.read_from(before)
+
+    @contextlib.contextmanager
+    def walk(images: npt.NDArray[np.float32]) -> Iterator[Walk]:
+        with device():
+            yield Walk(stages, images)
+
+    return walk

@@ -1,0 +1,102 @@
+"""edgekd compile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekd.cli.common import (
+    SetOption,
+    SplitFile,
+    ThreadsOption,
+    bar,
+    echo,
+    next_command,
+    one_of,
+    reserve,
+)
+from edgekd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgekd.compiler.build import Attempt
+
+OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, for calibration and the accuracy gate.")]
+
+
+def compile_(
+    source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
+    recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-fp16, dla-int8, or a .toml file.")] = "fp32",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="auto, onnxruntime, openvino or tensorrt.",
+            callback=one_of("auto", "onnxruntime", "openvino", "tensorrt"),
+        ),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
+    data: OptionalData = None,
+    split: SplitFile = None,
+    out: Annotated[Path | None, typer.Option(help="Engine folder; STUDENT.engine if not given.")] = None,
+    threads: ThreadsOption = None,
+    set_: SetOption = None,
+) -> None:
+    """student.onnx to student.engine/: built, checked on the validation split and timed on this machine."""
+    from edgekd import config
+    from edgekd.artifacts.metadata import read_onnx
+    from edgekd.artifacts.recipe import Recipe
+    from edgekd.compiler.build import compile_engine, refuse_other_folder
+    from edgekd.data.images import load_part
+    from edgekd.data.split import read_split
+    from edgekd.device_profiles import require_local
+
+    require_local(device)
+    out = out or source.with_suffix(".engine")
+    asked = config.load(Recipe, "compile", recipe, overrides=config.parse_overrides(set_ or []))
+    if (data is None) != (split is None):
+        raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
+    refuse_other_folder(out)
+    reserve(out, data=data)
+    calibration = validation = None
+    with bar("read images") as progress:
+        if data is not None and split is not None:
+            found = read_split(split)
+            load = functools.partial(load_part, found, data=data, preprocess=read_onnx(source)[1].preprocess)
+            validation = load("val", progress=progress)
+            if asked.precision == "int8":
+                calibration, _ = load("train", limit=asked.calibration_images, progress=progress)
+    with bar("compile") as progress:
+        manifest, attempts = compile_engine(
+            source,
+            out,
+            recipe=asked,
+            backend=backend,
+            calibration=calibration,
+            validation=validation,
+            threads=threads,
+            progress=progress,
+        )
+    echo(_attempts(attempts))
+    ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
+    echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
+    for note in manifest.notes:
+        echo(f"note: {note}")
+    next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
+
+
+def _attempts(attempts: Iterable[Attempt]) -> str:
+    """A row for each backend; a remark of several lines is below, too, and whole."""
+    from edgekd.text import aligned
+
+    rows, below = [("backend", "ms at batch 1", "accuracy drop (points) [95 %]", "remarks")], ""
+    for a in attempts:
+        ms = "–" if a.batch1_ms is None else f"{a.batch1_ms:.2f}"
+        drop = "unchecked" if a.drop is None else f"{a.drop:.2f}"
+        drop += "" if a.drop_bounds is None else f" [{a.drop_bounds[0]:.2f}, {a.drop_bounds[1]:.2f}]"
+        first, *others = a.note.splitlines()
+        rows.append((a.backend, ms, drop if a.ok else "refused", first + (" …" if others else "")))
+        below += f"\n{a.backend}: {a.note}" if others else ""
+    return aligned(rows, remarks=True) + below

@@ -1,0 +1,15 @@
+"""edgekd devices."""
+
+from __future__ import annotations
+
+from edgekd.cli.common import (
+    echo,
+)
+
+
+def devices() -> None:
+    """The devices that edgekd knows."""
+    from edgekd.device_profiles import table
+    from edgekd.text import aligned
+
+    echo(aligned(table()))

@@ -1,0 +1,44 @@
+"""edgekd export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgekd.cli.common import (
+    DataFolder,
+    OutOption,
+    echo,
+    next_command,
+    reserve,
+)
+from edgekd.cli.train import _data
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: OutOption,
+    data: DataFolder = None,
+    images: Annotated[int, typer.Option(help="How many validation images to check on.")] = 32,
+) -> None:
+    """Run folder to student.onnx: opset 17, dynamic batch, checked against torch on real images."""
+    import torch
+
+    from edgekd.data.images import load_part
+    from edgekd.data.split import read_split
+    from edgekd.export import export
+    from edgekd.files import NETWORK
+    from edgekd.training.run_folder import load_model
+
+    network, header = load_model(run)
+    split, data = read_split(run), _data(run, data)
+    reserve(out, NETWORK, data=data)
+    batch, _ = load_part(split, "val", data=data, preprocess=header.preprocess, limit=images)
+    with torch.no_grad():
+        card = header.card(network(torch.from_numpy(batch[:1])))
+    worst = export(network, card, out=out, images=batch, names=[i.path for i in split.part("val")])
+    echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
+    files: tuple[object, ...] = ("--data", data, "--split", run / "split.json", "--out", out.with_suffix(".engine"))
+    next_command("compile", out, "--recipe", "int8", *files)

@@ -1,0 +1,1 @@
+"""From student.onnx to an engine folder: build, accuracy gate, timing."""

@@ -1,0 +1,53 @@
+"""Devices that edgekd knows: profiles in devices/*.toml, for editing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgekd import config
+from edgekd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device. fp16_tflops and int8_tops are dense; 0 means that it has none. source: where the figures are from."""
+
+    title: str
+    sm: float
+    memory_gb: float
+    bandwidth_gb_s: float
+    fp16_tflops: float
+    int8_tops: float
+    dla: int
+    power_modes: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        for key in ("sm", "memory_gb", "bandwidth_gb_s", "fp16_tflops", "int8_tops", "dla"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}: {getattr(self, key)} is negative")
+
+
+def require_local(name: str) -> None:
+    """Engines are built on the machine that will run them.
+
+    Raises:
+        ConfigError: another device, or an unknown one.
+    """
+    if name != "local":
+        title = config.load(Device, "devices", name).title
+        raise ConfigError(
+            f"an engine for {title} has to be built on it", fix="run this command there with --device local"
+        )
+
+
+def table() -> list[tuple[str, ...]]:
+    """Rows for `edgekd devices`, the header first."""
+    rows: list[tuple[str, ...]] = [
+        ("name", "device", "SM", "memory GB", "GB/s", "FP16 TFLOPS", "INT8 TOPS", "DLA", "power modes", "source")
+    ]
+    for name in config.names("devices"):
+        d = config.load(Device, "devices", name)
+        numbers = [f"{v:g}" for v in (d.sm, d.memory_gb, d.bandwidth_gb_s, d.fp16_tflops, d.int8_tops, d.dla)]
+        rows.append((name, d.title, *numbers, ", ".join(d.power_modes), d.source))
+    return rows

@@ -1,0 +1,1 @@
+"""Calibration and Q/DQ placement for each target."""

@@ -1,0 +1,241 @@
+"""A table's jobs as runs: settings, run folders named after what decides their result, differences from the paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekd import config
+from edgekd.errors import ConfigError
+from edgekd.files import sha256
+from edgekd.models.networks import hub_name
+from edgekd.reproduce.table_spec import IMAGENET, Job, Table
+from edgekd.training import jobs, sweep
+from edgekd.training.protocol import PLACES, Protocol
+from edgekd.training.sweep import Member
+
+RECIPE = (
+    *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "milestones", "gamma"),
+    *("warmup_epochs", "precision", "clip_norm", "ema"),
+)
+"""What `--protocol` replaces, beside augmentation and pixels: how to train, not what."""
+NO_RESULT = (*PLACES, "teacher", "network", "weights", "seed", "fold")
+"""Protocol keys that are no part of a job's settings: of no influence, or kept apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What decides a table's runs beside the table.
+
+    data: the images, and their fingerprint once they are read. runs: where run folders go. weights: a folder of
+    <network>.safetensors. protocol: how to train instead of the paper's way. overrides: protocol keys. instead: a
+    network to another. epochs, pixels: cut to these by the budget, 0 for not.
+    """
+
+    data: Path
+    fingerprint: str = ""
+    runs: Path
+    weights: Path | None = None
+    protocol: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
+    group: str = "none"
+    leave_out_bad: bool = False
+    epochs: int = 0
+    pixels: int = 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job as it will be run. file: of its first weights. teacher, start: the jobs it learns and starts from."""
+
+    job: Job
+    paper: Protocol
+    protocol: Protocol
+    file: Path | None
+    teacher: Planned | None
+    start: Planned | None
+    fingerprint: str
+    runs: Path
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of everything that decides the result but seed, fold and edgekd's version. Only settings that are not
+        `Protocol`'s defaults (or the precision that once was) count, so that a setting which edgekd gains later changes
+        no digest."""
+        first = self.start.digest if self.start else sha256(self.file) if self.file else "none"
+        teacher = self.teacher.digest if self.teacher else ""
+        own = {k: v for k, v in dataclasses.asdict(self.protocol).items() if k not in NO_RESULT}
+        beyond = _beyond(own, dataclasses.asdict(Protocol(precision="32-true")))
+        content = [self.protocol.network, beyond, first, teacher, self.fingerprint]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs are, one for each member."""
+        return self.runs / f"{self.protocol.network}-{self.protocol.method}-{self.digest}"
+
+    def task(self, member: Member) -> str:
+        """The name of what makes a run's scores."""
+        return f"{self.folder.name}/{member.name}" + (f"/svm-{self.job.svm}" if self.job.svm else "")
+
+    def needed(self) -> Iterator[Planned]:
+        """All that it needs, and itself at the end."""
+        for other in (self.teacher, self.start):
+            if other:
+                yield from other.needed()
+        yield self
+
+    def scores(self, member: Member) -> Path:
+        """The file with a run's test scores."""
+        return self.folder / member.name / (f"svm-{self.job.svm}.json" if self.job.svm else sweep.TEST)
+
+    def differs(self) -> list[str]:
+        """What is not as in the paper, in words."""
+        own = list(_differences(self))
+        for what, other in (("teacher", self.teacher), ("first weights", self.start)):
+            own += [f"{what}: {text}" for text in (other.differs() if other else []) if text not in own]
+        return own
+
+
+def _beyond(own: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not the default ones."""
+    other = {k: v for k, v in own.items() if v != default.get(k)}
+    return {k: _beyond(v, default.get(k, {})) if isinstance(v, dict) else v for k, v in other.items()}
+
+
+def plan(table: Table, request: Request) -> dict[str, Planned]:
+    """Every job that the table's rows need, each after what it needs.
+
+    Raises:
+        ConfigError: settings that cannot be.
+    """
+    found: dict[str, Planned] = {}
+    for name in table.order():
+        job = table.jobs[name]
+        protocol = settings(table, job, request)
+        file = _file(protocol.network, request.weights) if job.weights == IMAGENET else None
+        teacher, start = found.get(job.teacher), found.get(job.weights)
+        paper = _paper(table, job)
+        found[name] = Planned(job, paper, protocol, file, teacher, start, request.fingerprint, request.runs)
+    return found
+
+
+def _paper(table: Table, job: Job) -> Protocol:
+    overrides = {"network": job.network, "method": job.method} | table.settings | job.settings
+    return config.load(Protocol, "protocols", table.protocol, overrides=overrides)
+
+
+def settings(table: Table, job: Job, request: Request) -> Protocol:
+    """The paper's settings, then `--protocol`'s, then the table's own, then `--set`'s, then the budget's cuts.
+
+    What is counted in epochs (milestones, warm-up, anchors, a method's first stage) shrinks with them, unless set.
+    """
+    network = request.instead.get(job.network, job.network)
+    overrides = {**table.settings, **job.settings}
+    if request.protocol:
+        recipe = config.load(Protocol, "protocols", request.protocol)
+        cut = scaled(_paper(table, job), recipe.epochs)
+        ways = {key: getattr(recipe, key) for key in RECIPE} | {"augment": dataclasses.asdict(recipe.augment)}
+        ways["preprocess.image_size"] = recipe.preprocess.image_size
+        overrides = ways | overrides | {"anchor_every": cut.anchor_every, "init_epochs": cut.init_epochs}
+    asked = {k: v for k, v in request.overrides.items() if k != "epochs"}
+    overrides |= {"network": network, "method": job.method, "group": request.group, "weights": "none"} | asked
+    made = config.load(Protocol, "protocols", table.protocol, overrides=overrides)
+    epochs = request.overrides.get("epochs", made.epochs)
+    made = scaled(made, min(epochs, request.epochs) if request.epochs else epochs, keep=asked)
+    size = min(made.preprocess.image_size, request.pixels or made.preprocess.image_size)
+    return dataclasses.replace(made, preprocess=dataclasses.replace(made.preprocess, image_size=size))
+
+
+def scaled(p: Protocol, epochs: int, *, keep: Collection[str] = ()) -> Protocol:
+    """The protocol in so many epochs, with all that is counted in epochs in proportion; `keep` names what stays.
+
+    Raises:
+        ConfigError: not a number of epochs.
+    """
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ConfigError(f"epochs: {epochs!r} is no number of epochs", fix="for example --set epochs=20")
+    share = epochs / p.epochs
+    counts: dict[str, Any] = {
+        "milestones": tuple(math.ceil(m * share - 1e-9) for m in p.milestones),
+        "warmup_epochs": p.warmup_epochs * share,
+        "anchor_every": max(1, round(p.anchor_every * share)) if p.anchor_every else 0,
+        "init_epochs": max(1, round(p.init_epochs * share)) if p.init_epochs > 0 else p.init_epochs,
+    }
+    return dataclasses.replace(p, epochs=epochs, **{k: v for k, v in counts.items() if k not in keep})
+
+
+def _file(network: str, folder: Path | None) -> Path | None:
+    """The network's ImageNet weights, if the folder has them."""
+    try:
+        file = folder / f"{hub_name(network)}.safetensors" if folder else None
+    except ConfigError:  # one of edgekd's own, for which nobody has such weights
+        return None
+    return file if file and file.is_file() else None
+
+
+def _differences(planned: Planned) -> Iterator[str]:
+    ours, paper = planned.protocol, planned.paper
+    if ours.network != paper.network:
+        yield f"{ours.network} in place of {paper.network}"
+    if planned.job.weights == IMAGENET and not planned.file:
+        yield "random initial weights, not ImageNet's"
+    if ours.epochs != paper.epochs:
+        yield f"{ours.epochs} epochs, not {paper.epochs}"
+    if ours.preprocess.image_size != paper.preprocess.image_size:
+        yield f"{ours.preprocess.image_size} pixels, not {paper.preprocess.image_size}"
+    if ours.group != "none":
+        yield f"split grouped by {ours.group}"
+    size = dataclasses.replace(paper.preprocess, image_size=ours.preprocess.image_size)
+    same = dataclasses.replace(scaled(paper, ours.epochs), preprocess=size, group=ours.group)
+    mine, other = dataclasses.asdict(ours), dataclasses.asdict(same)
+    idle = () if ours.schedule == "step" else ("milestones", "gamma")
+    for key in sorted(mine.keys() - {*NO_RESULT, *idle, "precision"}):
+        if mine[key] != other[key]:
+            yield f"{key} {_short(mine[key], other[key])}, not {_short(other[key], mine[key])}"
+
+
+def _short(value: Any, other: Any) -> str:
+    """A setting in words; of a table only the keys in which the other one differs."""
+    if isinstance(value, dict):
+        return " ".join(f"{k} {v}" for k, v in value.items() if other.get(k) != v) or "nothing"
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def tasks(planned: Collection[Planned], members: Sequence[Member], request: Request) -> list[jobs.Job]:
+    """What is missing of each run, seed by seed, so that every row has one number before any has two."""
+    found: dict[str, jobs.Job] = {}
+    for member in members:
+        for one in planned:
+            name, folder = f"{one.folder.name}/{member.name}", one.folder / member.name
+            if not (folder / sweep.TEST).is_file() and name not in found:
+                found[name] = _train(one, member, request)
+            if one.job.svm and not one.scores(member).is_file():
+                words = ("evaluate", folder, "--data", request.data, "--svm", one.job.svm, "--out", one.scores(member))
+                log = one.folder / f"{one.scores(member).stem}-{member.name}.log"
+                found[one.task(member)] = jobs.Job(one.task(member), (tuple(map(str, words)),), log, (name,))
+    return list(found.values())
+
+
+def _train(one: Planned, member: Member, request: Request) -> jobs.Job:
+    above = [other for other in (one.teacher, one.start) if other]
+    first = one.start.folder / member.name if one.start else one.file or "none"
+    teacher = str((one.teacher.folder / member.name).resolve()) if one.teacher else ""
+    own = {"seed": member.seed, "fold": member.fold, "weights": str(first), "teacher": teacher}
+    protocol = dataclasses.replace(one.protocol, **own)  # type: ignore[arg-type]
+    return sweep.job(
+        f"{one.folder.name}/{member.name}",
+        one.folder / member.name,
+        protocol,
+        data=request.data,
+        leave_out_bad=request.leave_out_bad,
+        after=tuple(f"{other.folder.name}/{member.name}" for other in above),
+    )

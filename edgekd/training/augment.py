@@ -1,0 +1,94 @@
+"""Training augmentation: every random number comes from the generator that is handed in, in a fixed order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from edgekd.data.preprocess import Preprocess
+from edgekd.types import Array
+
+Draws: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training pictures are varied; the default leaves them as they are.
+
+    crop_scale: range of the share of the picture's area that is cut out. crop_ratio: range of that piece's width to
+    height, relative to the picture's own (to a square's if the aspect ratio is kept). hflip, vflip, transpose:
+    probabilities. rotation: largest angle in degrees. jitter: brightness, contrast, saturation (0.3: a factor from
+    0.7 to 1.3) and hue (0.1: a tenth of the colour circle either way).
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    hflip: float = 0.0
+    vflip: float = 0.0
+    transpose: float = 0.0
+    rotation: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale: two shares of the area, 0 < low <= high <= 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError("crop_ratio: two ratios, 0 < low <= high")
+        for name in ("hflip", "vflip", "transpose"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: a probability from 0 to 1")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError("rotation: degrees from 0 to 180")
+        if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
+            raise ValueError("jitter: brightness, contrast, saturation from 0 to 1, hue from 0 to 0.5")
+
+    @property
+    def crops(self) -> bool:
+        return (self.crop_scale, self.crop_ratio) != ((1, 1), (1, 1))
+
+
+def augmented(image: Image.Image, augment: Augment, preprocess: Preprocess, rng: np.random.Generator) -> Array:
+    """One RGB picture, varied, to the network's input: float32 (3, H, W), scaled as `preprocess` does it."""
+    draw = rng.random(12)
+    image = _cropped(image, augment, preprocess, draw[:4]) if augment.crops else preprocess.resized(image)
+    image = _jittered(image, augment, draw[4:8])
+    if augment.rotation:
+        fill = tuple(round(255 * m) for m in preprocess.mean)  # zeros, once they are standardised
+        image = image.rotate((2 * draw[8] - 1) * augment.rotation, Image.Resampling.BILINEAR, fillcolor=fill)
+    pixels = np.asarray(image)
+    if draw[9] < augment.hflip:
+        pixels = pixels[:, ::-1]
+    if draw[10] < augment.vflip:
+        pixels = pixels[::-1]
+    if draw[11] < augment.transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return preprocess.normalised(pixels)
+
+
+def _cropped(image: Image.Image, augment: Augment, preprocess: Preprocess, draw: Draws) -> Image.Image:
+    """A random piece, resized: cut and scaled in one pass, which is what makes it cheap."""
+    width, height = image.size
+    whole = (width, height) if preprocess.resize == "stretch" else (min(image.size),) * 2
+    low, high = augment.crop_scale
+    side = math.sqrt(low + draw[0] * (high - low))
+    low, high = (math.log(r) for r in augment.crop_ratio)
+    tilt = math.exp((low + draw[1] * (high - low)) / 2)
+    w, h = min(whole[0] * side * tilt, width), min(whole[1] * side / tilt, height)
+    left, top = draw[2] * (width - w), draw[3] * (height - h)
+    size = (preprocess.image_size,) * 2
+    return image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+
+
+def _jittered(image: Image.Image, augment: Augment, draw: Draws) -> Image.Image:
+    steps = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+    for adjust, strength, u in zip(steps, augment.jitter, draw):
+        if strength:
+            image = adjust(image, 1 + (2 * u - 1) * strength)
+    hue = augment.jitter[3]
+    return tv.adjust_hue(image, (2 * draw[3] - 1) * hue) if hue else image

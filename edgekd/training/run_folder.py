@@ -1,0 +1,240 @@
+"""The run folder: protocol.toml, split.json, metrics.csv, model.safetensors, resume.pt and TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from edgekd import config
+from edgekd._version import __version__
+from edgekd.artifacts.metadata import Card
+from edgekd.data.preprocess import Preprocess
+from edgekd.data.split import Split, check_classes
+from edgekd.errors import ArtifactError
+from edgekd.files import atomic_write, sweep
+from edgekd.models.base import Outputs, exits_of
+from edgekd.models.networks import build, stem_of
+from edgekd.models.weights import read_safetensors
+from edgekd.policy import Policy
+from edgekd.serialization import BLANK, SCHEMA, from_table, read_bytes, seal, to_json
+from edgekd.training.protocol import Protocol
+
+MODEL, RESUME, METRICS, PROTOCOL, SPLIT = "model.safetensors", "resume.pt", "metrics.csv", "protocol.toml", "split.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What model.safetensors says of itself, so that it can be rebuilt without any other file.
+
+    sha256: of the whole file, with `artifact.BLANK` in its place; `save_model` sets it.
+    """
+
+    network: str
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    exits: tuple[int | str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+
+    def build(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The network that these weights are of, without them: they tell its stem."""
+        size, stem = self.preprocess.image_size, stem_of(self.network, state)
+        return build(self.network, classes=len(self.classes), image_size=size, exits=self.exits, stem=stem)
+
+    def card(self, out: Outputs) -> Card:
+        """The card of this network's student.onnx. out: what the network answers to an image."""
+        exits, policy = exits_of(out), Policy((1.0,) * len(out.logits))
+        return Card(self.network, self.classes, self.preprocess, exits, policy, self.provenance)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The weights that a teacher kept on its way: files[k] after (k + 1) * every epochs."""
+
+    every: int
+    files: tuple[Path, ...]
+
+    def at(self, epoch: int) -> Path:
+        """What a student learns from in an epoch (from 0): the last one too when the teacher's training is over."""
+        return self.files[min(epoch // self.every, len(self.files) - 1)]
+
+
+def save_model(path: Path, network: nn.Module, header: Header) -> None:
+    """Write model.safetensors or an anchor: weights only, with the header."""
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    text = to_json(dataclasses.replace(header, sha256=BLANK)).decode()
+    data = save(state, metadata={"edgekd": text, "format": "pt"})
+    atomic_write(path, data.replace(BLANK.encode(), seal(data).encode()))
+
+
+def read_header(folder: Path) -> Header:
+    """The header of a run folder's model.safetensors.
+
+    Raises:
+        ArtifactError: no run folder, training not finished its first epoch, or a damaged file.
+    """
+    return _model(folder)[1]
+
+
+def _model(folder: Path) -> tuple[dict[str, Tensor], Header]:
+    path = folder / MODEL
+    if not path.is_file():
+        known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
+        raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
+    return _weights(path)
+
+
+def _weights(path: Path) -> tuple[dict[str, Tensor], Header]:
+    state, header = read_safetensors(path)
+    if header is None:
+        raise ArtifactError(f"{path} was not written by edgekd", fix="give it to edgekd train --weights instead")
+    return state, from_table(Header, header, where=str(path))
+
+
+def load_model(folder: Path) -> tuple[nn.Module, Header]:
+    """The trained network of a run folder, on the CPU, in eval mode.
+
+    Raises:
+        ArtifactError: as `read_header`; or weights that are not this network's.
+    """
+    state, header = _model(folder)
+    network = header.build(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{folder / MODEL} is no {header.network}: {reason}", fix="train again") from None
+    return network.eval(), header
+
+
+def anchor(folder: Path, epoch: int) -> Path:
+    """Where a run folder keeps the weights that it had after `epoch` epochs."""
+    return folder / "anchors" / f"epoch_{epoch:04d}.safetensors"
+
+
+def anchors(folder: Path) -> Anchors:
+    """The anchors of a teacher's run folder, all of them there and whole.
+
+    Raises:
+        ArtifactError: one is missing, damaged or another network's; the command that makes them is given.
+    """
+    own, made = read_header(folder), config.load(Protocol, "protocols", str(folder / PROTOCOL))
+    every = made.anchor_every or min(5, made.epochs)
+    files = tuple(anchor(folder, epoch) for epoch in range(every, made.epochs + 1, every))
+    anew = ["edgekd", "train", "--data", made.data, "--protocol", str(folder / PROTOCOL)]
+    anew += ["--set", f"anchor_every={every}", "--out", f"{folder}-anchors"]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ArtifactError(
+            f"teacher {folder} has no anchor {missing[0]}",
+            fix=f"if its training was stopped, continue it with --resume; else train it anew: {shlex.join(anew)}",
+        )
+    for file in files:
+        found = _weights(file)[1]
+        if (found.network, found.classes, found.exits) != (own.network, own.classes, own.exits):
+            raise ArtifactError(f"{file} is no anchor of {own.network}", fix="train the teacher anew")
+    return Anchors(every, files)
+
+
+def provenance(protocol: Any, split: Split, *, teacher: Path | None) -> dict[str, Any]:
+    """Where a model comes from: hashes, versions, and the weights it started with."""
+    digest = hashlib.sha256(json.dumps(json.loads(to_json(protocol)), sort_keys=True).encode()).hexdigest()
+    return {
+        "protocol": protocol.source,
+        "protocol_sha256": digest,
+        "weights": Path(protocol.weights).name,
+        "teacher": read_header(teacher).network if teacher else None,
+        "method": protocol.method,
+        "epochs": protocol.epochs,
+        "seed": protocol.seed,
+        "split": split.method,
+        "group": split.group,
+        "data_fingerprint": split.fingerprint,
+        "edgekd": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write resume.pt: tensors and plain values only. The SHA-256 of all before it is the zip archive's comment."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    buffer.seek(-2, io.SEEK_END)
+    buffer.write(len(BLANK).to_bytes(2, "little"))
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    atomic_write(folder / RESUME, buffer.getbuffer())
+
+
+def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
+    """resume.pt, or None before the first epoch's end.
+
+    Raises:
+        ArtifactError: damaged, or written under another protocol.
+    """
+    path, anew = folder / RESUME, "remove the folder and train anew"
+    if not path.is_file():
+        return None
+    data = read_bytes(path, what="state of a run")
+    if hashlib.sha256(memoryview(data)[: -len(BLANK)]).hexdigest().encode() != data[-len(BLANK) :]:
+        raise ArtifactError(f"{path} is damaged: its SHA-256 differs", fix=anew)
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's unpickler raises many kinds
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__})", fix=anew) from None
+    kinds: dict[str, Any] = {"epoch": int, "history": list, "best": float, "digest": str}
+    kinds |= dict.fromkeys(("network", "criterion", "optimizer"), Mapping)
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
+        raise ArtifactError(f"{path} is no state of a run", fix=anew)
+    if not all(isinstance(v, Tensor) and torch.isfinite(v).all() for v in state["network"].values()):
+        raise ArtifactError(f"{path} holds weights that are not finite", fix=anew)
+    if state.get("digest") != digest:
+        raise ArtifactError(
+            f"{folder} was trained under other settings than now asked for",
+            fix=f"resume with the settings in {folder / PROTOCOL}, or choose another --out",
+        )
+    return state
+
+
+def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write metrics.csv, one row an epoch."""
+    text = io.StringIO()
+    names = list({name: 0 for row in history for name in row})  # epochs of a first stage have other terms
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
+    atomic_write(folder / METRICS, text.getvalue().encode())
+
+
+def start(folder: Path, *, resume: bool) -> None:
+    """Refuse to write over a run that is there; clear away what one that was killed was writing.
+
+    Raises:
+        ArtifactError: the folder holds a run and `resume` is off, or holds other files, or is none.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file", fix="choose another --out")
+    sweep(folder)
+    if not any(folder.iterdir()):
+        return
+    if (folder / PROTOCOL).is_file():
+        if resume:
+            return
+        raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
+    raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")

@@ -1,0 +1,161 @@
+"""What TensorRT, CUDA and their absence do to `edgekd compile`, and what the user is told.
+
+No GPU is involved: the fakes run the graphs in ONNX Runtime. What TensorRT makes of a graph, and how fast, only a GPU
+tells: benchmarks/gpu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from fakes.cuda import Cuda
+from fakes.machine import IMAGES, Box, compiled, engine_of, recipe
+
+from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.backends.base import find_backend
+from edgekd.backends.cuda.device import device, find
+from edgekd.compiler.build import compile_engine
+from edgekd.errors import ArtifactError, BackendError
+from edgekd.runtime.engine import open_engine
+
+
+@pytest.mark.parametrize("bindings", ["cuda-python", "pycuda"])
+def test_no_driver_and_no_gpu_are_found_before_tensorrt_is_touched(
+    box: Callable[..., Box], bindings: str, small_student: Path, tmp_path: Path
+) -> None:
+    for cuda, text in ((Cuda(driver=0), "driver"), (Cuda(count=0), "finds no GPU")):
+        machine = box("10.3", cuda=cuda, bindings=(bindings,))
+        with pytest.raises(BackendError, match=text):
+            compiled(small_student, tmp_path / "e.engine", recipe())
+        assert "tensorrt" not in machine.finder.imported
+
+
+def test_a_driver_older_than_the_bindings(box: Callable[..., Box]) -> None:
+    box("10.3", cuda=Cuda(driver=11040))
+    with pytest.raises(BackendError, match=r"knows CUDA 11\.4; the CUDA bindings are for 12\.9[\s\S]*cuda-python<12"):
+        device()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "what", "fix"),
+    [
+        ({"out_of_memory": True}, "cannot build stage_0 as fp16", "workspace_share"),
+        ({"no_reason": True}, "does not say why", "report"),
+        ({"unknown_sm": True}, "SM 53 is not supported", r"Orin \(SM 8\.7\)"),
+        (
+            {"operators": ("GlobalAveragePool",)},
+            r"node 'pool0' \(GlobalAveragePool\): No importer",
+            "another --backend",
+        ),
+        ({"ignores_fp16": True}, "asked for fp16 and runs 100% fp32", "another --recipe"),
+        ({"damaged_information": True}, "inspector gives no layers", "report"),
+        ({"cannot_run": True}, "cannot run stage_0", "report"),
+    ],
+)
+def test_tensorrt_fails(
+    box: Callable[..., Box], trouble: dict[str, Any], what: str, fix: str, small_student: Path, tmp_path: Path
+) -> None:
+    box("10.3", **trouble)
+    with pytest.raises(BackendError, match=rf"{what}[\s\S]*{fix}"):
+        compiled(small_student, tmp_path / "e.engine", recipe("fp16"))
+    assert not (tmp_path / "e.engine").exists()
+
+
+def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    box("8.6")
+    model, card = read_onnx(small_student)
+    model.opset_import[0].version = 18
+    put_card(model, card)
+    onnx.save(model, str(tmp_path / "new.onnx"))
+    with pytest.raises(BackendError, match=r"TensorRT 8\.6\.1 cannot read stage_0 \(opset 18\)[\s\S]*newer TensorRT"):
+        compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())
+
+
+def test_int8_where_there_is_none(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    box("8.6", fast_int8=False)
+    with pytest.raises(BackendError, match=r"Orin \(SM 8\.7\) has no fast int8[\s\S]*fp16"):
+        compiled(small_student, tmp_path / "e.engine", recipe("int8"))
+
+
+def test_gpu_memory_runs_out(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    machine = box("10.3")
+    engine = engine_of(small_student, tmp_path)
+    machine.cuda.limit = 0
+    with pytest.raises(BackendError, match=r"MemoryAllocation[\s\S]*smaller batch_sizes"):
+        engine.staged_logits(IMAGES)
+
+
+def test_engines_of_other_versions_and_gpus(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.engine"
+    box("10.3")
+    compiled(small_student, out, recipe())
+    box("11.4")
+    with pytest.raises(ArtifactError, match=r"by TensorRT 10\.3\.0; here is 11\.4\.0\.106[\s\S]*edgekd compile"):
+        open_engine(out)
+    cuda = Cuda()
+    cuda.name, cuda.sm = "T4", (7, 5)
+    box("10.3", cuda=cuda)
+    with pytest.raises(ArtifactError, match=r"for Orin \(SM 8\.7\); here is T4 \(SM 7\.5\)[\s\S]*--recipe fp32"):
+        open_engine(out)
+
+
+def test_a_file_that_tensorrt_refuses(box: Callable[..., Box], tmp_path: Path) -> None:
+    box("10.3")
+    (tmp_path / "stage_0.plan").write_bytes(b"nonsense")
+    with pytest.raises(BackendError, match=r"cannot open[\s\S]*magicTag[\s\S]*compile it again"):
+        find_backend("tensorrt").load(tmp_path / "stage_0.plan", recipe=recipe(), threads=1)
+
+
+def test_another_gpu_of_the_same_kind_is_said(
+    box: Callable[..., Box], small_student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = box("10.3")
+    engine_of(small_student, tmp_path)
+    machine.cuda.name = "Orin NX"
+    find.cache_clear()
+    open_engine(tmp_path / "student.engine")
+    assert "built on Orin; here is Orin NX" in caplog.text
+
+
+def test_timing_cache_that_cannot_be_written(
+    box: Callable[..., Box],
+    small_student: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    box("10.3")
+    compiled(small_student, tmp_path / "e.engine", recipe())
+    assert "cannot be written" in caplog.text
+
+
+def test_ctrl_c_ends_a_build(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    box("10.3")
+
+    def stop(done: float, total: int) -> None:
+        if done > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(small_student, tmp_path / "e.engine", recipe(), progress=stop)
+    assert list(tmp_path.glob("*e.engine*")) == []
+
+
+def test_auto_goes_on_without_a_gpu(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    box("10.3", cuda=Cuda(driver=0))
+    _, attempts = compile_engine(
+        small_student, tmp_path / "e.engine", recipe=recipe(batch_sizes=(1,)), calibration=None, validation=None
+    )
+    said = {a.backend: a.note for a in attempts if not a.ok}
+    assert said == {"tensorrt": "there is no NVIDIA driver here"}
+
+
+def test_sixteen_bit_floats_beside_int8_where_there_are_none(small_student: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="onnxruntime has no fp16 kernels"):
+        compiled(small_student, tmp_path / "e.engine", recipe("int8-fp16"), backend="onnxruntime")

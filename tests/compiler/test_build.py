@@ -1,0 +1,269 @@
+"""compile_engine: choosing, gating, refusing, leaving nothing half-written."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd import config
+from edgekd.artifacts.manifest import read_manifest
+from edgekd.artifacts.recipe import Recipe
+from edgekd.cli.compile import _attempts
+from edgekd.compiler.build import Attempt, compile_engine
+from edgekd.compiler.gate import check
+from edgekd.errors import BackendError, ConfigError, GateError
+from edgekd.files import sha256
+from edgekd.runtime.engine import open_engine
+
+IMAGES = np.random.default_rng(3).normal(size=(12, 3, 32, 32)).astype(np.float32)
+SHORT = {"batch_sizes": [1, 2], "static_batch_sizes": [1]}
+
+
+def recipe(name: str, **overrides: object) -> Recipe:
+    return config.load(Recipe, "compile", name, overrides={**SHORT, **overrides})
+
+
+@pytest.fixture(scope="module")
+def validation(student_onnx: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels that the last exit gets right."""
+    return IMAGES, open_engine(student_onnx).logits(IMAGES)[-1].argmax(axis=1)
+
+
+def openvino_has_16_bits() -> bool:
+    import openvino
+
+    return bool({"FP16", "BF16"} & set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_shipped_recipes(name: str) -> None:
+    assert config.load(Recipe, "compile", name).precision == name
+
+
+def test_recipe_misspelt_and_wrong() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'max_accuracy_drop'"):
+        recipe("int8", max_acuracy_drop=1.0)
+    with pytest.raises(ConfigError, match="Did you mean 'int8'"):
+        recipe("int9")
+    with pytest.raises(ConfigError, match="1 among them"):
+        recipe("int8", batch_sizes=[2])
+    with pytest.raises(ConfigError, match="calibration_images"):
+        recipe("int8", calibration_images=0)
+
+
+def test_auto_builds_both_and_keeps_one(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    steps: list[tuple[int, int]] = []
+    manifest, attempts = compile_engine(
+        student_onnx,
+        tmp_path / "e.engine",
+        recipe=recipe("fp32"),
+        calibration=None,
+        validation=validation,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert [a.backend for a in attempts] == ["onnxruntime", "openvino"]
+    assert all(a.ok and a.drop == 0 and a.precision == {"fp32": 1.0} for a in attempts)
+    assert manifest.backend == min(attempts, key=lambda a: a.batch1_ms or 0).backend
+    assert steps[-1] == (8, 8)
+    assert read_manifest(tmp_path / "e.engine").source_sha256 == sha256(student_onnx)
+    assert {p.name for p in (tmp_path / "e.engine").iterdir()} == {*manifest.files, "manifest.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["e.engine"]
+    assert max(manifest.parity["max_abs_logit_difference"]) <= 1e-3
+    assert {size: len(times) for size, times in manifest.stage_ms.items()} == {"1": 4, "2": 4}
+    assert (
+        np.abs(open_engine(tmp_path / "e.engine").logits(IMAGES) - open_engine(student_onnx).logits(IMAGES)).max()
+        < 1e-3
+    )
+
+
+def test_fp16_says_what_ran(student_onnx: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="onnxruntime has no fp16"):
+        compile_engine(
+            student_onnx,
+            tmp_path / "e",
+            recipe=recipe("fp16"),
+            backend="onnxruntime",
+            calibration=None,
+            validation=None,
+        )
+    if not openvino_has_16_bits():
+        with pytest.raises(BackendError, match="neither fp16 nor bf16"):
+            compile_engine(student_onnx, tmp_path / "e", recipe=recipe("fp16"), calibration=None, validation=None)
+        return
+    manifest, attempts = compile_engine(
+        student_onnx, tmp_path / "e", recipe=recipe("fp16"), calibration=None, validation=None
+    )
+    assert [a.ok for a in attempts] == [False, True]
+    assert sum(manifest.precision.get(p, 0) for p in ("fp16", "bf16")) >= 0.9
+    assert "unchecked" in " ".join(manifest.notes)
+    assert manifest.accuracy == {}
+
+
+def test_precision_that_does_not_run_is_an_error(
+    student_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.backends.openvino._hint", lambda recipe: "f32")
+    with pytest.raises(BackendError, match="openvino was asked for fp16 and runs 100% fp32"):
+        compile_engine(
+            student_onnx, tmp_path / "e", recipe=recipe("fp16"), backend="openvino", calibration=None, validation=None
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", [256, 12])
+def test_gate_shows_a_table_and_writes_nothing(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path, asked: int
+) -> None:
+    with pytest.raises(GateError) as caught:
+        compile_engine(
+            student_onnx,
+            tmp_path / "e",
+            recipe=recipe("int8", max_accuracy_drop=-100.0, calibration_images=asked),
+            calibration=IMAGES,
+            validation=validation,
+        )
+    for word in ("onnxruntime int8", "openvino int8", "12 validation images", "exit_0", "ensemble", "final", "-100.00"):
+        assert word in caught.value.what
+    assert ("more than 12" in caught.value.fix) == (asked == 12)  # of 256 there were no more
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("int8", "float_", "kept"), [((1, 0), None, "int8"), ((9, 7), (9, 8), "float"), ((3, 0), (4, 0), "int8")]
+)
+def test_the_heads_that_lose_less_are_kept(
+    student_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    int8: tuple[int, int],
+    float_: tuple[int, int] | None,
+    kept: str,
+) -> None:
+    """Images lost and gained of 168, which refuse none of these; above 0.6 points float heads are tried, too."""
+    from edgekd.compiler import build
+
+    counts = [{"images": 168, "lost": n, "gained": g} for n, g in filter(None, (int8, float_))]
+    found = iter([{"validation_images": 168, "answers": {"ensemble": c, "final": c}} for c in counts])
+    monkeypatch.setattr(build, "check", lambda *args, **options: ({}, next(found)))
+    manifest, (attempt,) = compile_engine(
+        student_onnx,
+        tmp_path / "e",
+        recipe=recipe("int8", max_accuracy_drop=0.6),
+        backend="onnxruntime",
+        calibration=IMAGES,
+        validation=None,
+    )
+    assert f"exit heads: {kept} convolutions" in manifest.notes
+    assert not list(found)
+    assert "168 validation images cannot tell whether it is within 0.6" in manifest.notes[-1]
+    assert attempt.drop is not None
+    assert attempt.drop_bounds is not None
+    assert attempt.drop_bounds[0] < attempt.drop < attempt.drop_bounds[1]
+    assert open_engine(tmp_path / "e").logits(IMAGES[:1]).shape == (4, 1, 5)
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {*manifest.files, "manifest.json"}
+
+
+def test_answers_are_judged_and_exits_reported(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    """A shallow exit that is worth nothing does not refuse an engine whose answers are right."""
+    engine = open_engine(student_onnx)
+    images, labels = validation
+    logits = engine.logits(images)
+    better = logits.copy()
+    better[0] = 100.0 * np.eye(5, dtype=np.float32)[labels]  # what the first exit would have answered rightly
+    better[1:] = 1000.0 * np.eye(5, dtype=np.float32)[labels]
+    _, accuracy = check(engine, validation, better, recipe=recipe("fp16", max_accuracy_drop=50.0))
+    assert accuracy["float"][0] - accuracy["engine"][0] >= 0.5
+    final = accuracy["answers"]["final"]
+    assert (final["float"], final["engine"], final["lost"], final["gained"]) == (1.0, 1.0, 0, 0)
+
+
+def test_the_table_shows_a_refusal_whole() -> None:
+    table = _attempts(
+        [
+            Attempt("openvino", True, 1.5, {}, 0.6, (-0.6, 1.8), "in one piece 1.40 ms"),
+            Attempt("onnxruntime", False, note="loses too much:\n  exit_0  99.0\n  final   98.0"),
+        ]
+    )
+    assert "0.60 [-0.60, 1.80]" in table
+    assert table.endswith("\nonnxruntime: loses too much:\n  exit_0  99.0\n  final   98.0")
+
+
+def test_heads_stay_float_when_quantised_ones_are_refused(
+    student_onnx: Path, validation: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekd.compiler import build
+
+    asked, check = [], build.check
+
+    def refuse_first(*args: object, **options: object) -> object:
+        asked.append(args)
+        if len(asked) == 1:
+            raise GateError("too far")
+        return check(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "check", refuse_first)
+    manifest, _ = compile_engine(
+        student_onnx,
+        tmp_path / "e",
+        recipe=recipe("int8", max_accuracy_drop=100.0),
+        backend="onnxruntime",
+        calibration=IMAGES,
+        validation=validation,
+    )
+    assert manifest.precision["int8"] == pytest.approx(20 / 58)
+    assert manifest.notes[:2] == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
+    assert manifest.calibration["images"] == 12
+
+
+@pytest.mark.parametrize("calibration", [None, IMAGES[:0]])
+def test_int8_without_images(student_onnx: Path, tmp_path: Path, calibration: np.ndarray | None) -> None:
+    with pytest.raises(ConfigError, match="calibration images of the training split"):
+        compile_engine(student_onnx, tmp_path / "e", recipe=recipe("int8"), calibration=calibration, validation=None)
+
+
+def test_other_folders_are_not_replaced(student_onnx: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is no engine"):
+        compile_engine(student_onnx, tmp_path, recipe=recipe("fp32"), calibration=None, validation=None)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_full_disk_leaves_the_old_engine(student_onnx: Path, tmp_path: Path, backend: str) -> None:
+    out, options = tmp_path / "e", {"recipe": recipe("fp32", batch_sizes=[1]), "calibration": None, "validation": None}
+    compile_engine(student_onnx, out, backend=backend, **options)
+    before = (out / "manifest.json").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises((OSError, BackendError)):
+            compile_engine(student_onnx, out, backend=backend, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "manifest.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["e"]
+    assert open_engine(out).logits(IMAGES[:1]).shape == (4, 1, 5)
+
+
+def test_interrupted_leaves_nothing(student_onnx: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_engine(
+            student_onnx,
+            tmp_path / "e",
+            recipe=recipe("fp32"),
+            backend="onnxruntime",
+            calibration=None,
+            validation=None,
+            progress=interrupt,
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,162 @@
+"""Choosing thresholds: a toy worked by hand, agreement with `simulate`, and the real thing on a real engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.artifacts.manifest import Manifest, read_manifest, write_manifest
+from edgekd.errors import ArtifactError, ConfigError
+from edgekd.policy import Average, Measure, Policy, ensemble, simulate, softmax
+from edgekd.runtime.engine import open_engine
+from edgekd.runtime.tuning import CURVE_POINTS, Labels, choose, fit_temperature, save_tuned, tune
+from edgekd.types import Array
+
+OWN = Policy((1.0,) * 3, average="own")
+MS = (1.0, 1.0, 1.0)
+
+
+def toy() -> tuple[Array, Labels]:
+    """100 images of class 0. Exit 0 is sure (0.95) and right of 60, unsure (0.6) of 40 and wrong about half of them.
+    Exit 1 is sure (0.9) and right of 20 of those 40, unsure of the rest and wrong about half. Exit 2 is right."""
+    first = np.full((3, 100), 0.95)
+    first[0, 60:] = [0.6, 0.4] * 20
+    first[1, 60:] = [0.9] * 20 + [0.6, 0.4] * 10
+    return np.float32(np.log(np.stack([first, 1 - first], axis=-1))), np.zeros(100, np.int64)
+
+
+def test_the_fastest_without_loss() -> None:
+    tuned = choose(*toy(), MS, policy=OWN, max_accuracy_drop=0.0)
+    assert (tuned.accuracy, tuned.ensemble_accuracy, tuned.accuracy_error) == (1.0, 1.0, 0.0)
+    assert tuned.shares == pytest.approx((0.6, 0.2, 0.2))
+    assert tuned.latency_ms == pytest.approx(0.6 * 1 + 0.2 * 2 + 0.2 * 3)
+    assert 0.6 < tuned.policy.thresholds[0] <= 0.95
+    assert 0.6 < tuned.policy.thresholds[1] <= 0.9
+
+
+@pytest.mark.parametrize(
+    ("limit", "accuracy", "latency"), [(1.0, 0.8, 1.0), (1.4, 0.9, 1.4), (1.6, 1, 1.6), (9, 1, 1.6)]
+)
+def test_the_most_accurate_in_time(limit: float, accuracy: float, latency: float) -> None:
+    tuned = choose(*toy(), MS, policy=OWN, latency_ms=limit)
+    assert tuned.accuracy == pytest.approx(accuracy)
+    assert tuned.latency_ms == pytest.approx(latency)
+
+
+def test_the_bound_is_kept_with_a_standard_error() -> None:
+    """Leaving 10 images wrong costs 10 points, and 10 + sqrt(10) with the margin."""
+    assert choose(*toy(), MS, policy=OWN, max_accuracy_drop=13.1).accuracy == 1.0
+    tuned = choose(*toy(), MS, policy=OWN, max_accuracy_drop=13.2)
+    assert (tuned.accuracy, tuned.latency_ms) == pytest.approx((0.9, 1.4))
+    assert tuned.accuracy_error == pytest.approx(10**0.5 / 100)
+
+
+def test_the_toy_curve() -> None:
+    curve = choose(*toy(), MS, policy=OWN, latency_ms=9).curve
+    found = [(point["accuracy"], point["latency_ms"]) for point in curve]
+    assert found == [pytest.approx(p) for p in [(0.8, 1.0), (0.9, 1.4), (1.0, 1.6)]]
+
+
+def noisy(exits: int, count: int, seed: int) -> tuple[Array, Labels]:
+    """Logits that get better with depth, of images that are easy to different degrees; 5 classes."""
+    rng = np.random.default_rng(seed)
+    labels, ease = rng.integers(0, 5, count), rng.gamma(3, 1.5, (count, 1))
+    shared = rng.normal(size=(count, 5))
+    signal = ease * np.eye(5)[labels]
+    logits = [signal * (0.7 + 0.4 * k / exits) + shared + rng.normal(size=(count, 5)) for k in range(exits)]
+    return np.float32(logits), labels
+
+
+@pytest.mark.parametrize("exits", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(("measure", "average"), [("max_probability", "mean"), ("margin", "own"), ("entropy", "mean")])
+def test_what_is_promised_is_what_the_cascade_does(exits: int, measure: Measure, average: Average) -> None:
+    logits, labels = noisy(exits, 200, seed=exits)
+    stages = tuple(0.5 + 0.1 * k for k in range(exits))
+    policy = Policy((1.2,) * exits, confidence=measure, average=average)
+    tuned = choose(logits, labels, stages, policy=policy, max_accuracy_drop=5.0)
+    assert tuned.policy.is_tuned
+    for thresholds, promised in [
+        (tuned.policy.thresholds, (tuned.accuracy, tuned.latency_ms, *tuned.shares)),
+        *((tuple(p["thresholds"]), (p["accuracy"], p["latency_ms"], *p["shares"])) for p in tuned.curve),
+    ]:
+        found = simulate(logits, Policy(policy.temperatures, thresholds, measure, average))
+        shares = np.bincount(found.exits, minlength=exits) / len(labels)
+        accuracy = (found.probabilities.argmax(axis=1) == labels).mean()
+        assert promised == pytest.approx((accuracy, shares @ np.cumsum(stages), *shares))
+    ensemble_right = ensemble(logits).argmax(axis=1) == labels
+    assert tuned.ensemble_accuracy == ensemble_right.mean()
+    assert tuned.accuracy >= tuned.ensemble_accuracy - 0.05
+    assert len(tuned.curve) <= CURVE_POINTS
+    for name in ("accuracy", "latency_ms"):
+        assert (np.diff([point[name] for point in tuned.curve]) > 0).all()
+
+
+def test_a_wider_bound_is_never_slower() -> None:
+    logits, labels = noisy(4, 400, seed=9)
+    base = Policy((1.0,) * 4, average="mean")
+    times = [choose(logits, labels, (1.0,) * 4, policy=base, max_accuracy_drop=d).latency_ms for d in (0.5, 1, 2, 4, 8)]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] < times[0]
+
+
+def test_too_few_images_for_the_margin(caplog: pytest.LogCaptureFixture) -> None:
+    logits = np.float32([[[2, 0]] * 9 + [[0, 2]], [[0.1, 0]] * 7 + [[0, 0.1], [0, 5], [5, 0]]])
+    labels = np.zeros(10, np.int64)  # exit 0 is wrong about image 9, exit 1 about 7 and 8, the ensemble about 8
+    with caplog.at_level(logging.WARNING):
+        tuned = choose(logits, labels, (1.0, 1.0), policy=Policy((1.0, 1.0)), max_accuracy_drop=0.0)
+    assert (tuned.accuracy, tuned.ensemble_accuracy, tuned.shares) == (0.9, 0.9, (1.0, 0.0))
+    assert "10 images are too few" in caplog.text
+
+
+def test_goals_that_cannot_be_reached() -> None:
+    with pytest.raises(ConfigError, match=r"0\.5 ms; the fastest take 1\.000 ms"):
+        choose(*toy(), MS, policy=OWN, latency_ms=0.5)
+    with pytest.raises(ConfigError, match=r"-1 points of the ensemble; the best loses 0\.00"):
+        choose(*toy(), MS, policy=OWN, max_accuracy_drop=-1.0)
+
+
+def test_temperature_recovers_a_known_scaling() -> None:
+    rng = np.random.default_rng(0)
+    true = np.float32(rng.normal(size=(4000, 4)) * 2)
+    labels = (softmax(true).cumsum(axis=1) < rng.random((4000, 1))).sum(axis=1)
+    for scale in (0.5, 1.0, 3.0):
+        assert fit_temperature(true * np.float32(scale), labels) == pytest.approx(scale, rel=0.08)
+
+
+def test_temperature_bounds() -> None:
+    sure = np.float32(np.eye(3)[[0, 1, 2] * 5] * 4)
+    right = np.array([0, 1, 2] * 5)
+    assert fit_temperature(sure, right) == pytest.approx(0.25, rel=0.01)
+    assert fit_temperature(sure, (right + 1) % 3) == pytest.approx(10, rel=0.01)
+
+
+def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> None:
+    engine = open_engine(student_onnx, threads=1)
+    images = np.random.default_rng(1).normal(size=(34, 3, 32, 32)).astype(np.float32)
+    labels = engine.logits(images)[3].argmax(axis=1)
+    seen: list[tuple[int, int]] = []
+    tuned = tune(engine, images, labels, latency_ms=1e6, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(32, 34), (34, 34)]
+    assert tuned.policy.average == "mean"
+    assert 0 < tuned.latency_ms < 1e6
+
+    write_manifest(tmp_path, Manifest(engine.card, "onnxruntime", "1", {}, {}, {}, {}, ""))
+    save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
+    with pytest.raises(ArtifactError, match="written anew"):
+        save_tuned(tmp_path, tuned, {}, digest="of what it was before")
+    kept = read_manifest(tmp_path)
+    assert kept.card.policy == tuned.policy
+    assert kept.curve == tuned.curve
+    assert kept.tuned["images"] == 34
+    assert kept.tuned["accuracy"] == tuned.accuracy
+
+
+def test_one_goal(student_onnx: Path) -> None:
+    engine, images, labels = open_engine(student_onnx), np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, np.int64)
+    with pytest.raises(ConfigError, match="one goal"):
+        tune(engine, images, labels)
+    with pytest.raises(ConfigError, match="one goal"):
+        tune(engine, images, labels, max_accuracy_drop=1.0, latency_ms=1.0)
