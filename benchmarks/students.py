@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import Runner
 from edgekd.bench.host import host, load_average
@@ -37,7 +37,7 @@ from edgekd.bench.record import refuse_existing, write_record
 from edgekd.bench.tables import pipe_table
 from edgekd.compiler.build import compile_engine
 from edgekd.data.folders import scan
-from edgekd.data.images import load_part
+from edgekd.data.images import load_subset
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Item, Split, read_split
 from edgekd.export import export
@@ -76,7 +76,7 @@ class Subject:
     """One network. weights: where they come from, for the table. labels: (N,), of a network that was trained."""
 
     network: nn.Module
-    card: Card
+    metadata: ModelMetadata
     weights: str
     calibration: Array
     images: Array
@@ -87,10 +87,10 @@ def trained(run: Path, asked: argparse.Namespace) -> Subject:
     """The network of a run folder, its training images for calibration, and its test images."""
     network, header = load_model(run)
     split, p = read_split(run), header.preprocess
-    calibration, _ = load_part(split, "train", data=asked.data, preprocess=p, limit=asked.calibration)
-    images, labels = load_part(split, "test", data=asked.data, preprocess=p, limit=asked.images)
-    card = header.card(_answer(network, images))
-    return Subject(network, card, f"trained ({split.method}, {split.group})", calibration, images, labels)
+    calibration, _ = load_subset(split, "train", data=asked.data, preprocess=p, limit=asked.calibration)
+    images, labels = load_subset(split, "test", data=asked.data, preprocess=p, limit=asked.images)
+    metadata = header.metadata(_answer(network, images))
+    return Subject(network, metadata, f"trained ({split.method}, {split.group})", calibration, images, labels)
 
 
 def untrained(name: str, asked: argparse.Namespace) -> Subject:
@@ -101,8 +101,8 @@ def untrained(name: str, asked: argparse.Namespace) -> Subject:
     folder = scan(asked.data)
     items = tuple(Item(found.path, found.label) for found in folder.items)
     split = Split(folder.classes, {"train": items[::2], "test": items[1::2]}, "every other", 0, "none", 0, 0, "")
-    calibration, _ = load_part(split, "train", data=asked.data, preprocess=preprocess, limit=asked.calibration)
-    images, _ = load_part(split, "test", data=asked.data, preprocess=preprocess, limit=asked.images)
+    calibration, _ = load_subset(split, "train", data=asked.data, preprocess=preprocess, limit=asked.calibration)
+    images, _ = load_subset(split, "test", data=asked.data, preprocess=preprocess, limit=asked.images)
     classes = tuple(f"class {i}" for i in range(1000 if pretrained else 5))
     torch.manual_seed(0)
     network = build(name, classes=len(classes), image_size=asked.image_size)
@@ -111,8 +111,8 @@ def untrained(name: str, asked: argparse.Namespace) -> Subject:
     else:
         measure_norms(network, calibration[:32])
     out = _answer(network, images)
-    card = Card(name, classes, preprocess, exits_of(out), Policy((1.0,) * len(out.logits)))
-    return Subject(network, card, "ImageNet" if pretrained else "chance", calibration, images, None)
+    metadata = ModelMetadata(name, classes, preprocess, exits_of(out), Policy((1.0,) * len(out.logits)))
+    return Subject(network, metadata, "ImageNet" if pretrained else "chance", calibration, images, None)
 
 
 def measure_norms(network: nn.Module, images: Array) -> None:
@@ -133,20 +133,20 @@ def measure(subject: Subject, folder: Path, asked: argparse.Namespace) -> dict[s
     """Export, compile for both backends in both precisions, time them in turns, and compare their answers."""
     source = folder / "student.onnx"
     names = [f"image {i}" for i in range(32)]
-    difference = export(subject.network, subject.card, out=source, images=subject.images[:32], names=names)
+    difference = export(subject.network, subject.metadata, out=source, images=subject.images[:32], names=names)
     ways = list(itertools.product(BACKENDS, PRECISIONS))
     engines = [_engine(subject, source, *way, threads=asked.threads) for way in ways]
     samples = _timed(engines, subject.images, asked)
     return {
-        "network": subject.card.network,
+        "network": subject.metadata.network,
         "weights": subject.weights,
-        "exits": len(subject.card.exits),
-        "image_size": subject.card.preprocess.image_size,
+        "exits": len(subject.metadata.exits),
+        "image_size": subject.metadata.preprocess.image_size,
         "parameters": sum(p.numel() for p in subject.network.parameters()),
         "difference_from_torch": difference,
         "calibration_images": len(subject.calibration),
         "labels": None if subject.labels is None else subject.labels.tolist(),
-        "provenance": subject.card.provenance,
+        "provenance": subject.metadata.provenance,
         "results": [_result(*way, e, ms, subject.images) for way, e, ms in zip(ways, engines, samples)],
     }
 
@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> None:
     rest = [name for name in asked.names if name not in done]
     subjects = itertools.chain((trained(run, asked) for run in asked.runs), (untrained(name, asked) for name in rest))
     for subject in subjects:
-        log.info("%s, %s weights", subject.card.network, subject.weights)
+        log.info("%s, %s weights", subject.metadata.network, subject.weights)
         with tempfile.TemporaryDirectory(prefix="edgekd-students-") as folder:
             networks.append(measure(subject, Path(folder), asked))
     kept = ("image_size", "images", "calibration", "rounds", "seconds", "threads")

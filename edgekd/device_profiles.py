@@ -9,7 +9,7 @@ from edgekd.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceProfile:
     """One device. fp16_tflops and int8_tops are dense; 0 means that it has none. source: where the figures are from."""
 
     title: str
@@ -35,7 +35,7 @@ def require_local(name: str) -> None:
         ConfigError: another device, or an unknown one.
     """
     if name != "local":
-        title = config.load(Device, "devices", name).title
+        title = config.load(DeviceProfile, "devices", name).title
         raise ConfigError(
             f"an engine for {title} has to be built on it", fix="run this command there with --device local"
         )
@@ -47,7 +47,7 @@ def table() -> list[tuple[str, ...]]:
         ("name", "device", "SM", "memory GB", "GB/s", "FP16 TFLOPS", "INT8 TOPS", "DLA", "power modes", "source")
     ]
     for name in config.names("devices"):
-        d = config.load(Device, "devices", name)
+        d = config.load(DeviceProfile, "devices", name)
         numbers = [f"{v:g}" for v in (d.sm, d.memory_gb, d.bandwidth_gb_s, d.fp16_tflops, d.int8_tops, d.dla)]
         rows.append((name, d.title, *numbers, ", ".join(d.power_modes), d.source))
     return rows

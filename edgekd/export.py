@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.artifacts import onnx_checks
-from edgekd.artifacts.metadata import Card, put_card
+from edgekd.artifacts.metadata import ModelMetadata, put_metadata
 from edgekd.artifacts.partition import graph, with_shapes
 from edgekd.errors import ArtifactError, ConfigError, GateError
 from edgekd.files import NETWORK, atomic_write, refuse_other
@@ -71,14 +71,14 @@ def to_onnx(network: nn.Module, *, image_size: int) -> onnx.ModelProto:
     return model
 
 
-def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: list[str]) -> float:
+def export(network: nn.Module, metadata: ModelMetadata, *, out: Path, images: Array, names: list[str]) -> float:
     """Write student.onnx and return the largest difference of logits from torch on `images`.
 
     images: (N, 3, H, W), real ones; names: what to call each in an error.
 
     The file's metadata say how to run it elsewhere: `input`, `image_size`, `resize` (stretch, or crop: keep the aspect
     ratio and cut the middle), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1), `output`
-    (logits) and `classes` (a JSON list). `edgekd` is the card, with a SHA-256 of the file.
+    (logits) and `classes` (a JSON list). `edgekd` is the metadata, with a SHA-256 of the file.
 
     Raises:
         ArtifactError: `out` is something else than such a file.
@@ -87,9 +87,9 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
             that are not finite.
     """
     refuse_other(out, NETWORK)
-    model = to_onnx(network, image_size=card.preprocess.image_size)
-    _check_cuts(model, card, at=getattr(network, "exit_at", ()))
-    put_card(model, card)
+    model = to_onnx(network, image_size=metadata.preprocess.image_size)
+    _check_cuts(model, metadata, at=getattr(network, "exit_at", ()))
+    put_metadata(model, metadata)
     data = model.SerializeToString()
     try:
         onnx_checks.parsed(data)
@@ -100,12 +100,12 @@ def export(network: nn.Module, card: Card, *, out: Path, images: Array, names: l
     return worst
 
 
-def _check_cuts(model: onnx.ModelProto, card: Card, *, at: Sequence[object]) -> None:
+def _check_cuts(model: onnx.ModelProto, metadata: ModelMetadata, *, at: Sequence[object]) -> None:
     """Whether each stage can be made of the boundary before it alone. at: where the exits are, if the network tells."""
     shaped = with_shapes(model)
-    for k in range(1, len(card.exits)):
+    for k in range(1, len(metadata.exits)):
         try:
-            graph(shaped, card, name=f"stage_{k}")
+            graph(shaped, metadata, name=f"stage_{k}")
         except ArtifactError as error:
             place = f"exit_{k - 1}" + (f" at {at[k - 1]}" if at else "")
             raise ConfigError(

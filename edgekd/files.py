@@ -296,9 +296,9 @@ class Kind:
 
 
 NETWORK = Kind("student.onnx", (b"\x08",), b"\n\x06edgekd\x12")
-ENGINE = Kind("engine", (b'{\n "card": ',), b'"backend_version": ')
+ENGINE = Kind("engine", (b'{\n "metadata": ',), b'"backend_version": ')
 PLOT = Kind("plot", (b"\x89PNG", b"<?xml", b"%PDF"), b"Matplotlib")
-MEASURES = Kind("file of edgekd evaluate", (b'{\n "part": ',), b'"metrics": ')
+MEASURES = Kind("file of edgekd evaluate", (b'{\n "subset": ',), b'"metrics": ')
 MARKDOWN = Kind("table of edgekd bench", (b"## ",), b"| variant |")
 CSV = Kind("table of edgekd bench", (b"variant,network,",), b"")
 ANSWERS = Kind("file of edgekd predict", (b"file,label,confi", b'[\n{"file": ', b"[\n]"), b"")

@@ -16,7 +16,7 @@ from edgekd.types import Array
 Measure: TypeAlias = Literal["max_probability", "margin", "entropy"]
 Average: TypeAlias = Literal["own", "mean"]
 
-NEVER = 2.0
+NEVER_EXIT = 2.0
 """A threshold that no confidence reaches."""
 TEMPERATURES = (1e-3, 1e3)
 """Temperatures of exits; beyond, float32 probabilities are all 0 or 1, or all alike."""
@@ -71,19 +71,19 @@ class Decision:
         """Room for `count` answers, to be written into."""
         return cls(np.empty((count, classes), np.float32), np.empty(count, np.int64), np.empty(count, np.float32))
 
-    def put(self, rows: npt.NDArray[np.int64], which: npt.NDArray[np.bool_], exit: int, seen: Step) -> None:
+    def put(self, rows: npt.NDArray[np.int64], which: npt.NDArray[np.bool_], exit: int, seen: ExitDecision) -> None:
         """Write the rows of `seen` where `which` holds, as the answers of `exit` for the images `rows`."""
         self.probabilities[rows] = seen.probabilities[which]
         self.confidence[rows] = seen.confidence[which]
         self.exits[rows] = exit
 
 
-class Step(NamedTuple):
+class ExitDecision(NamedTuple):
     """What one exit says of B samples: answer (B, C), confidence (B,), who leaves (B,), running total (B, C)."""
 
     probabilities: Array
     confidence: Array
-    leaves: npt.NDArray[np.bool_]
+    exited: npt.NDArray[np.bool_]
     total: Array
 
 
@@ -111,7 +111,7 @@ def confidence(probabilities: Array, measure: Measure) -> Array:
     return np.asarray(np.clip(1 + negative_entropy / np.float32(np.log(probabilities.shape[-1])), 0, 1))
 
 
-def step(policy: Policy, exit: int, logits: Array, total: Array) -> Step:
+def decide(policy: Policy, exit: int, logits: Array, total: Array) -> ExitDecision:
     """Exit number `exit` looks at B samples.
 
     logits: (B, C). total: (B, C), the sum of the probabilities of the exits before, zeros at the first.
@@ -122,10 +122,10 @@ def step(policy: Policy, exit: int, logits: Array, total: Array) -> Step:
         answer = total / np.float32(exit + 1)
     sure = confidence(answer, policy.confidence)
     is_last = exit == len(policy.temperatures) - 1
-    return Step(answer, sure, np.ones(len(sure), bool) if is_last else sure >= policy.thresholds[exit], total)
+    return ExitDecision(answer, sure, np.ones(len(sure), bool) if is_last else sure >= policy.thresholds[exit], total)
 
 
-def step_of_one(
+def decide_one(
     policy: Policy, exit: int, logits: list[float], total: list[float]
 ) -> tuple[list[float], float, bool, list[float]]:
     """`step` for one sample: its answer (C), confidence, whether it leaves, and running total (C), in plain floats.
@@ -151,8 +151,8 @@ def simulate(logits: Array, policy: Policy) -> Decision:
     decision = Decision.empty(count, classes)
     total, waiting = np.zeros((count, classes), np.float32), np.ones(count, bool)
     for exit, found in enumerate(logits):
-        seen = step(policy, exit, found, total)
-        leaving = waiting & seen.leaves
+        seen = decide(policy, exit, found, total)
+        leaving = waiting & seen.exited
         decision.put(np.flatnonzero(leaving), leaving, exit, seen)
         waiting &= ~leaving
         total = seen.total

@@ -49,7 +49,7 @@ def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multi-exit ResNet18 for 5 classes at 32 pixels with seeded random weights, exported."""
     import torch
 
-    from edgekd.artifacts.metadata import Card
+    from edgekd.artifacts.metadata import ModelMetadata
     from edgekd.data.preprocess import Preprocess
     from edgekd.export import export
     from edgekd.models.base import exits_of
@@ -62,9 +62,9 @@ def student_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.normal_(head.context.transform[-1].weight, std=0.05)
     images = np.random.default_rng(0).normal(size=(8, 3, 32, 32)).astype(np.float32)
     exits = exits_of(network.eval()(torch.from_numpy(images)))
-    card = Card("multi-exit-resnet18", tuple("abcde"), Preprocess(32), exits, Policy((1.0,) * 4))
+    metadata = ModelMetadata("multi-exit-resnet18", tuple("abcde"), Preprocess(32), exits, Policy((1.0,) * 4))
     path = tmp_path_factory.mktemp("student") / "student.onnx"
-    export(network, card, out=path, images=images, names=[f"image {i}" for i in range(8)])
+    export(network, metadata, out=path, images=images, names=[f"image {i}" for i in range(8)])
     return path
 
 
@@ -74,7 +74,7 @@ def two_maps_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from torch import nn
 
-    from edgekd.artifacts.metadata import Card
+    from edgekd.artifacts.metadata import ModelMetadata
     from edgekd.data.preprocess import Preprocess
     from edgekd.export import export
     from edgekd.models.base import Outputs, exits_of
@@ -99,9 +99,9 @@ def two_maps_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = TwoScales().eval()
     images = np.random.default_rng(0).normal(size=(8, 3, 16, 16)).astype(np.float32)
     exits = exits_of(network(torch.from_numpy(images)))
-    card = Card("two-scales", tuple("abcde"), Preprocess(16), exits, Policy((1.0,) * 2))
+    metadata = ModelMetadata("two-scales", tuple("abcde"), Preprocess(16), exits, Policy((1.0,) * 2))
     path = tmp_path_factory.mktemp("two") / "student.onnx"
-    export(network, card, out=path, images=images, names=[f"image {i}" for i in range(8)])
+    export(network, metadata, out=path, images=images, names=[f"image {i}" for i in range(8)])
     return path
 
 
@@ -118,7 +118,7 @@ def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     """Networks by name, exported when first asked for: chance weights, batch norm measured on the cells."""
     import torch
 
-    from edgekd.artifacts.metadata import Card
+    from edgekd.artifacts.metadata import ModelMetadata
     from edgekd.data.images import load_batch
     from edgekd.data.preprocess import Preprocess
     from edgekd.export import export
@@ -143,10 +143,12 @@ def exported(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         with torch.no_grad():
             network.train()(torch.from_numpy(cells[::5]))
             out = network.eval()(torch.from_numpy(cells[:1]))
-        card = Card(name, tuple("abcde"), Preprocess(size), exits_of(out), Policy((1.0,) * len(out.logits)))
+        metadata = ModelMetadata(
+            name, tuple("abcde"), Preprocess(size), exits_of(out), Policy((1.0,) * len(out.logits))
+        )
         path = tmp_path_factory.mktemp("exported") / "student.onnx"
         names = [f"cell {i}" for i in range(8)]
-        return Exported(path, export(network, card, out=path, images=cells[::5], names=names), cells)
+        return Exported(path, export(network, metadata, out=path, images=cells[::5], names=names), cells)
 
     return make
 

@@ -90,7 +90,7 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(mine: Path, cells: Path, tm
     edgekd(*begun)
     first = made(out)
     assert (first.teacher, first.network, first.lr) == (str(teacher), "resnet18", 0.01)
-    assert read_split(out).parts == read_split(teacher).parts
+    assert read_split(out).subsets == read_split(teacher).subsets
     assert "standard errors" not in edgekd("evaluate", out)
     rows = (out / "metrics.csv").read_text().splitlines()
     at = rows[0].split(",").index("val_ensemble")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.artifacts.metadata import Card, Exit, read_onnx
+from edgekd.artifacts.metadata import Exit, ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graph, with_shapes
 from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError, ConfigError, GateError
@@ -39,10 +39,10 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "mu
 @pytest.mark.parametrize("name", [*PLAIN, *EXITS, *LARGE])
 def test_every_student(name: str, exported: Callable[[str], Any]) -> None:
     path, difference, cells = exported(name)
-    model, card = read_onnx(path)
+    model, metadata = read_onnx(path)
     assert model.opset_import[0].version == 17
-    assert [o.name for o in model.graph.output] == card.outputs == [f"exit_{k}" for k in range(len(card.exits))]
-    assert (len(card.exits) == 1) == (name in PLAIN or name == "resnet50")
+    assert [o.name for o in model.graph.output] == metadata.outputs == [f"exit_{k}" for k in range(len(metadata.exits))]
+    assert (len(metadata.exits) == 1) == (name in PLAIN or name == "resnet50")
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "n"
     assert not {"Shape", "Gather", "Identity", "If", "Cast"} & {node.op_type for node in model.graph.node}
@@ -57,9 +57,9 @@ def test_every_student(name: str, exported: Callable[[str], Any]) -> None:
 
 
 def test_boundaries_of_one_and_of_several_tensors(two_maps_onnx: Path) -> None:
-    model, card = read_onnx(two_maps_onnx)
-    assert card.exits == (Exit("exit_0", ("stage_0_0", "stage_0_1")), Exit("exit_1", ("stage_1",)))
-    last = graph(with_shapes(model), card, name="stage_1").graph
+    model, metadata = read_onnx(two_maps_onnx)
+    assert metadata.exits == (Exit("exit_0", ("stage_0_0", "stage_0_1")), Exit("exit_1", ("stage_1",)))
+    last = graph(with_shapes(model), metadata, name="stage_1").graph
     assert [i.name for i in last.input] == ["stage_0_0", "stage_0_1"]
     assert Counter(node.op_type for node in last.node)["Conv"] == 2  # of four
 
@@ -79,9 +79,9 @@ class Around(nn.Module):
         return Outputs(tuple(self.fc(m.mean((2, 3))) for m in maps), (), maps)
 
 
-def card_of(network: nn.Module) -> Card:
+def card_of(network: nn.Module) -> ModelMetadata:
     out = network.eval()(torch.zeros(1, 3, 16, 16))
-    return Card("small", tuple("abcde"), Preprocess(16), exits_of(out), Policy((1.0,) * len(out.logits)))
+    return ModelMetadata("small", tuple("abcde"), Preprocess(16), exits_of(out), Policy((1.0,) * len(out.logits)))
 
 
 def test_an_exit_that_something_leads_around_is_named(tmp_path: Path) -> None:

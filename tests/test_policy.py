@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from edgekd.policy import (
-    NEVER,
+    NEVER_EXIT,
     Average,
     Decision,
     Measure,
     Policy,
     confidence,
+    decide_one,
     ensemble,
     simulate,
     softmax,
-    step_of_one,
 )
 from edgekd.types import Array
 
@@ -73,7 +73,7 @@ def test_a_temperature_keeps_an_overconfident_exit_from_answering() -> None:
 def test_threshold_bounds(rng: np.random.Generator) -> None:
     logits = np.float32(rng.normal(size=(3, 50, 4)) * 30)  # some confidences are exactly 1
     assert set(simulate(logits, Policy((1.0,) * 3, (0.0, 0.0))).exits) == {0}
-    never = simulate(logits, Policy((1.0,) * 3, (NEVER, NEVER), average="mean"))
+    never = simulate(logits, Policy((1.0,) * 3, (NEVER_EXIT, NEVER_EXIT), average="mean"))
     assert set(never.exits) == {2}
     assert never.probabilities == pytest.approx(ensemble(logits), abs=1e-6)
 
@@ -89,8 +89,8 @@ def one_by_one(logits: Array, policy: Policy) -> Decision:
     for i in range(count):
         total = [0.0] * classes
         for exit in range(exits):
-            answer, sure, leaves, total = step_of_one(policy, exit, logits[exit, i].tolist(), total)
-            if leaves:
+            answer, sure, exited, total = decide_one(policy, exit, logits[exit, i].tolist(), total)
+            if exited:
                 decision.probabilities[i], decision.confidence[i], decision.exits[i] = answer, sure, exit
                 break
     return decision

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from edgekd import config
 from edgekd.artifacts.manifest import MANIFEST, EngineFile, read_manifest, write_manifest
-from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends import onnxruntime
 from edgekd.bench.record import read_record
@@ -63,7 +63,9 @@ def built(request: pytest.FixtureRequest, small_student: Path, tmp_path_factory:
     compile_engine(small_student, folder, recipe=recipe, backend=request.param, calibration=None, validation=None)
     manifest = read_manifest(folder)
     policy = Policy((1.0,) * 3, (0.25, 0.3))
-    write_manifest(folder, dataclasses.replace(manifest, card=dataclasses.replace(manifest.card, policy=policy)))
+    write_manifest(
+        folder, dataclasses.replace(manifest, metadata=dataclasses.replace(manifest.metadata, policy=policy))
+    )
     return folder
 
 
@@ -104,8 +106,8 @@ def test_one_flipped_bit_anywhere(name: str, trained: Path, small_student: Path,
 def test_files_without_a_digest(trained: Path, small_student: Path, tmp_path: Path) -> None:
     """Those of an earlier edgekd."""
     model = onnx.load(str(small_student))
-    card = next(p for p in model.metadata_props if p.key == "edgekd")
-    card.value = json.dumps({k: v for k, v in json.loads(card.value).items() if k != "sha256"})
+    metadata = next(p for p in model.metadata_props if p.key == "edgekd")
+    metadata.value = json.dumps({k: v for k, v in json.loads(metadata.value).items() if k != "sha256"})
     onnx.save(model, str(tmp_path / "student.onnx"))
     with pytest.raises(ArtifactError, match="carries no SHA-256"):
         read_onnx(tmp_path / "student.onnx")
@@ -131,13 +133,13 @@ def test_weights_that_are_no_numbers(bad: float, small_student: Path, tmp_path: 
         with pytest.raises(ArtifactError, match=f"{name} holds values that are not finite"):
             read()
     with pytest.raises(GateError, match=r"weights of .* are not finite"):
-        export(network, header.card(out), out=tmp_path / "n.onnx", images=IMAGES, names=[""] * 5)
-    model, card = read_onnx(small_student)
+        export(network, header.metadata(out), out=tmp_path / "n.onnx", images=IMAGES, names=[""] * 5)
+    model, metadata = read_onnx(small_student)
     tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
     values = numpy_helper.to_array(tensor).copy()
     values.flat[3] = bad
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    put_card(model, card)
+    put_metadata(model, metadata)
     onnx.save(model, str(tmp_path / "s.onnx"))
     for read in (lambda: open_engine(tmp_path / "s.onnx"), lambda: compile_small(tmp_path / "s.onnx", tmp_path / "e")):
         with pytest.raises(ArtifactError, match=f"weights of {tensor.name} are not finite"):
@@ -162,10 +164,10 @@ def broken(folder: Path, how: str, other: Path) -> None:
 def test_what_is_open_stays_what_it_was(how: str, engine: Path, small_student: Path, tmp_path: Path) -> None:
     backend = read_manifest(engine).backend
     other, recipe = tmp_path / "other.engine", Recipe("fp32", batch_sizes=(1,))
-    model, card = read_onnx(small_student)
+    model, metadata = read_onnx(small_student)
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
-    put_card(model, card)
+    put_metadata(model, metadata)
     onnx.save(model, str(tmp_path / "other.onnx"))
     compile_engine(tmp_path / "other.onnx", other, recipe=recipe, backend=backend, calibration=None, validation=None)
     wanted = Classifier(engine, threads=1).run(IMAGES)
@@ -203,13 +205,13 @@ def test_manifests_list_the_backends_graphs(name: str, engine: Path) -> None:
 
 
 def test_engines_that_are_not_what_their_card_says(engine: Path) -> None:
-    card = read_manifest(engine).card
+    metadata = read_manifest(engine).metadata
     cases = {
-        "classes": dataclasses.replace(card, classes=(*card.classes, "f")),
-        "reads": dataclasses.replace(card, preprocess=Preprocess(48)),
+        "classes": dataclasses.replace(metadata, classes=(*metadata.classes, "f")),
+        "reads": dataclasses.replace(metadata, preprocess=Preprocess(48)),
     }
     for said, changed in cases.items():
-        remade(engine, card=changed)
+        remade(engine, metadata=changed)
         with pytest.raises(ArtifactError, match=said):
             open_engine(engine).stage(0)
     for times in ({"1": (1.0,) * 4}, {"one": (1.0,) * 3}, {"1": (-1.0,) * 3}, {"1": (1.0, 1.0, 1e80)}):
@@ -230,9 +232,9 @@ def external(model: onnx.ModelProto, place: str) -> None:
 
 @pytest.mark.parametrize("place", ["beside.bin", "../outside.bin", "/dev/zero"])
 def test_weights_in_another_file(place: str, small_student: Path, tmp_path: Path) -> None:
-    model, card = read_onnx(small_student)
+    model, metadata = read_onnx(small_student)
     external(model, place)
-    put_card(model, card)
+    put_metadata(model, metadata)
     for file in (tmp_path / "beside.bin", tmp_path.parent / "outside.bin"):
         file.write_bytes(bytes(10_000_000))
     path = tmp_path / "student.onnx"
@@ -273,9 +275,9 @@ ODD: dict[str, Callable[[onnx.ModelProto], Any]] = {
 
 @pytest.mark.parametrize("said", ODD)
 def test_graphs_that_no_export_writes(said: str, small_student: Path, tmp_path: Path) -> None:
-    model, card = read_onnx(small_student)
+    model, metadata = read_onnx(small_student)
     ODD[said](model)
-    put_card(model, card)
+    put_metadata(model, metadata)
     path = tmp_path / "student.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match=said):
@@ -297,8 +299,8 @@ def test_graphs_that_no_export_writes(said: str, small_student: Path, tmp_path: 
 )
 def test_cards_that_cannot_be(key: str, value: Any, small_student: Path, tmp_path: Path) -> None:
     model = onnx.load(str(small_student))
-    card = next(p for p in model.metadata_props if p.key == "edgekd")
-    card.value = json.dumps({**json.loads(card.value), key: value})
+    metadata = next(p for p in model.metadata_props if p.key == "edgekd")
+    metadata.value = json.dumps({**json.loads(metadata.value), key: value})
     onnx.save(model, str(tmp_path / "s.onnx"))
     with pytest.raises(ArtifactError, match=key):
         read_onnx(tmp_path / "s.onnx")
@@ -312,7 +314,7 @@ def test_policies_that_cannot_be() -> None:
 
 JSONS = {
     "nested too deeply": "[" * 200_000,
-    "nested": '{"parts": ' + "[" * 100 + "]" * 100 + "}",
+    "nested": '{"subsets": ' + "[" * 100 + "]" * 100 + "}",
     "digits|64 bits": '{"seed": ' + "9" * 5000 + "}",
     "64 bits": '{"seed": 18446744073709551616}',
     "no number": '{"seed": NaN}',
@@ -327,13 +329,13 @@ JSONS = {
 
 
 @pytest.mark.parametrize("said", JSONS)
-@pytest.mark.parametrize("reader", ["split", "record", "manifest", "card", "header"])
+@pytest.mark.parametrize("reader", ["split", "record", "manifest", "metadata", "header"])
 def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, tmp_path: Path) -> None:
     content = JSONS[said]
     data = content if isinstance(content, bytes) else content.encode()
     path = tmp_path / (MANIFEST if reader == "manifest" else "x.json")
     path.write_bytes(data)
-    if reader == "card":
+    if reader == "metadata":
         if isinstance(content, bytes):
             return  # metadata are text
         model = onnx.load(str(small_student))
@@ -350,7 +352,7 @@ def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, t
         "split": lambda: read_split(path),
         "record": lambda: read_record(path),
         "manifest": lambda: read_manifest(tmp_path),
-        "card": lambda: read_onnx(path),
+        "metadata": lambda: read_onnx(path),
         "header": lambda: run_folder.load_model(tmp_path),
     }
     with pytest.raises(ArtifactError, match=str(tmp_path)):
@@ -449,11 +451,11 @@ def test_a_student_runs_elsewhere_by_its_metadata(small_student: Path, tmp_path:
 
 def test_answers_of_another_number(small_student: Path, tmp_path: Path) -> None:
     """ONNX Runtime does not hold a graph to the shapes that it declares."""
-    model, card = read_onnx(small_student)
+    model, metadata = read_onnx(small_student)
     node = next(n for n in model.graph.node if "exit_0" in n.output)
     node.output[0] = "once"
     model.graph.node.append(helper.make_node("Concat", ["once", "once"], ["exit_0"], axis=0))
-    put_card(model, card)
+    put_metadata(model, metadata)
     onnx.save(model, str(tmp_path / "s.onnx"))
     for strategy in ("full", "cascade"):
         with pytest.raises(EdgekdError, match=r"gives \(2, 5\) for \(1, 3, 16, 16\)"):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.artifacts.metadata import read_onnx
-from edgekd.data.images import load_part
+from edgekd.data.images import load_subset
 from edgekd.data.preprocess import Preprocess, open_image
 from edgekd.data.split import Item, Split, leaks, read_split
 from edgekd.errors import ConfigError, EdgekdError
@@ -87,7 +87,7 @@ def _onnx(source: Path, out: Path) -> None:
 def _same(paths: list[Path]) -> Preprocess:
     """The one pre-processing of all networks, whose images are written once."""
     cards = {path: read_onnx(path)[1] for path in paths}
-    if len({(card.preprocess, card.classes) for card in cards.values()}) > 1:
+    if len({(metadata.preprocess, metadata.classes) for metadata in cards.values()}) > 1:
         told = ", ".join(
             f"{p.stem}: {c.preprocess.image_size} pixels, {len(c.classes)} classes" for p, c in cards.items()
         )
@@ -97,43 +97,43 @@ def _same(paths: list[Path]) -> Preprocess:
 
 def _few(split: Split, limits: dict[str, int]) -> Split:
     """At most so many of each part, spread evenly over it."""
-    parts = {}
+    subsets = {}
     for name, limit in limits.items():
-        items = split.part(name)  # type: ignore[arg-type]
+        items = split.subset(name)  # type: ignore[arg-type]
         few = min(limit, len(items))
-        parts[name] = tuple(items[i * len(items) // few] for i in range(few))
-    groups, leaking = leaks(parts)
-    return dataclasses.replace(split, parts=parts, groups=groups, leaking=leaking, left_out={})
+        subsets[name] = tuple(items[i * len(items) // few] for i in range(few))
+    groups, leaking = leaks(subsets)
+    return dataclasses.replace(split, subsets=subsets, groups=groups, leaking=leaking, excluded={})
 
 
 def _write_images(split: Split, data: Path, out: Path, preprocess: Preprocess) -> Split:
     """The pictures at the networks' size, without loss; resizing them again changes nothing."""
-    parts: dict[str, tuple[Item, ...]] = {}
-    for part, items in split.parts.items():
+    subsets: dict[str, tuple[Item, ...]] = {}
+    for subset, items in split.subsets.items():
         written = []
         for item in items:
-            path = Path(part) / Path(item.path).with_suffix(".png")
+            path = Path(subset) / Path(item.path).with_suffix(".png")
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             preprocess.resized(open_image(data / item.path)).save(out / path)
             written.append(dataclasses.replace(item, path=str(path), digest=sha256(out / path)))
-        parts[part] = tuple(written)
-    split = dataclasses.replace(split, parts=parts)
+        subsets[subset] = tuple(written)
+    split = dataclasses.replace(split, subsets=subsets)
     atomic_write(out / "split.json", to_json(split))
     return split
 
 
 def _answers(stem: Path, split: Split, data: Path) -> None:
-    model, card = read_onnx(stem.with_suffix(".onnx"))
+    model, metadata = read_onnx(stem.with_suffix(".onnx"))
     engine = open_engine(stem.with_suffix(".onnx"))
     logits = {
-        part: engine.logits(load_part(split, part, data=data, preprocess=card.preprocess)[0])
-        for part in ("val", "test")
+        subset: engine.logits(load_subset(split, subset, data=data, preprocess=metadata.preprocess)[0])
+        for subset in ("val", "test")
     }
     np.savez(stem.with_suffix(".npz"), val=logits["val"], test=logits["test"])
-    train, _ = load_part(split, "train", data=data, preprocess=card.preprocess)
+    train, _ = load_subset(split, "train", data=data, preprocess=metadata.preprocess)
     for method in METHODS:
         for heads in (True, False):
-            quantize_tensorrt(model, card, train, heads=heads, method=method, folder=stem.parent / "calibration")
+            quantize_tensorrt(model, metadata, train, heads=heads, method=method, folder=stem.parent / "calibration")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from edgekd.bench.record import summary, write_record
 from edgekd.bench.suite import Suite, bench
 from edgekd.bench.variants import answerer
 from edgekd.compiler.build import compile_engine
-from edgekd.data.images import load_part
+from edgekd.data.images import load_subset
 from edgekd.data.split import read_split
 from edgekd.errors import BackendError, ConfigError, GateError
-from edgekd.policy import NEVER
-from edgekd.policy import step as decide
+from edgekd.policy import NEVER_EXIT
+from edgekd.policy import decide as decide
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import save_tuned, tune
 
@@ -62,7 +62,7 @@ def engine_path(asked: argparse.Namespace, network: str) -> Path:
 def images_of(asked: argparse.Namespace, part: Any) -> tuple[Any, Any]:
     """Images (N, 3, H, W) and labels (N,) of a part."""
     preprocess = read_onnx(asked.models / f"{asked.network}.onnx")[1].preprocess
-    return load_part(read_split(asked.images), part, data=asked.images, preprocess=preprocess)
+    return load_subset(read_split(asked.images), part, data=asked.images, preprocess=preprocess)
 
 
 def check(asked: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
 
 def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) -> dict[str, Any] | str:
     engine = open_engine(out)
-    if len(engine.card.exits) == 1:
+    if len(engine.metadata.exits) == 1:
         return "one exit"
     try:
         tuned = tune(engine, *validation, max_accuracy_drop=DROP)
@@ -137,7 +137,7 @@ def records(asked: argparse.Namespace) -> dict[str, Any]:
         warmup_seconds=asked.seconds / 4,
         rounds=2 if main and not asked.dry_run else 1,
         pool=256,
-        variants=("cascade", "no-leaving", "full", "final"),
+        variants=("cascade", "no-early-exit", "full", "final"),
     )
     plain = engine_path(asked, "plain")
     record = bench(
@@ -180,7 +180,7 @@ def on_device(asked: argparse.Namespace) -> dict[str, Any]:
         engine = open_engine(engine_path(asked, asked.network))
         clocks = _clocks(gpu, engine, images, asked)
         found = {"device_ms": clocks, "device_mib": (free - gpu.free_bytes()) / 2**20, **facts(gpu)}
-        if len(engine.card.exits) > 1:
+        if len(engine.metadata.exits) > 1:
             found["gap_us"] = _gap_us(gpu, engine, images, seconds=asked.seconds)
     return {**found, "energy": _energy(asked, engine, images)}
 
@@ -188,9 +188,9 @@ def on_device(asked: argparse.Namespace) -> dict[str, Any]:
 def _clocks(gpu: Any, engine: Any, images: Any, asked: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Median milliseconds of each graph with the copy of its logits, by batch size."""
     graphs = {"monolithic": engine.monolithic}
-    exits = len(engine.card.exits)
+    exits = len(engine.metadata.exits)
     if exits > 1:
-        engine.walker()  # links the stages: each reads what the one before wrote
+        engine.staged_runner()  # links the stages: each reads what the one before wrote
         graphs |= {"final": engine.final, **{f"stage_{k}": engine.stage(k) for k in range(exits)}}
     found: dict[str, dict[str, float]] = {}
     for name, graph in graphs.items():
@@ -209,12 +209,12 @@ def _feed(graph: Any, images: Any) -> None:
 
 def _gap_us(gpu: Any, engine: Any, images: Any, *, seconds: float) -> float:
     """Between two stages while nobody leaves, in the middle of all."""
-    exits = len(engine.card.exits)
-    policy = dataclasses.replace(engine.card.policy, thresholds=(NEVER,) * (exits - 1))
-    walker, total = engine.walker(), np.zeros((1, len(engine.card.classes)), np.float32)
+    exits = len(engine.metadata.exits)
+    policy = dataclasses.replace(engine.metadata.policy, thresholds=(NEVER_EXIT,) * (exits - 1))
+    staged_runner, total = engine.staged_runner(), np.zeros((1, len(engine.metadata.classes)), np.float32)
 
     def walk() -> None:
-        with walker(images[:1]) as way:
+        with staged_runner(images[:1]) as way:
             for exit in range(exits):
                 decide(policy, exit, way.next(), total)
 
@@ -231,7 +231,9 @@ def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, An
     idle = meter.watts(lambda: time.sleep(asked.seconds))[0]
     found: dict[str, Any] = {"idle_watts": idle, **meter.state()}
     for kind in (
-        ("cascade", "full", "final") if engine.card.policy.is_tuned and len(engine.card.exits) > 1 else ("final",)
+        ("cascade", "full", "final")
+        if engine.metadata.policy.is_tuned and len(engine.metadata.exits) > 1
+        else ("final",)
     ):
         answer = answerer(engine, kind)
         count = 0
@@ -252,7 +254,7 @@ def short(asked: argparse.Namespace) -> dict[str, Any]:
         raise NotMeasured("dry run: nothing for compute-sanitizer to watch")
     images, _ = images_of(asked, "test")
     engine = open_engine(engine_path(asked, asked.network))
-    for kind in ("no-leaving", "full", "final"):
+    for kind in ("no-early-exit", "full", "final"):
         answer = answerer(engine, kind)
         for size in recipe_of(asked).batch_sizes[:2]:
             answer(images[:size])

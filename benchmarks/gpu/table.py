@@ -114,7 +114,11 @@ def _figures(steps: Steps) -> list[tuple[str, float | None, float]]:
     found = [
         ("fp16 cascade's mean latency / plain fp16 network's, batch 1", _ratio(steps, "fp16", "cascade", "plain"), 0.6),
         ("accuracy of the fp16 cascade below the plain network's, points", _points(steps, "fp16"), 0.5),
-        ("cascade that nobody leaves / monolithic, fp16, batch 1", _ratio(steps, "fp16", "no-leaving", "full"), 1.15),
+        (
+            "cascade that nobody leaves / monolithic, fp16, batch 1",
+            _ratio(steps, "fp16", "no-early-exit", "full"),
+            1.15,
+        ),
         ("host work between stages, fp16, microseconds", _gap(steps), 25.0),
         ("int8-fp16 / fp16, last exit, batch 1", _against_fp16(steps, "final"), 1.0),
         ("int8-fp16 / fp16, cascade, batch 1", _against_fp16(steps, "cascade"), 1.0),

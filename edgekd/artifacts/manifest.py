@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifacts.metadata import Card, read_onnx
+from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
 from edgekd.serialization import SCHEMA, read_bytes, read_json, to_json
@@ -35,7 +35,7 @@ class Manifest:
     curve: the trade-off curve of `edgekd tune`.
     """
 
-    card: Card
+    metadata: ModelMetadata
     backend: str
     backend_version: str
     recipe: dict[str, Any]
@@ -58,7 +58,7 @@ class Manifest:
         for size, times in self.stage_ms.items():
             if not (size.isascii() and size.isdecimal() and int(size) > 0 and size == str(int(size))):
                 raise ValueError(f"stage_ms: {size} is no batch size")
-            if len(times) != len(self.card.exits) or not all(0 <= t <= MAX_MS for t in times):
+            if len(times) != len(self.metadata.exits) or not all(0 <= t <= MAX_MS for t in times):
                 raise ValueError(f"stage_ms.{size}: one time for each exit")
         check_curve(self.curve)
 
@@ -86,14 +86,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     atomic_write(folder / MANIFEST, to_json(dataclasses.replace(manifest, digest=_digest(manifest))))
 
 
-def read_card(path: Path) -> Card:
-    """The card of student.onnx or student.engine/, whose other files are not looked at.
+def read_metadata(path: Path) -> ModelMetadata:
+    """The metadata of student.onnx or student.engine/, whose other files are not looked at.
 
     Raises:
         ArtifactError: see `read_onnx` and `read_manifest`.
     """
     recover(path)
-    return _manifest(path).card if path.is_dir() else read_onnx(path)[1]
+    return _manifest(path).metadata if path.is_dir() else read_onnx(path)[1]
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -33,10 +33,10 @@ class Exit:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelMetadata:
     """What student.onnx says of itself, in metadata_props["edgekd"]; exits run from shallow to deep.
 
-    sha256: of the whole file, with `BLANK` in its place; `put_card` sets it.
+    sha256: of the whole file, with `BLANK` in its place; `put_metadata` sets it.
     """
 
     network: str
@@ -62,9 +62,9 @@ class Card:
         return [e.output for e in self.exits]
 
 
-def plain_metadata(card: Card) -> dict[str, str]:
+def plain_metadata(metadata: ModelMetadata) -> dict[str, str]:
     """What somebody needs who runs student.onnx without edgekd, as metadata keys and their text."""
-    of = card.preprocess
+    of = metadata.preprocess
     return {
         "input": "images: float32 (n, 3, image_size, image_size), RGB planes",
         "image_size": str(of.image_size),
@@ -74,27 +74,25 @@ def plain_metadata(card: Card) -> dict[str, str]:
         "mean": ",".join(map(str, of.mean)),
         "std": ",".join(map(str, of.std)),
         "output": "exit_0, exit_1, …: float32 (n, classes), logits before the softmax, shallow to deep",
-        "classes": json.dumps(card.classes, ensure_ascii=False),
+        "classes": json.dumps(metadata.classes, ensure_ascii=False),
     }
 
 
-def put_card(model: onnx.ModelProto, card: Card) -> None:
-    """Make the card, with `plain_metadata` beside it, the model's only metadata; its SHA-256 holds as long as the model
-    is not changed any more.
-    """
+def put_metadata(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    """Replace the model's metadata by these and `plain_metadata`; their SHA-256 holds until the model is changed."""
     del model.metadata_props[:]
-    for key, value in plain_metadata(card).items():
+    for key, value in plain_metadata(metadata).items():
         model.metadata_props.add(key=key, value=value)
-    own = model.metadata_props.add(key="edgekd", value=to_json(dataclasses.replace(card, sha256=BLANK)).decode())
+    own = model.metadata_props.add(key="edgekd", value=to_json(dataclasses.replace(metadata, sha256=BLANK)).decode())
     own.value = own.value.replace(BLANK, seal(model.SerializeToString()))
 
 
-def read_onnx(path: Path) -> tuple[onnx.ModelProto, Card]:
-    """Read student.onnx and its card.
+def read_onnx(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """Read student.onnx and its metadata.
 
     Raises:
         ArtifactError: missing, cut short, changed, not ONNX, not made by `edgekd export`; other inputs and outputs than
-            its card says, operators or data that no exported classifier has (see `onnxcheck`).
+            its metadata says, operators or data that no exported classifier has (see `onnxcheck`).
     """
     again = "export it again"
     data = read_bytes(path, what="ONNX file", fix="make one with edgekd export")
@@ -109,13 +107,13 @@ def read_onnx(path: Path) -> tuple[onnx.ModelProto, Card]:
         table = parse_json(text)
     except ValueError as error:
         raise ArtifactError(f"{path}: its edgekd metadata is damaged ({error})", fix=again) from None
-    card = from_table(Card, table, where=f"{path}: its edgekd metadata")
-    check_seal(data, card.sha256, path=path, fix=again)
+    metadata = from_table(ModelMetadata, table, where=f"{path}: its edgekd metadata")
+    check_seal(data, metadata.sha256, path=path, fix=again)
     try:
-        size, classes = card.preprocess.image_size, len(card.classes)
-        onnx_checks.check_ends(model, image_size=size, outputs=card.outputs, classes=classes)
+        size, classes = metadata.preprocess.image_size, len(metadata.classes)
+        onnx_checks.check_ends(model, image_size=size, outputs=metadata.outputs, classes=classes)
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the checker raises many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{path} is not what its card says: {reason}", fix=again) from None
-    return model, card
+        raise ArtifactError(f"{path} is not what its metadata says: {reason}", fix=again) from None
+    return model, metadata

@@ -58,7 +58,7 @@ def check_ends(model: onnx.ModelProto, *, image_size: int, outputs: Sequence[str
     if [i.name for i in model.graph.input] != ["images"]:
         raise ValueError(f"its inputs are {[i.name for i in model.graph.input]}, not ['images']")
     if [o.name for o in model.graph.output] != list(outputs):
-        raise ValueError(f"its outputs are {[o.name for o in model.graph.output]}, its card says {list(outputs)}")
+        raise ValueError(f"its outputs are {[o.name for o in model.graph.output]}, its metadata says {list(outputs)}")
     _check_end(model.graph.input[0], (3, image_size, image_size))
     for output in model.graph.output:
         _check_end(output, (classes,))
@@ -70,4 +70,4 @@ def _check_end(value: onnx.ValueInfoProto, row: tuple[int, ...]) -> None:
     if tensor.elem_type != onnx.TensorProto.FLOAT or found[:1] != (-1,) or found[1:] != row:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
         shape = ", ".join(map(str, row))
-        raise ValueError(f"{value.name} is {kind} {found}, its card says float (-1, {shape}), -1 for any")
+        raise ValueError(f"{value.name} is {kind} {found}, its metadata says float (-1, {shape}), -1 for any")

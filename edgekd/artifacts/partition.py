@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx.utils import Extractor
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.errors import ArtifactError
 
 
@@ -38,30 +38,30 @@ def _unmade(graph: onnx.GraphProto) -> list[str]:
     return sorted({name for node in graph.node for name in node.input} - given - made)
 
 
-def graph_names(card: Card) -> list[str]:
+def graph_names(metadata: ModelMetadata) -> list[str]:
     """What an engine holds: a graph a stage, `monolithic` and `final`; only `monolithic` when there is one exit."""
-    count = len(card.exits)
+    count = len(metadata.exits)
     return ["monolithic"] if count == 1 else [*(f"stage_{k}" for k in range(count)), "monolithic", "final"]
 
 
-def graph(model: onnx.ModelProto, card: Card, *, name: str) -> onnx.ModelProto:
+def graph(model: onnx.ModelProto, metadata: ModelMetadata, *, name: str) -> onnx.ModelProto:
     """One graph of `graph_names`, from a model `with_shapes`.
 
     Stage k: images or the tensors of boundary k-1 to exit k and (but for the last stage) those of boundary k.
     """
     if name == "monolithic":
-        return cut(model, ["images"], card.outputs)
+        return cut(model, ["images"], metadata.outputs)
     if name == "final":
-        return cut(model, ["images"], card.outputs[-1:])
+        return cut(model, ["images"], metadata.outputs[-1:])
     k = int(name.removeprefix("stage_"))
-    boundaries = [[_cut_at(model, name) for name in e.boundary] for e in card.exits[:-1]]
-    return cut(model, [["images"], *boundaries][k], [card.outputs[k], *[*boundaries, []][k]])
+    boundaries = [[_cut_at(model, name) for name in e.boundary] for e in metadata.exits[:-1]]
+    return cut(model, [["images"], *boundaries][k], [metadata.outputs[k], *[*boundaries, []][k]])
 
 
-def graphs(model: onnx.ModelProto, card: Card) -> dict[str, onnx.ModelProto]:
+def graphs(model: onnx.ModelProto, metadata: ModelMetadata) -> dict[str, onnx.ModelProto]:
     """Every graph of `graph_names`."""
     model = with_shapes(model)
-    return {name: graph(model, card, name=name) for name in graph_names(card)}
+    return {name: graph(model, metadata, name=name) for name in graph_names(metadata)}
 
 
 def _cut_at(model: onnx.ModelProto, name: str) -> str:
@@ -71,9 +71,9 @@ def _cut_at(model: onnx.ModelProto, name: str) -> str:
     return str(readers[0].output[0]) if one else name
 
 
-def backbone(model: onnx.ModelProto, card: Card) -> list[onnx.NodeProto]:
+def backbone(model: onnx.ModelProto, metadata: ModelMetadata) -> list[onnx.NodeProto]:
     """The nodes that the boundaries need; the others are exit heads. All nodes if there is no boundary."""
-    needed, nodes = {name for e in card.exits for name in e.boundary}, []
+    needed, nodes = {name for e in metadata.exits for name in e.boundary}, []
     if not needed:
         return list(model.graph.node)
     for node in reversed(model.graph.node):  # ONNX keeps nodes in an order in which they can run

@@ -39,17 +39,17 @@ class Loaded(Runner, Protocol):
     ends: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class Walk(Protocol):
+class StagedRun(Protocol):
     """One batch on its way through the stages; what the next stage reads lies wherever the backend likes it."""
 
-    def next(self) -> npt.NDArray[np.float32]:
+    def run_stage(self) -> npt.NDArray[np.float32]:
         """Run the next stage: its exit's logits (B, C)."""
 
-    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
+    def compact(self, indices: npt.NDArray[np.int64], size: int) -> None:
         """Go on with these rows, which rise, as the first of a batch of `size`; the rows behind them are anything."""
 
 
-Walker: TypeAlias = Callable[[npt.NDArray[np.float32]], AbstractContextManager[Walk]]
+StagedRunner: TypeAlias = Callable[[npt.NDArray[np.float32]], AbstractContextManager[StagedRun]]
 """Starts images (N, 3, H, W) on their way."""
 Decider: TypeAlias = Callable[[npt.NDArray[np.float32]], tuple[npt.NDArray[np.float32], float, int]]
 """One image (1, 3, H, W) to its probabilities (C,), confidence and exit."""

@@ -13,8 +13,8 @@ import onnx
 
 from edgekd.artifacts import onnx_checks
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Read, Walker, refused, shares
-from edgekd.backends.staged import Arrays, Linked, linked_walker
+from edgekd.backends.base import Read, StagedRunner, refused, shares
+from edgekd.backends.staged import Arrays, BoundStages, bound_staged_runner
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.files import temporary_folder
 from edgekd.host import exact_int8
@@ -89,10 +89,10 @@ def _row(end: Any) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else -1 for d in end.shape[1:])
 
 
-def walker(stages: Sequence[Any]) -> Walker:
+def staged_runner(stages: Sequence[Any]) -> StagedRunner:
     """Links the stages for one image at a time."""
 
-    def link(images: Array) -> Linked:
+    def link(images: Array) -> BoundStages:
         read: list[Arrays] = [[images]]
         bound, found = [], []
         for stage in stages:
@@ -100,9 +100,9 @@ def walker(stages: Sequence[Any]) -> Walker:
             bound.append(stage.bound(read[-1], [logits, *boundary]))
             found.append(logits)
             read.append(boundary)
-        return Linked(bound[0][0], read[1:], [run for _, run in bound], found)
+        return BoundStages(bound[0][0], read[1:], [run for _, run in bound], found)
 
-    return linked_walker(stages, link, lambda size: size == 1)
+    return bound_staged_runner(stages, link, lambda size: size == 1)
 
 
 def suffixes(recipe: Recipe) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import onnx
 
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Read, Walker, refused, shares
-from edgekd.backends.staged import Linked, linked_walker
+from edgekd.backends.base import Read, StagedRunner, refused, shares
+from edgekd.backends.staged import BoundStages, bound_staged_runner
 from edgekd.errors import BackendError
 from edgekd.host import cpu_flags, kept_from_vnni, visible_cores
 from edgekd.types import Array
@@ -110,23 +110,23 @@ class _Runner:
         return compiled.create_infer_request(), range(len(compiled.outputs))
 
 
-def walker(stages: Sequence[_Runner]) -> Walker:
+def staged_runner(stages: Sequence[_Runner]) -> StagedRunner:
     """Links the stages for static batch sizes."""
 
-    def link(images: Array) -> Linked:
+    def link(images: Array) -> BoundStages:
         requests = [stage.request(len(images)) for stage in stages]
         for (before, outputs), (after, _) in itertools.pairwise(requests):
             for i in outputs[1:]:
                 after.set_input_tensor(i - 1, before.get_output_tensor(i))
         first, *others = (request for request, _ in requests)
-        return Linked(
+        return BoundStages(
             start=functools.partial(np.copyto, first.get_input_tensor(0).data),
             read=[[r.get_input_tensor(i).data for i in range(len(r.model_inputs))] for r in others],
             run=[functools.partial(request.infer, share_outputs=True) for request, _ in requests],
             logits=[request.get_output_tensor(0).data for request, _ in requests],
         )
 
-    return linked_walker(stages, link, stages[0].static.__contains__)
+    return bound_staged_runner(stages, link, stages[0].static.__contains__)
 
 
 def suffixes(recipe: Recipe) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Variant:
     answers, exits: class index and exit of every test image. load_ms: opening the engine; first_ms: its first query.
     before_mib: resident memory before loading, test images included; peak_mib: the process's highest.
     overhead_ms: median of a query at batch 1 minus the time inside the compiled graphs. turns_ms: a round's samples of
-    no-leaving and of full, taken in turns in one process; empty for other variants.
+    no-early-exit and of full, taken in turns in one process; empty for other variants.
     """
 
     name: str

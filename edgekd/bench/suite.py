@@ -23,7 +23,7 @@ from edgekd.bench.record import Record, Timing, Variant
 from edgekd.bench.targets import Limits, targets, warnings
 from edgekd.bench.variants import Group
 from edgekd.bench.worker import OVERHEAD_QUERIES, Job, Outcome
-from edgekd.data.images import load, load_part
+from edgekd.data.images import load, load_subset
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Split
 from edgekd.errors import BackendError, ConfigError
@@ -55,7 +55,7 @@ class Suite:
     rounds: int
     pool: int
     threads: int | None = None
-    variants: tuple[Group, ...] = ("exits", "cascade", "no-leaving", "full", "final")
+    variants: tuple[Group, ...] = ("exits", "cascade", "no-early-exit", "full", "final")
     targets: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -105,10 +105,10 @@ def bench(
     entries = plan(engine, engine_path, suite, against or {})
     _same_classes(entries, split)
     before, watts = host.load_average(), energy.idle_watts(energy.domains())
-    items = split.part("test")
+    items = split.subset("test")
     with temporary_folder("bench") as folder:
         images, labels = _prepare(entries, split, data, folder)
-        preprocess_ms = _time_preprocessing([data / i.path for i in items], engine.card.preprocess)
+        preprocess_ms = _time_preprocessing([data / i.path for i in items], engine.metadata.preprocess)
         if foretell:
             foretell(_seconds(entries, suite, images, len(labels), folder))
         measured = _measure(entries, suite, images, labels, watts, folder, progress)
@@ -119,10 +119,10 @@ def bench(
         suite=json.loads(to_json(suite)),
         threads=engine.threads,
         engine=_facts(engine, engine_path),
-        policy=engine.card.policy,
+        policy=engine.metadata.policy,
         curve=engine.manifest.curve if engine.manifest else (),
         split={k: getattr(split, k) for k in ("fingerprint", "method", "seed", "group", "groups", "leaking")},
-        classes=engine.card.classes,
+        classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
         labels=tuple(labels.tolist()),
         host=host.host(),
@@ -141,7 +141,7 @@ def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) 
     Raises:
         ConfigError: another model has the name of a variant.
     """
-    entries = [Entry(kind, engine, path, kind, False) for kind in variants.kinds(engine.card, suite.variants)]
+    entries = [Entry(kind, engine, path, kind, False) for kind in variants.kinds(engine.metadata, suite.variants)]
     for name, other in against.items():
         if name in {e.name for e in entries}:
             raise ConfigError(f"--against {name}={other}: '{name}' is a row already", fix="give it another name")
@@ -151,9 +151,10 @@ def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) 
 
 def _same_classes(entries: list[Entry], split: Split) -> None:
     for entry in entries:
-        if entry.engine.card.classes != split.classes:
+        if entry.engine.metadata.classes != split.classes:
             raise ConfigError(
-                f"{entry.path} knows {', '.join(entry.engine.card.classes)}; the split has {', '.join(split.classes)}",
+                f"{entry.path} knows {', '.join(entry.engine.metadata.classes)}; "
+                f"the split has {', '.join(split.classes)}",
                 fix="give the split that it was trained with",
             )
 
@@ -164,8 +165,8 @@ def _prepare(
     """The test images as one .npy for each kind of pre-processing, and their labels (N,)."""
     paths: dict[Preprocess, Path] = {}
     labels = np.empty(0, np.int64)
-    for preprocess in dict.fromkeys(e.engine.card.preprocess for e in entries):
-        images, labels = load_part(split, "test", data=data, preprocess=preprocess)
+    for preprocess in dict.fromkeys(e.engine.metadata.preprocess for e in entries):
+        images, labels = load_subset(split, "test", data=data, preprocess=preprocess)
         paths[preprocess] = folder / f"images_{len(paths)}.npy"
         np.save(paths[preprocess], images)
     return paths, labels
@@ -186,7 +187,7 @@ def _seconds(entries: list[Entry], suite: Suite, images: Mapping[Preprocess, Pat
     pilots: dict[Path, tuple[float, list[float]]] = {}
     for i, entry in enumerate(entries):
         if entry.path not in pilots:
-            job = replace(_job(entry, short, images[entry.engine.card.preprocess], 1, None), beside="")
+            job = replace(_job(entry, short, images[entry.engine.metadata.preprocess], 1, None), beside="")
             start = time.perf_counter()
             outcome = run_worker(job, folder / f"pilot_{i}", name=entry.name)
             samples = [batch.samples_ms for batch in outcome.batches]
@@ -216,7 +217,7 @@ def _measure(
     outcomes: dict[str, list[Outcome]] = {e.name: [] for e in entries}
     for turn in range(suite.rounds):
         for at, entry in enumerate(entries):
-            job = _job(entry, suite, images[entry.engine.card.preprocess], turn, watts)
+            job = _job(entry, suite, images[entry.engine.metadata.preprocess], turn, watts)
             where = folder / f"{turn}_{at}"
             outcomes[entry.name].append(run_worker(job, where, name=entry.name))
             if progress:
@@ -271,11 +272,11 @@ def _variant(
     probabilities: Array = np.load(folder / "probabilities.npy")
     return Variant(
         name=entry.name,
-        network=entry.engine.card.network,
+        network=entry.engine.metadata.network,
         engine=entry.engine.name,
         against=entry.against,
         timings=tuple(_timing(outcomes, at, size) for at, size in enumerate(suite.batch_sizes)),
-        metrics=metrics(probabilities, labels, entry.engine.card.classes),
+        metrics=metrics(probabilities, labels, entry.engine.metadata.classes),
         answers=tuple(probabilities.argmax(axis=1).tolist()),
         exits=tuple(np.load(folder / "exits.npy").tolist()),
         load_ms=tuple(o.load_ms for o in outcomes),
@@ -299,12 +300,12 @@ def _timing(outcomes: list[Outcome], at: int, size: int) -> Timing:
 
 
 def _facts(engine: Engine, path: Path) -> dict[str, Any]:
-    """What the manifest says, without the card's classes and the curve that the record holds elsewhere."""
+    """What the manifest says, without the metadata's classes and the curve that the record holds elsewhere."""
     if engine.manifest is None:
         return {"path": path.name, "name": engine.name, "backend": engine.backend, "source_sha256": sha256(path)}
     facts = json.loads(to_json(engine.manifest))
-    card = facts.pop("card")
-    return {"path": path.name, "name": engine.name, **facts, "curve": [], "provenance": card["provenance"]}
+    metadata = facts.pop("metadata")
+    return {"path": path.name, "name": engine.name, **facts, "curve": [], "provenance": metadata["provenance"]}
 
 
 def _scenario(suite: Suite, threads: int) -> str:

@@ -78,7 +78,7 @@ def _row(record: Record, v: Variant, has_p99: dict[int, bool], measured: bool) -
     name = f"{v.name} ({v.network}, {v.engine})" if v.against else v.name
     cells = [cell for b in record.batches for cell in _cells(v.at(b), b, has_p99[b])]
     energy = [f"{sum(e) / len(e):.2f}" if (e := v.timings[0].energy_mj) else "not measured"] if measured else []
-    leave = " / ".join(f"{100 * s:.0f}" for s in v.shares) if v.name in ("cascade", "no-leaving") else ""
+    leave = " / ".join(f"{100 * s:.0f}" for s in v.shares) if v.name in ("cascade", "no-early-exit") else ""
     return [name, *cells, percent(v.metrics.accuracy), f"{v.memory_mib:.0f}", f"{v.size_mib:.1f}", *energy, leave]
 
 

@@ -28,7 +28,7 @@ class Limits:
 
 def targets(record: Record, limits: Limits) -> tuple[Target, ...]:
     """The ratios of mean latency at batch 1, the cascade's accuracy and the overhead, each against its limit."""
-    cascade, full, never = map(record.find, ("cascade", "full", "no-leaving"))
+    cascade, full, never = map(record.find, ("cascade", "full", "no-early-exit"))
     found = []
     if cascade:
         found += [_faster(cascade, other, limits.faster) for other in record.variants if other.against]

@@ -13,24 +13,24 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.metadata import Card
-from edgekd.backends.base import Runner, Walk, Walker
-from edgekd.policy import NEVER, Decision, confidence, softmax
+from edgekd.artifacts.metadata import ModelMetadata
+from edgekd.backends.base import Runner, StagedRun, StagedRunner
+from edgekd.policy import NEVER_EXIT, Decision, confidence, softmax
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import Engine
 from edgekd.types import Array
 
-Group: TypeAlias = Literal["exits", "cascade", "no-leaving", "full", "final"]
+Group: TypeAlias = Literal["exits", "cascade", "no-early-exit", "full", "final"]
 Answer: TypeAlias = Callable[[Array], Decision]
-BESIDE = {"no-leaving": "full"}
+BESIDE = {"no-early-exit": "full"}
 """Ways of answering that are also timed in turns with another one, for a ratio near 1."""
 
 
-def kinds(card: Card, groups: Sequence[Group]) -> list[str]:
+def kinds(metadata: ModelMetadata, groups: Sequence[Group]) -> list[str]:
     """The suite's groups for this network: `exits` is one for each exit; a network with one exit has only `final`."""
-    if len(card.exits) == 1:
+    if len(metadata.exits) == 1:
         return ["final"]
-    every = {"exits": list(card.outputs), "cascade": ["cascade"] if card.policy.is_tuned else []}
+    every = {"exits": list(metadata.outputs), "cascade": ["cascade"] if metadata.policy.is_tuned else []}
     return [kind for group in groups for kind in every.get(group, [group])]
 
 
@@ -50,29 +50,29 @@ def size_mib(engine: Engine, path: Path, kind: str) -> float:
     """Bytes on disk of the graphs that answer; of the whole file for a student.onnx."""
     if engine.manifest is None:
         return path.stat().st_size / 2**20
-    needed = graphs(kind, len(engine.card.exits))
+    needed = graphs(kind, len(engine.metadata.exits))
     return sum(file.bytes for file in engine.manifest.files.values() if file.graph in needed) / 2**20
 
 
 def answerer(engine: Engine, kind: str) -> Answer:
     """Load what `kind` needs and return images (N, 3, H, W) -> Decision.
 
-    no-leaving: the cascade with thresholds that nobody reaches. exit_k: stages 0 to k, then the k-th exit's answer.
+    no-early-exit: the cascade with thresholds that nobody reaches. exit_k: stages 0 to k, then the k-th exit's answer.
     """
     if kind.startswith("exit_"):
         return _one_exit(engine, int(kind.removeprefix("exit_")))
-    if kind == "no-leaving":
-        never = (NEVER,) * (len(engine.card.exits) - 1)
-        return Classifier(engine, strategy="cascade", policy=replace(engine.card.policy, thresholds=never)).run
+    if kind == "no-early-exit":
+        never = (NEVER_EXIT,) * (len(engine.metadata.exits) - 1)
+        return Classifier(engine, strategy="cascade", policy=replace(engine.metadata.policy, thresholds=never)).run
     return Classifier(engine, strategy=kind).run  # type: ignore[arg-type]  # Classifier names an unknown one
 
 
 def _one_exit(engine: Engine, exit_: int) -> Answer:
-    walker, policy = engine.walker(exit_ + 1), engine.card.policy
+    staged_runner, policy = engine.staged_runner(exit_ + 1), engine.metadata.policy
 
     def answer(images: Array) -> Decision:
-        with walker(images) as walk:
-            logits = [walk.next() for _ in range(exit_ + 1)][-1]
+        with staged_runner(images) as run:
+            logits = [run.run_stage() for _ in range(exit_ + 1)][-1]
         probabilities = softmax(logits, policy.temperatures[exit_])
         sure = confidence(probabilities, policy.confidence)
         return Decision(probabilities, np.full(len(images), exit_, np.int64), sure)
@@ -87,15 +87,15 @@ class _Watched(Engine):
         vars(self).update(vars(engine))
         self.inside_ns = 0
 
-    def walker(self, exits: int | None = None) -> Walker:
-        start = super().walker(exits)
+    def staged_runner(self, exits: int | None = None) -> StagedRunner:
+        inner = super().staged_runner(exits)
 
         @contextlib.contextmanager
-        def walk(images: Array) -> Iterator[Walk]:
-            with start(images) as found:
-                yield _WatchedWalk(found, self)
+        def start(images: Array) -> Iterator[StagedRun]:
+            with inner(images) as found:
+                yield _WatchedRun(found, self)
 
-        return walk
+        return start
 
     @property
     def monolithic(self) -> Runner:
@@ -115,13 +115,13 @@ class _Watched(Engine):
         return call
 
 
-class _WatchedWalk:
-    def __init__(self, walk: Walk, engine: _Watched) -> None:
-        self.keep = walk.keep
-        self._next = walk.next
+class _WatchedRun:
+    def __init__(self, run: StagedRun, engine: _Watched) -> None:
+        self.compact = run.compact
+        self._next = run.run_stage
         self._engine = engine
 
-    def next(self) -> Array:
+    def run_stage(self) -> Array:
         start = time.perf_counter_ns()
         logits = self._next()
         self._engine.inside_ns += time.perf_counter_ns() - start

@@ -39,7 +39,7 @@ def bench(
 ) -> None:
     """Latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
     from edgekd import config
-    from edgekd.artifacts.manifest import read_card
+    from edgekd.artifacts.manifest import read_metadata
     from edgekd.bench.record import refuse_existing, write_record
     from edgekd.bench.suite import Suite
     from edgekd.bench.suite import bench as measure
@@ -57,7 +57,7 @@ def bench(
             reserve(out.with_suffix(suffix), kind)
     asked = config.load(Suite, "benchmarks/suites", suite, overrides=config.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
-    chosen = read_or_scan(data, split, read_card(engine).classes)
+    chosen = read_or_scan(data, split, read_metadata(engine).classes)
     with bar("bench") as progress:
         record = measure(
             engine,

@@ -27,7 +27,7 @@ OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
 SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
 LabelsOption = Annotated[
     Path | None,
-    typer.Option("--labels", help="CSV file with the columns path, label and, if you like, group and part."),
+    typer.Option("--labels", help="CSV file with the columns path, label and, if you like, group and subset."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -48,7 +48,7 @@ PrecisionOption = Annotated[
 SizeOption = Annotated[int | None, typer.Option(help="Side of the input in pixels.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of split, first weights and augmentation.")]
 SplitOption = Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")]
-FoldOption = Annotated[int | None, typer.Option(help="Which fold of kfold is the test part.")]
+FoldOption = Annotated[int | None, typer.Option(help="Which fold of kfold is the test subset.")]
 GroupOption = Annotated[
     str | None, typer.Option(help="none, cluster (SIPaKMeD), slide (Kather 2016), or a regular expression.")
 ]
@@ -60,7 +60,7 @@ FoldsOption = Annotated[
 ]
 JobsOption = Annotated[int, typer.Option(min=1, help="Runs of a sweep at one time.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
-BadOption = Annotated[bool, typer.Option("--leave-out-bad", help="Train without the images that cannot be used.")]
+BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Train without the images that cannot be used.")]
 DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
 
 
@@ -173,7 +173,7 @@ def next_command(*words: object) -> None:
 
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
-    """The split given; or the images under `data`, or those that `labels` lists: the test part, but where they say."""
+    """The split given; or the images under `data`, or those that `labels` lists: the test subset, but where they say."""
     from edgekd.data.split import Item, read_split
     from edgekd.data.split import Split as SplitType
 
@@ -190,11 +190,13 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, la
 
     folder = read_labels(data, labels, classes=classes) if labels else scan(data, classes=classes)
     checked = check(folder)
-    parts = {
-        part: tuple(Item(f.path, f.label, digest=f.digest) for f in checked.folder.items if (f.part or "test") == part)
-        for part in ("train", "val", "test")
+    subsets = {
+        subset: tuple(
+            Item(f.path, f.label, digest=f.digest) for f in checked.folder.items if (f.subset or "test") == subset
+        )
+        for subset in ("train", "val", "test")
     }
-    return SplitType(classes, parts, "whole folder", 0, "none", 0, 0, checked.fingerprint)
+    return SplitType(classes, subsets, "whole folder", 0, "none", 0, 0, checked.fingerprint)
 
 
 def one_of(*known: str) -> Callable[[typer.CallbackParam, str | None], str | None]:

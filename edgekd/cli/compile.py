@@ -49,7 +49,7 @@ def compile_(
     from edgekd.artifacts.metadata import read_onnx
     from edgekd.artifacts.recipe import Recipe
     from edgekd.compiler.build import compile_engine, refuse_other_folder
-    from edgekd.data.images import load_part
+    from edgekd.data.images import load_subset
     from edgekd.data.split import read_split
     from edgekd.device_profiles import require_local
 
@@ -64,7 +64,7 @@ def compile_(
     with bar("read images") as progress:
         if data is not None and split is not None:
             found = read_split(split)
-            load = functools.partial(load_part, found, data=data, preprocess=read_onnx(source)[1].preprocess)
+            load = functools.partial(load_subset, found, data=data, preprocess=read_onnx(source)[1].preprocess)
             validation = load("val", progress=progress)
             if asked.precision == "int8":
                 calibration, _ = load("train", limit=asked.calibration_images, progress=progress)

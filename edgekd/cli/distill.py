@@ -62,7 +62,7 @@ def distill(
     set_: SetOption = None,
     labels: LabelsOption = None,
     resume: ResumeOption = False,
-    leave_out_bad: BadOption = False,
+    exclude_bad: BadOption = False,
     devices: DevicesOption = 1,
     seeds: SeedsOption = None,
     folds: FoldsOption = None,

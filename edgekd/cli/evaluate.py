@@ -28,7 +28,7 @@ from edgekd.cli.train import _data
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgekd.data.split import Part, Split
+    from edgekd.data.split import Split, Subset
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
     data: DataFolder = None,
     split: SplitFile = None,
     labels: LabelsOption = None,
-    part: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
+    subset: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
@@ -50,14 +50,14 @@ def evaluate(
 
     from edgekd.bench import accuracy, plots
     from edgekd.bench.host import host
-    from edgekd.data.images import load_part
+    from edgekd.data.images import load_subset
     from edgekd.files import MEASURES, PLOT, atomic_write
     from edgekd.policy import softmax
     from edgekd.serialization import to_json
 
     if plot:
         plots.picture_format(plot)
-    card, logits_of, device = _answers(target, threads)
+    metadata, logits_of, device = _answers(target, threads)
     data = _data(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
@@ -65,23 +65,25 @@ def evaluate(
         raise ConfigError("--labels and --split", fix="give one of them")
     if not labels and split is None and (target / "split.json").is_file():
         split = target
-    chosen = read_or_scan(data, split, card.classes, labels=labels)
+    chosen = read_or_scan(data, split, metadata.classes, labels=labels)
     if svm is not None:
         logits_of = _svm(target, svm, chosen, data)
     with bar("read images") as progress:
-        images, truth = load_part(chosen, cast("Part", part), data=data, preprocess=card.preprocess, progress=progress)
+        images, truth = load_subset(
+            chosen, cast("Subset", subset), data=data, preprocess=metadata.preprocess, progress=progress
+        )
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
-    rows = {f"exit_{k}": accuracy.metrics(p, truth, card.classes) for k, p in enumerate(probabilities)}
+    rows = {f"exit_{k}": accuracy.metrics(p, truth, metadata.classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:
-        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, card.classes)
+        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, metadata.classes)
     last = list(rows.values())[-1]
     known = _validated(target)
-    if part == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):
+    if subset == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):
         say(f"note: {note}")
     plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if out:
         made_on = {"device": device, "host": dataclasses.asdict(host())}
-        atomic_write(out, to_json({"part": part, "metrics": plain, **made_on}))
+        atomic_write(out, to_json({"subset": subset, "metrics": plain, **made_on}))
     if as_json:
         echo(json.dumps(plain, indent=1))
     else:
@@ -94,7 +96,7 @@ def evaluate(
 
 
 def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], Any], str]:
-    """(card or header, images to logits (E, N, C), what runs it) of a run folder, student.onnx or engine."""
+    """(metadata or header, images to logits (E, N, C), what runs it) of a run folder, student.onnx or engine."""
     if (target / "model.safetensors").is_file() or (target / "protocol.toml").is_file():
         from edgekd.training.evaluate import load, logits
 
@@ -103,7 +105,7 @@ def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], An
     from edgekd.runtime.engine import open_engine
 
     engine = open_engine(target, threads=threads)
-    return engine.card, engine.logits, engine.backend
+    return engine.metadata, engine.logits, engine.backend
 
 
 def _validated(target: Path) -> tuple[str, float, int] | None:
@@ -113,7 +115,7 @@ def _validated(target: Path) -> tuple[str, float, int] | None:
 
         rows = list(csv.DictReader((target / "metrics.csv").read_text(encoding="utf-8").splitlines()))
         row = "ensemble" if "val_exit_1" in rows[0] else "exit_0"
-        return row, max(float(r["val_ensemble"]) for r in rows), len(read_split(target).part("val"))
+        return row, max(float(r["val_ensemble"]) for r in rows), len(read_split(target).subset("val"))
     if target.is_dir():
         from edgekd.artifacts.manifest import read_manifest
 

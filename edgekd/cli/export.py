@@ -26,7 +26,7 @@ def export(
     """Run folder to student.onnx: opset 17, dynamic batch, checked against torch on real images."""
     import torch
 
-    from edgekd.data.images import load_part
+    from edgekd.data.images import load_subset
     from edgekd.data.split import read_split
     from edgekd.export import export
     from edgekd.files import NETWORK
@@ -35,10 +35,10 @@ def export(
     network, header = load_model(run)
     split, data = read_split(run), _data(run, data)
     reserve(out, NETWORK, data=data)
-    batch, _ = load_part(split, "val", data=data, preprocess=header.preprocess, limit=images)
+    batch, _ = load_subset(split, "val", data=data, preprocess=header.preprocess, limit=images)
     with torch.no_grad():
-        card = header.card(network(torch.from_numpy(batch[:1])))
-    worst = export(network, card, out=out, images=batch, names=[i.path for i in split.part("val")])
-    echo(f"{out}: {len(card.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
+        metadata = header.metadata(network(torch.from_numpy(batch[:1])))
+    worst = export(network, metadata, out=out, images=batch, names=[i.path for i in split.subset("val")])
+    echo(f"{out}: {len(metadata.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
     files: tuple[object, ...] = ("--data", data, "--split", run / "split.json", "--out", out.with_suffix(".engine"))
     next_command("compile", out, "--recipe", "int8", *files)

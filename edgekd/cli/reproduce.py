@@ -36,11 +36,11 @@ def reproduce(
     budget: Annotated[str, typer.Option(metavar="1h30m", help="Cut the runs to what fits into this time.")] = "",
     group: GroupOption = None,
     protocol: Annotated[str, typer.Option(help="Train as this protocol says, not as the paper's.")] = "",
-    instead: Annotated[
+    substitutes: Annotated[
         list[str] | None, typer.Option(metavar="NETWORK=OTHER", help="Use another network in place of one.")
     ] = None,
     set_: SetOption = None,
-    leave_out_bad: BadOption = False,
+    exclude_bad: BadOption = False,
     jobs: JobsOption = 1,
     list_: Annotated[bool, typer.Option("--list", help="Every row of every table, or of one, and its state.")] = False,
 ) -> None:
@@ -65,14 +65,14 @@ def reproduce(
         weights=weights,
         protocol=protocol,
         overrides=config.parse_overrides(set_ or []),
-        instead=dict(_pair(text) for text in instead or []),
+        substitutes=dict(_pair(text) for text in substitutes or []),
         group=group or "none",
         rows=tuple(row or ()),
         seeds=seeds,
         folds=folds,
         budget=budget,
         at_once=jobs,
-        leave_out_bad=leave_out_bad,
+        exclude_bad=exclude_bad,
     )
     outside(runs, data)
     name = stem(table, asked.group)
@@ -94,7 +94,9 @@ def reproduce(
 def _pair(text: str) -> tuple[str, str]:
     name, sign, other = text.partition("=")
     if not (name and sign and other):
-        raise ConfigError(f"--instead {text} is not NETWORK=OTHER", fix="for example --instead resnest50d=resnet50")
+        raise ConfigError(
+            f"--substitute {text} is not NETWORK=OTHER", fix="for example --substitute resnest50d=resnet50"
+        )
     return name, other
 
 

@@ -51,7 +51,7 @@ SAME = ("weights", "epochs", "lr", "batch_size", "seed", "split", "fold", "group
 """Options of train and distill that are called like the protocol's key."""
 SETTINGS = (
     *("protocol", "weights", "epochs", "lr", "batch_size", "image_size", "precision", "workers", "set_"),
-    *("labels", "leave_out_bad"),
+    *("labels", "exclude_bad"),
 )
 """Options of train that hold for its student, too."""
 NETWORKS_OWN = ("network=", "method=", "exits=", "weights=")
@@ -79,7 +79,7 @@ def train(
     set_: SetOption = None,
     labels: LabelsOption = None,
     resume: ResumeOption = False,
-    leave_out_bad: BadOption = False,
+    exclude_bad: BadOption = False,
     devices: DevicesOption = 1,
     seeds: SeedsOption = None,
     folds: FoldsOption = None,
@@ -191,7 +191,7 @@ def _sweep(given: dict[str, Any], protocol: Protocol, *, as_teacher: bool) -> Pa
         keep_split=not as_teacher,
         labels=given["labels"],
         resume=given["resume"],
-        leave_out_bad=given["leave_out_bad"],
+        exclude_bad=given["exclude_bad"],
         at_once=given["jobs"],
         on_end=lambda job, state: echo(f"{out / job.name}: {state}"),
     )
@@ -229,7 +229,7 @@ def _train(protocol: Protocol, given: dict[str, Any]) -> None:
             given["data"],
             given["out"],
             protocol=protocol,
-            **{name: given[name] for name in ("labels", "resume", "leave_out_bad", "devices")},
+            **{name: given[name] for name in ("labels", "resume", "exclude_bad", "devices")},
             on_check=checked,
             on_split=lambda split: echo(summary(split)),
             progress=trained,

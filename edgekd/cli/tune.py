@@ -46,7 +46,7 @@ def tune(
 ) -> None:
     """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
     from edgekd.artifacts.manifest import MANIFEST
-    from edgekd.data.images import load_part
+    from edgekd.data.images import load_subset
     from edgekd.files import recover
     from edgekd.runtime.engine import open_engine
     from edgekd.runtime.tuning import save_tuned
@@ -57,9 +57,9 @@ def tune(
         raise ConfigError(f"{engine} is no engine", fix="thresholds belong to an engine: edgekd compile first")
     reserve(engine / MANIFEST)
     opened = open_engine(engine, threads=threads)
-    chosen = read_or_scan(data, split, opened.card.classes)
+    chosen = read_or_scan(data, split, opened.metadata.classes)
     with bar("read images") as progress:
-        images, labels = load_part(chosen, "val", data=data, preprocess=opened.card.preprocess, progress=progress)
+        images, labels = load_subset(chosen, "val", data=data, preprocess=opened.metadata.preprocess, progress=progress)
     with bar("tune") as progress:
         tuned = search(
             opened,

@@ -18,7 +18,7 @@ import onnx
 
 import edgekd
 from edgekd.artifacts.manifest import MANIFEST, EngineFile, Manifest, write_manifest
-from edgekd.artifacts.metadata import Card, read_onnx
+from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend, installed
@@ -59,7 +59,7 @@ class _Job:
     """What is the same for all backends. `quantised(target, heads, reduce_range)` is kept for all that share it."""
 
     model: onnx.ModelProto
-    card: Card
+    metadata: ModelMetadata
     recipe: Recipe
     validation: tuple[Array, Labels] | None
     float_logits: Array | None
@@ -151,7 +151,7 @@ def _job(
     reference: Array | None,
     threads: int,
 ) -> _Job:
-    model, card = read_onnx(source)
+    model, metadata = read_onnx(source)
     if recipe.precision == "int8" and (calibration is None or not len(calibration)):
         raise ConfigError("int8 needs calibration images of the training split", fix="give --data and --split")
 
@@ -161,7 +161,9 @@ def _job(
 
         assert calibration is not None  # asked for above
         method = recipe.calibration_method
-        return quantize(model, card, calibration, target=target, heads=heads, reduce_range=reduce_range, method=method)
+        return quantize(
+            model, metadata, calibration, target=target, heads=heads, reduce_range=reduce_range, method=method
+        )
 
     calibrated = {}
     if recipe.precision == "int8" and calibration is not None:
@@ -174,7 +176,7 @@ def _job(
         "calibration": calibrated,
         "edgekd": edgekd.__version__,
     }
-    return _Job(model, card, recipe, validation, reference, quantised, threads, common)
+    return _Job(model, metadata, recipe, validation, reference, quantised, threads, common)
 
 
 def _fastest(attempts: list[Attempt], errors: list[EdgekdError]) -> str:
@@ -225,7 +227,7 @@ def _exact_enough(
     if int8 and not exact_int8():
         notes += [note] if (note := getattr(find_backend(backend), "WITHOUT_VNNI", "")) else []
     passed: list[tuple[float, Manifest, Engine, Path]] = []
-    for heads in (True, False) if int8 and len(job.card.exits) > 1 else (True,):
+    for heads in (True, False) if int8 and len(job.metadata.exits) > 1 else (True,):
         part = folder / ("int8-heads" if heads else "float-heads")
         manifest = _write(job, part, backend=backend, heads=heads, step=step)
         engine = built_engine(part, manifest, threads=job.threads)
@@ -256,7 +258,7 @@ def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable
     reduce_range = module.SATURATES and not exact_int8()
     model = job.quantised(target, heads, reduce_range) if job.recipe.precision == "int8" else job.model
     folder.mkdir(parents=True)
-    files, parts = {}, graphs(model, job.card)
+    files, parts = {}, graphs(model, job.metadata)
     for i, (name, graph) in enumerate(parts.items()):
         progress = functools.partial(lambda i, share: step(2 * (i + share) / len(parts)), i)
         module.build(graph, folder / f"{name}{module.SUFFIX}", recipe=job.recipe, progress=progress)
@@ -264,4 +266,4 @@ def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable
             files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
     version, here = str(module.version()), module.here() if hasattr(module, "here") else {}
     common = {**job.common, "host": {**job.common["host"], **here}}
-    return Manifest(job.card, backend, version, precision={}, files=files, **common)
+    return Manifest(job.metadata, backend, version, precision={}, files=files, **common)

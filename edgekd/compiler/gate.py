@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Walker, find_backend
+from edgekd.backends.base import StagedRunner, find_backend
 from edgekd.compiler.mcnemar import Drop
 from edgekd.errors import BackendError, GateError
 from edgekd.policy import ensemble
@@ -81,7 +81,7 @@ def _difference(logits: Array, reference: Array) -> Array:
 
 def _check_parity(engine: Engine, differences: list[float], *, exact: bool) -> None:
     limit = FP32_TOLERANCE if exact else np.inf
-    for name, difference in zip(engine.card.outputs, differences):
+    for name, difference in zip(engine.metadata.outputs, differences):
         if not (np.isfinite(difference) and difference <= limit):
             what = f"{engine.name}: {name} differs from student.onnx by {difference:.2e} (limit {limit:.0e})"
             raise GateError(what, fix="try another backend, and please report this network")
@@ -121,7 +121,7 @@ def _check_accuracy(engine: Engine, accuracy: dict[str, Any], *, recipe: Recipe)
     over = {name for name, drop in found.items() if drop.p_value(limit) <= ALPHA / len(found)}
     if not over:
         return
-    exits = zip(engine.card.outputs, accuracy["float"], accuracy["engine"])
+    exits = zip(engine.metadata.outputs, accuracy["float"], accuracy["engine"])
     rows = [f"  {name:<8} {100 * a:7.2f} {100 * b:7.2f} {100 * (a - b):+7.2f}" for name, a, b in exits]
     for name, a in accuracy["answers"].items():
         low, high = bounds(found[name], accuracy)
@@ -169,7 +169,7 @@ def stage_times(
 ) -> tuple[dict[str, tuple[float, ...]], float]:
     """Median milliseconds of each stage by batch size (as text), and of the monolithic graph for one image."""
     if images is None:
-        side = engine.card.preprocess.image_size
+        side = engine.metadata.preprocess.image_size
         images = np.zeros((1, 3, side, side), np.float32)
     times = {size: _round_times(engine, images[np.arange(size) % len(images)]) for size in sizes}
     return {str(size): tuple(ms[:-1]) for size, ms in times.items()}, times[1][-1]
@@ -177,21 +177,21 @@ def stage_times(
 
 def _round_times(engine: Engine, batch: Array) -> list[float]:
     """Median milliseconds of every stage and of the monolithic graph, taken in turns."""
-    walker = engine.walker()
+    staged_runner = engine.staged_runner()
     for _ in range(WARM_UP):
-        _one_round(engine, walker, batch)
+        _one_round(engine, staged_runner, batch)
     rounds: list[list[float]] = []
     end = time.perf_counter() + TIMING_S
     while len(rounds) < 3 or time.perf_counter() < end:
-        rounds.append(_one_round(engine, walker, batch))
+        rounds.append(_one_round(engine, staged_runner, batch))
     return [1e3 * statistics.median(column) for column in zip(*rounds)]
 
 
-def _one_round(engine: Engine, walker: Walker, batch: Array) -> list[float]:
+def _one_round(engine: Engine, staged_runner: StagedRunner, batch: Array) -> list[float]:
     clock = [time.perf_counter()]
-    with walker(batch) as walk:
-        for _ in engine.card.exits:
-            walk.next()
+    with staged_runner(batch) as run:
+        for _ in engine.metadata.exits:
+            run.run_stage()
             clock.append(time.perf_counter())
     engine.monolithic(batch)
     clock.append(time.perf_counter())

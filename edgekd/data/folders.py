@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from edgekd.data.preprocess import EXTENSIONS, STRIP, opened
-from edgekd.data.split import Part
+from edgekd.data.split import Subset
 from edgekd.errors import DataError, nearest
 from edgekd.files import sha256
 from edgekd.host import default_threads
 
 log = logging.getLogger(__name__)
 
-PARTS: dict[str, Part] = {
+SUBSETS: dict[str, Subset] = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -31,7 +31,7 @@ PARTS: dict[str, Part] = {
     "test": "test",
     "testing": "test",
 }
-"""Names of folders above class folders, in any case, and the part that their images are."""
+"""Names of folders above class folders, in any case, and the subset that their images belong to."""
 PASSED_OVER = frozenset(
     {"$recycle.bin", "#recycle", "@eadir", "@recycle", "__macosx", "lost+found", "system volume information"}
 )
@@ -45,14 +45,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Found:
-    """One image file: posix path relative to the data folder, class index, and the part its folder puts it in.
+    """One image file: posix path relative to the data folder, class index, and the subset its folder puts it in.
 
     group: the picture it was cut from, where a CSV file says so. digest: SHA-256 of the file, once it was checked.
     """
 
     path: str
     label: int
-    part: Part | None = None
+    subset: Subset | None = None
     group: str = ""
     digest: str = ""
 
@@ -77,7 +77,7 @@ class Checked:
     """A folder whose images can all be used. fingerprint: SHA-256 over their paths and decoded pixels."""
 
     folder: Folder
-    left_out: dict[str, str]
+    excluded: dict[str, str]
     fingerprint: str
 
 
@@ -94,10 +94,10 @@ def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
     if not data.is_dir():
         raise DataError(f"no folder at {data}", fix="give --data the folder that holds one folder per class")
     tops = _tops(data)
-    folders = [(part, name, path) for part, top in tops for name, path in _class_folders(top)]
+    folders = [(subset, name, path) for subset, top in tops for name, path in _class_folders(top)]
     names = _class_names(data, folders, classes)
     sorted_out = _Sorting(data)
-    empty = [path for part, name, path in folders if not sorted_out.add(path, names.index(name), part)]
+    empty = [path for subset, name, path in folders if not sorted_out.add(path, names.index(name), subset)]
     if empty:
         raise DataError(f"no images in {some(map(str, empty))}", fix="fill or remove these class folders")
     for top in dict.fromkeys((data, *(top for _, top in tops))):
@@ -153,10 +153,10 @@ def _visible(folder: Path) -> list[Path]:
         _unreadable(error)
 
 
-def _tops(data: Path) -> list[tuple[Part | None, Path]]:
+def _tops(data: Path) -> list[tuple[Subset | None, Path]]:
     """The folders that hold class folders: train/, val/ and test/, else `data` itself."""
     folders = [p for p in _visible(data) if p.is_dir()]
-    brought = [p for p in folders if p.name.lower() in PARTS and any(c.is_dir() for c in _visible(p))]
+    brought = [p for p in folders if p.name.lower() in SUBSETS and any(c.is_dir() for c in _visible(p))]
     if not brought:
         return [(None, data)]
     if strangers := [p.name for p in folders if p not in brought]:
@@ -164,7 +164,7 @@ def _tops(data: Path) -> list[tuple[Part | None, Path]]:
             f"{data} has {some(strangers)} beside {some(p.name for p in brought)}",
             fix="leave only train/, val/ and test/ there, or only class folders",
         )
-    return [(PARTS[p.name.lower()], p) for p in brought]
+    return [(SUBSETS[p.name.lower()], p) for p in brought]
 
 
 def _class_folders(top: Path) -> Iterator[tuple[str, Path]]:
@@ -177,12 +177,12 @@ def _class_folders(top: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _class_names(
-    data: Path, folders: Sequence[tuple[Part | None, str, Path]], known: Sequence[str] | None
+    data: Path, folders: Sequence[tuple[Subset | None, str, Path]], known: Sequence[str] | None
 ) -> tuple[str, ...]:
     if not folders:
         raise DataError(f"{data} has no class folders", fix="put the images of each class in a folder of its own")
     found = {name for _, name, _ in folders}
-    trained = {name for part, name, _ in folders if part in (None, "train")}
+    trained = {name for subset, name, _ in folders if subset in (None, "train")}
     names = tuple(known) if known is not None else tuple(sorted(trained or found))
     if unknown := sorted(found - set(names)):
         where = [str(path) for _, name, path in folders if name == unknown[0]]
@@ -201,17 +201,17 @@ class _Sorting:
         self.bad: dict[str, str] = {}
         self.ignored = 0
 
-    def add(self, folder: Path, label: int, part: Part | None) -> int:
+    def add(self, folder: Path, label: int, subset: Subset | None) -> int:
         """Take everything under a class folder; the number of images is returned."""
         before = len(self.items)
         for file in _files(folder):
-            self._file(file, label, part)
+            self._file(file, label, subset)
         return len(self.items) - before
 
-    def _file(self, path: Path, label: int, part: Part | None) -> None:
+    def _file(self, path: Path, label: int, subset: Subset | None) -> None:
         kind = path.suffix.lower()
         if _is_image(path):
-            self.items.append(Found(_name(path, self.data), label, part))
+            self.items.append(Found(_name(path, self.data), label, subset))
         elif kind in BYSTANDERS or path.name.startswith("."):
             self.ignored += 1
         else:
@@ -242,24 +242,24 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(listed[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def check(folder: Folder, *, leave_out_bad: bool = False, progress: Progress | None = None) -> Checked:
+def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | None = None) -> Checked:
     """Decode every image once; name everything that is unreadable, empty, animated, too small or large, or a copy.
 
     Copies are found by their pixels as 8-bit RGB. Of copies with one label the first stays, a test image before a
     training image, so that what is left out never changes what is measured on; copies under two labels all go.
 
     Raises:
-        DataError: files that cannot be used (unless leave_out_bad), or a class that has none left without them.
+        DataError: files that cannot be used (unless exclude_bad), or a class that has none left without them.
     """
     looks, bad = _decode(folder, progress)
     pixels = {path: look.pixels for path, look in looks.items()}
     bad = {**folder.bad, **bad, **_copies(folder, pixels)}
-    if bad and not leave_out_bad:
+    if bad and not exclude_bad:
         lines = [f"  {path}: {reason}" for path, reason in sorted(bad.items())]
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         raise DataError(
             "\n".join([f"{len(bad)} of the files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
-            fix="mend or remove them, or leave them out with --leave-out-bad",
+            fix="mend or remove them, or leave them out with --exclude-bad",
         )
     items = tuple(dataclasses.replace(i, digest=looks[i.path].file) for i in folder.items if i.path not in bad)
     if gone := {i.label for i in folder.items} - {i.label for i in items}:
@@ -309,8 +309,8 @@ def _look_at(root: Path, item: Found) -> _Look:
 
 def _copies(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
     same: dict[str, list[Found]] = defaultdict(list)
-    order: list[Part | None] = ["test", "val", "train", None]
-    for item in sorted(folder.items, key=lambda i: order.index(i.part)):
+    order: list[Subset | None] = ["test", "val", "train", None]
+    for item in sorted(folder.items, key=lambda i: order.index(i.subset)):
         if item.path in hashes:
             same[hashes[item.path]].append(item)
     bad = {}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from edgekd.data.preprocess import File, Preprocess, opened, to_rgb
-from edgekd.data.split import Item, Part, Split
+from edgekd.data.split import Item, Split, Subset
 from edgekd.errors import DataError
 from edgekd.files import sha256
 from edgekd.host import default_threads
@@ -66,9 +66,9 @@ def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Pro
     return batch
 
 
-def load_part(
+def load_subset(
     split: Split,
-    part: Part,
+    subset: Subset,
     *,
     data: Path,
     preprocess: Preprocess,
@@ -83,8 +83,8 @@ def load_part(
         ArtifactError: the split has no such part. DataError: files are missing from `data`, were changed since the
             split was made, or cannot be used.
     """
-    items = _spread(split.part(part), limit)
-    require_unchanged(items, data, what=f"{part} images")
+    items = _spread(split.subset(subset), limit)
+    require_unchanged(items, data, what=f"{subset} images")
     images = load_batch([data / item.path for item in items], preprocess, progress=progress)
     return images, np.array([item.label for item in items], np.int64)
 

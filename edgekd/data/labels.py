@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgekd.data.folders import PARTS, Folder, Found, some
+from edgekd.data.folders import SUBSETS, Folder, Found, some
 from edgekd.data.split import check_relative
 from edgekd.errors import DataError, nearest
 
-REQUIRED, OPTIONAL = ("path", "label"), ("group", "part")
-FIX = "the first line names the columns: path, label and, if you like, group and part"
+REQUIRED, OPTIONAL = ("path", "label"), ("group", "subset")
+FIX = "the first line names the columns: path, label and, if you like, group and subset"
 
 
 def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None) -> Folder:
@@ -22,7 +22,7 @@ def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None)
         path: of the image, relative to `data`, with slashes.
         label: the name of its class.
         group: the picture (patient, slide) it was cut from, for all images or none.
-        part: train, val or test, or another name of a part's folder; for all images or none.
+        subset: train, val or test, or another name of a subset's folder; for all images or none.
     Other columns are passed over.
     classes: those of a network that will be evaluated here; without it, the labels in sorted order.
 
@@ -46,7 +46,7 @@ def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None)
         for column in OPTIONAL:
             if bool(row[column]) != bool(rows[0][1][column]):
                 raise _wrong(file, line, f"{column} is given for some images only", "give it for all images or none")
-    items = (Found(r["path"], names.index(r["label"]), PARTS.get(r["part"].lower()), r["group"]) for _, r in rows)
+    items = (Found(r["path"], names.index(r["label"]), SUBSETS.get(r["subset"].lower()), r["group"]) for _, r in rows)
     return Folder(data, names, tuple(sorted(items, key=lambda item: item.path)), {}, 0, file.name)
 
 
@@ -83,8 +83,8 @@ def _row(file: Path, line: int, columns: list[str], cells: list[str]) -> dict[st
         check_relative(row["path"])
     except ValueError as error:
         raise _wrong(file, line, str(error), "give the path from --data downwards") from None
-    if row["part"] and row["part"].lower() not in PARTS:
-        raise _wrong(file, line, f"unknown part {row['part']!r}", nearest(row["part"].lower(), PARTS))
+    if row["subset"] and row["subset"].lower() not in SUBSETS:
+        raise _wrong(file, line, f"unknown subset {row['subset']!r}", nearest(row["subset"].lower(), SUBSETS))
     return row
 
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from edgekd.errors import ArtifactError
 from edgekd.serialization import SCHEMA, read_json
 
-Part = Literal["train", "val", "test"]
+Subset = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -53,47 +53,47 @@ class Split:
     """
 
     classes: tuple[str, ...]
-    parts: dict[str, tuple[Item, ...]]
+    subsets: dict[str, tuple[Item, ...]]
     method: str
     seed: int
     group: str
     groups: int
     leaking: int
     fingerprint: str
-    left_out: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
     labels: str = ""
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
-        if unknown := self.parts.keys() - set(get_args(Part)):
-            raise ValueError(f"parts: {min(unknown)!r} is none of train, val, test")
+        if unknown := self.subsets.keys() - set(get_args(Subset)):
+            raise ValueError(f"subsets: {min(unknown)!r} is none of train, val, test")
         if not 0 <= self.leaking <= self.groups:
             raise ValueError(f"leaking: {self.leaking} of {self.groups} groups cannot be")
         seen: dict[str, str] = {}
-        for part, items in self.parts.items():
+        for subset, items in self.subsets.items():
             for item in items:
                 if not 0 <= item.label < len(self.classes):
-                    raise ValueError(f"parts.{part}: {item.path} has the label {item.label} of {len(self.classes)}")
-                here = f"{part}: {item.path}"
+                    raise ValueError(f"subsets.{subset}: {item.path} has the label {item.label} of {len(self.classes)}")
+                here = f"{subset}: {item.path}"
                 for picture in filter(None, (item.path, item.digest)):
                     if (other := seen.setdefault(picture, here)) is not here:
-                        raise ValueError(f"parts: one picture is there twice, {other} and {here}")
+                        raise ValueError(f"subsets: one picture is there twice, {other} and {here}")
 
-    def part(self, name: Part) -> tuple[Item, ...]:
+    def subset(self, name: Subset) -> tuple[Item, ...]:
         """The images of one part.
 
         Raises:
             ArtifactError: the part is empty or missing.
         """
-        if not self.parts.get(name):
+        if not self.subsets.get(name):
             raise ArtifactError(f"the split has no {name} images", fix="make another with --split ratio:3,1,1")
-        return self.parts[name]
+        return self.subsets[name]
 
 
-def leaks(parts: Mapping[str, Sequence[Item]]) -> tuple[int, int]:
+def leaks(subsets: Mapping[str, Sequence[Item]]) -> tuple[int, int]:
     """The number of groups, and of those with images in more than one part."""
-    sides = Counter(key for items in parts.values() for key in {i.group for i in items} - {""})
+    sides = Counter(key for items in subsets.values() for key in {i.group for i in items} - {""})
     return len(sides), sum(n > 1 for n in sides.values())
 
 
@@ -107,9 +107,9 @@ def read_split(path: Path) -> Split:
     path = path / "split.json" if path.is_dir() else path
     split = read_json(path, Split, what="split")
     again = "make another split: train with --split ratio:3,1,1"
-    if lacking := [i.path for items in split.parts.values() for i in items if not i.digest]:
+    if lacking := [i.path for items in split.subsets.values() for i in items if not i.digest]:
         raise ArtifactError(f"{path} has no SHA-256 of {lacking[0]}: an earlier edgekd wrote it", fix=again)
-    groups, leaking = leaks(split.parts)
+    groups, leaking = leaks(split.subsets)
     if (groups, leaking) != (split.groups, split.leaking):
         said = f"{split.leaking} of {split.groups} groups leak"
         raise ArtifactError(f"{path} was edited: it says that {said}, but {leaking} of {groups} do", fix=again)

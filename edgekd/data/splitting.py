@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from edgekd.data.folders import Checked, Folder, Found, scan, some
 from edgekd.data.labels import read_labels
-from edgekd.data.split import Item, Part, Split, leaks, read_split
+from edgekd.data.split import Item, Split, Subset, leaks, read_split
 from edgekd.errors import ConfigError, DataError, nearest
 
-PARTS: tuple[Part, ...] = ("train", "val", "test")
+SUBSETS: tuple[Subset, ...] = ("train", "val", "test")
 PATTERNS = {
     "sipakmed": r"(?:im_)?([^/]+)(?:/CROPPED)?/(\d{3})_\d{2}\.[^./]+$",
     "kather2016": r"CRC-Prim-HE-\d+",
@@ -41,7 +41,7 @@ def images_of(data: Path, *, labels: Path | None = None, method: str = "") -> Fo
     if labels is not None:
         return read_labels(data, labels)
     if Path(method).suffix == ".json" and (split := read_split(Path(method))).labels:
-        items = tuple(Found(i.path, i.label) for items in split.parts.values() for i in items)
+        items = tuple(Found(i.path, i.label) for items in split.subsets.values() for i in items)
         return Folder(data, split.classes, items, {}, 0, split.labels)
     return scan(data)
 
@@ -72,48 +72,48 @@ def make_split(
         group = "labels"
     else:
         keys = group_keys([i.path for i in items], group)
-    brought = {i.part for i in items} - {None}
+    brought = {i.subset for i in items} - {None}
     weights, names = _plan(method, fold) if brought <= {"train"} else _missing(brought, method)
     where = _deal(checked.folder, weights, names, keys if group != "none" else None, seed)
-    parts: dict[str, list[Item]] = {part: [] for part in PARTS}
-    for item, key, part in zip(items, keys, where):
-        parts[part].append(Item(item.path, item.label, key, item.digest))
-    groups, leaking = leaks(parts)
+    subsets: dict[str, list[Item]] = {subset: [] for subset in SUBSETS}
+    for item, key, subset in zip(items, keys, where):
+        subsets[subset].append(Item(item.path, item.label, key, item.digest))
+    groups, leaking = leaks(subsets)
     return Split(
         classes=checked.folder.classes,
-        parts={part: tuple(inside) for part, inside in parts.items()},
+        subsets={subset: tuple(inside) for subset, inside in subsets.items()},
         method=_described(method, fold, brought),
         seed=seed,
         group=ALIASES.get(group, group),
         groups=groups,
         leaking=leaking,
         fingerprint=checked.fingerprint,
-        left_out=checked.left_out,
+        excluded=checked.excluded,
         labels=checked.folder.labels,
     )
 
 
 def _deal(
-    folder: Folder, weights: Sequence[float], names: Sequence[Part], keys: Sequence[str] | None, seed: int
-) -> list[Part]:
+    folder: Folder, weights: Sequence[float], names: Sequence[Subset], keys: Sequence[str] | None, seed: int
+) -> list[Subset]:
     """The part of each image. val/ and test/ that the folder brings stay; all else is dealt out."""
-    where: list[Part] = [item.part or "train" for item in folder.items]
-    pool = [n for n, part in enumerate(where) if part == "train"]
+    where: list[Subset] = [item.subset or "train" for item in folder.items]
+    pool = [n for n, subset in enumerate(where) if subset == "train"]
     labels = np.array([folder.items[n].label for n in pool], np.int64)
     rng = np.random.default_rng(seed)
     if keys is None:
         dealt = _deal_images(labels, folder.classes, weights, rng)
     else:
         dealt = _deal_groups(labels, [keys[n] for n in pool], len(folder.classes), weights, rng)
-    for n, part in zip(pool, dealt):
-        where[n] = names[part]
-    trained = {item.label for item, part in zip(folder.items, where) if part == "train"}
+    for n, subset in zip(pool, dealt):
+        where[n] = names[subset]
+    trained = {item.label for item, subset in zip(folder.items, where) if subset == "train"}
     if lacking := [name for label, name in enumerate(folder.classes) if label not in trained]:
         raise DataError(f"no whole group is left to train class {some(lacking)}", fix=_FEWER)
     return where
 
 
-def _plan(method: str, fold: int) -> tuple[list[float], list[Part]]:
+def _plan(method: str, fold: int) -> tuple[list[float], list[Subset]]:
     """How many parts to deal the images into, their weights, and what each will be."""
     kind, _, text = method.partition(":")
     try:
@@ -121,7 +121,7 @@ def _plan(method: str, fold: int) -> tuple[list[float], list[Part]]:
     except ValueError:
         numbers = []
     if kind == "ratio" and len(numbers) == 3 and all(0 <= n < math.inf for n in numbers) and numbers[0] > 0:
-        return [n for n in numbers if n], [part for part, n in zip(PARTS, numbers) if n]
+        return [n for n in numbers if n], [subset for subset, n in zip(SUBSETS, numbers) if n]
     if kind == "kfold" and len(numbers) == 1 and numbers[0] in range(3, 1001) and fold in range(int(numbers[0])):
         k = int(numbers[0])
         return [1.0] * k, ["test" if n == fold else "val" if n == (fold + 1) % k else "train" for n in range(k)]
@@ -131,7 +131,7 @@ def _plan(method: str, fold: int) -> tuple[list[float], list[Part]]:
     )
 
 
-def _missing(brought: set[Part | None], method: str) -> tuple[list[float], list[Part]]:
+def _missing(brought: set[Subset | None], method: str) -> tuple[list[float], list[Subset]]:
     """A fifth of train/ for each of val/ and test/ that the folder does not bring."""
     if "train" not in brought:
         raise DataError("the folder brings no train/", fix="add it, or put the class folders at the top")
@@ -140,15 +140,15 @@ def _missing(brought: set[Part | None], method: str) -> tuple[list[float], list[
             f"--split {method} does not go with a folder that brings {some(sorted(filter(None, brought)))}",
             fix="put all class folders at the top, without train/, val/ and test/",
         )
-    names: list[Part] = ["train", *(part for part in PARTS if part not in brought)]
+    names: list[Subset] = ["train", *(subset for subset in SUBSETS if subset not in brought)]
     return [5.0 - len(names[1:]), *(1.0 for _ in names[1:])], names
 
 
-def _described(method: str, fold: int, brought: set[Part | None]) -> str:
+def _described(method: str, fold: int, brought: set[Subset | None]) -> str:
     if brought <= {"train"}:
         return f"{method} fold {fold}" if method.startswith("kfold") else method
-    cut = [part for part in PARTS if part not in brought]
-    kept = f"folder: {', '.join(part for part in PARTS if part in brought)}"
+    cut = [subset for subset in SUBSETS if subset not in brought]
+    kept = f"folder: {', '.join(subset for subset in SUBSETS if subset in brought)}"
     return kept + (f"; {' and '.join(cut)} cut from train, 1/5 each" if cut else "")
 
 
@@ -244,7 +244,7 @@ def _given(checked: Checked, path: Path) -> Split:
         ours, theirs = some(checked.folder.classes), some(split.classes)
         raise DataError(f"{path} is for classes {theirs}; {checked.folder.root} has {ours}", fix="make a new split")
     here = {i.path: i for i in checked.folder.items}
-    there = {i.path: i for items in split.parts.values() for i in items}
+    there = {i.path: i for items in split.subsets.values() for i in items}
     both = here.keys() & there.keys()
     problems = {
         "that are not in the folder": there.keys() - here.keys(),
@@ -261,13 +261,13 @@ def _given(checked: Checked, path: Path) -> Split:
 def summary(split: Split) -> str:
     """A text table of images a class and part, and what leaks between the parts."""
     wide = max(map(len, [*split.classes, "class"]))
-    rows = [("class", *PARTS)]
-    counts = {part: Counter(i.label for i in split.parts.get(part, ())) for part in PARTS}
-    rows += [(name, *(str(counts[part][k]) for part in PARTS)) for k, name in enumerate(split.classes)]
-    rows += [("all", *(str(counts[part].total()) for part in PARTS))]
+    rows = [("class", *SUBSETS)]
+    counts = {subset: Counter(i.label for i in split.subsets.get(subset, ())) for subset in SUBSETS}
+    rows += [(name, *(str(counts[subset][k]) for subset in SUBSETS)) for k, name in enumerate(split.classes)]
+    rows += [("all", *(str(counts[subset].total()) for subset in SUBSETS))]
     table = [f"{name:<{wide}}" + "".join(f"{cell:>8}" for cell in cells) for name, *cells in rows]
-    lacking = {part: [name for k, name in enumerate(split.classes) if not counts[part][k]] for part in PARTS}
-    notes = [f"{part} has no {some(names)}" for part, names in lacking.items() if names and counts[part]]
+    lacking = {subset: [name for k, name in enumerate(split.classes) if not counts[subset][k]] for subset in SUBSETS}
+    notes = [f"{subset} has no {some(names)}" for subset, names in lacking.items() if names and counts[subset]]
     title = f"split {split.method}, seed {split.seed}, groups: {split.group}"
     return "\n".join([title, *table, *notes, _leak_text(split)])
 

@@ -144,7 +144,7 @@ def ranges(
 
 
 def calibration_key(model: onnx.ModelProto, tensors: Sequence[str], images: Array, *, method: str) -> str:
-    """Hex digest of everything that a calibration depends on; the card in the metadata is not part of it."""
+    """Hex digest of everything that a calibration depends on; the model's metadata is not part of it."""
     settings = [REVISION, method, PERCENT, BINS, STRIDE, list(tensors), list(images.shape)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(model.graph.SerializeToString(deterministic=True))

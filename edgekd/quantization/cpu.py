@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.partition import backbone, with_shapes
 from edgekd.errors import ConfigError, nearest
 from edgekd.files import temporary_folder
@@ -50,7 +50,7 @@ TARGETS = ("cpu", "dla", "tensorrt")
 
 def quantize(
     model: onnx.ModelProto,
-    card: Card,
+    metadata: ModelMetadata,
     images: Array,
     *,
     target: str,
@@ -69,7 +69,7 @@ def quantize(
         ConfigError: no images, or an unknown target.
     """
     if target == "tensorrt":
-        return quantize_tensorrt(model, card, images, heads=heads, method=method, progress=progress)
+        return quantize_tensorrt(model, metadata, images, heads=heads, method=method, progress=progress)
     if target == "dla":
         return quantize_dla(model, images, method=method, progress=progress)
     if target not in TARGETS:
@@ -87,7 +87,7 @@ def quantize(
             _reader(images, progress),
             quant_format=QuantFormat.QDQ,
             calibrate_method={m.name.lower(): m for m in CalibrationMethod}[method],
-            nodes_to_exclude=[] if heads else _head_names(ready, card),
+            nodes_to_exclude=[] if heads else _head_names(ready, metadata),
             **_cpu_settings(reduce_range),
         )
         quantised = onnx.load(str(out))
@@ -115,8 +115,8 @@ def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     return ready
 
 
-def _head_names(model: onnx.ModelProto, card: Card) -> list[str]:
-    kept = {node.name for node in backbone(model, card)}
+def _head_names(model: onnx.ModelProto, metadata: ModelMetadata) -> list[str]:
+    kept = {node.name for node in backbone(model, metadata)}
     return [node.name for node in model.graph.node if node.name not in kept]
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.partition import backbone, with_shapes
 from edgekd.errors import ConfigError
 from edgekd.quantization.calibration import ranges
@@ -33,7 +33,7 @@ LEAST_SCALE = 2.0**-24
 
 def quantize_tensorrt(
     model: onnx.ModelProto,
-    card: Card,
+    metadata: ModelMetadata,
     images: Array,
     *,
     heads: bool = False,
@@ -53,9 +53,9 @@ def quantize_tensorrt(
         BackendError: see `edgekd.quantization.calibration.ranges`.
     """
     model = fold_norms(model)
-    places = Places(with_shapes(model), card, heads=heads, gates=gates)
+    places = Places(with_shapes(model), metadata, heads=heads, gates=gates)
     if not places.weighted:
-        raise ConfigError(f"{card.network} has no convolution worth quantising", fix="compile with --recipe fp16")
+        raise ConfigError(f"{metadata.network} has no convolution worth quantising", fix="compile with --recipe fp16")
     reach = ranges(model, places.tensors, images, method=method, folder=folder, progress=progress)
     quantised = onnx.ModelProto()
     quantised.CopyFrom(model)
@@ -70,7 +70,7 @@ class Places:
     scale one has.
     """
 
-    def __init__(self, model: onnx.ModelProto, card: Card, *, heads: bool, gates: bool) -> None:
+    def __init__(self, model: onnx.ModelProto, metadata: ModelMetadata, *, heads: bool, gates: bool) -> None:
         nodes = list(model.graph.node)
         self._maker = {name: node for node in nodes for name in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
@@ -82,7 +82,7 @@ class Places:
         self._same: dict[str, str] = {}
         self._followed: set[str] = set()
         pooled = set() if gates else _after_pooling(nodes, self._constant)
-        float_ = [] if heads else _heads(model, card)
+        float_ = [] if heads else _heads(model, metadata)
         rest = [n for n in nodes if n.output[0] not in pooled and n not in float_]
         self.weighted = [n for n in rest if self._is_worth(n, gates=gates)]
         self._points = {n.input[0] for n in self.weighted}
@@ -159,8 +159,8 @@ def _shapes(model: onnx.ModelProto) -> dict[str, tuple[object, ...]]:
     return {v.name: tuple(d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim) for v in values}
 
 
-def _heads(model: onnx.ModelProto, card: Card) -> list[NodeProto]:
-    kept = backbone(model, card)
+def _heads(model: onnx.ModelProto, metadata: ModelMetadata) -> list[NodeProto]:
+    kept = backbone(model, metadata)
     return [node for node in model.graph.node if node not in kept]
 
 

@@ -128,13 +128,13 @@ def known_speeds(runs: Path) -> Speeds:
     return found
 
 
-def loads(planned: Mapping[str, Planned], speeds: Speeds, parts: Mapping[str, int]) -> list[Load]:
+def loads(planned: Mapping[str, Planned], speeds: Speeds, subsets: Mapping[str, int]) -> list[Load]:
     """The work of each distinct run folder whose speed is known. parts: images in train, val and test."""
     found = []
     for one in {one.folder: one for one in planned.values()}.values():
         if key(one) in speeds:
             own = one.protocol.epochs, one.protocol.preprocess.image_size
-            found.append(Load(*own, parts["train"], parts["val"], parts["test"], *speeds[key(one)]))
+            found.append(Load(*own, subsets["train"], subsets["val"], subsets["test"], *speeds[key(one)]))
     return found
 
 
@@ -144,8 +144,8 @@ def few_images(folder: Folder, out: Path, *, batch_size: int) -> None:
     taken: Counter[tuple[int, str | None]] = Counter()
     with atomic_folder(out) as made:
         for item in folder.items:
-            taken[item.label, item.part] += 1
-            if taken[item.label, item.part] <= max(count, 5):
+            taken[item.label, item.subset] += 1
+            if taken[item.label, item.subset] <= max(count, 5):
                 link = made / item.path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to((folder.root / item.path).resolve())
@@ -177,7 +177,7 @@ def decide(
     speeds = _measured(table, planned, request, checked=checked, until=until, at_once=at_once, say=say)
     protocol = next(iter(planned.values())).protocol
     split = make_split(checked, method=protocol.split, group=protocol.group, seed=members[0].seed, fold=members[0].fold)
-    sizes = {part: len(items) for part, items in split.parts.items()}
+    sizes = {subset: len(items) for subset, items in split.subsets.items()}
     work = loads(planned, speeds, sizes)
     if not work:
         raise TrainingError(

@@ -61,8 +61,8 @@ def reproduce(
         EdgekdError: a table, images or settings that cannot be.
     """
     started, table = time.monotonic(), table_spec.read(name)
-    asked = dataclasses.replace(asked, leave_out_bad=asked.leave_out_bad or table.leave_out_bad)
-    checked = check(scan(asked.data), leave_out_bad=asked.leave_out_bad, progress=on_check)
+    asked = dataclasses.replace(asked, exclude_bad=asked.exclude_bad or table.exclude_bad)
+    checked = check(scan(asked.data), exclude_bad=asked.exclude_bad, progress=on_check)
     work, until = work_of(name, table, asked, checked), float("inf")
     if asked.budget:
         until = started + budget.seconds(asked.budget)
@@ -150,7 +150,7 @@ def _reasons(states: Mapping[str, State], *, late: bool) -> dict[str, str]:
 
 def _data_differs(table: Table, checked: Checked) -> list[str]:
     count = len(checked.folder.items)
-    left = f" ({len(checked.left_out)} left out)" if checked.left_out else ""
+    left = f" ({len(checked.excluded)} left out)" if checked.excluded else ""
     return [] if count == table.data.images else [f"{count} images{left}, not {table.data.images}"]
 
 
@@ -164,7 +164,7 @@ def _in_words(work: Work) -> dict[str, str]:
         "rows": "; ".join(asked.rows),
         "group": asked.group,
         "set": ", ".join(f"{k}={v}" for k, v in asked.overrides.items()),
-        "instead": ", ".join(f"{k}={v}" for k, v in asked.instead.items()),
+        "instead": ", ".join(f"{k}={v}" for k, v in asked.substitutes.items()),
         "weights": ", ".join(sorted({one.file.name for one in work.planned.values() if one.file})),
         "jobs at once": str(asked.at_once),
         "budget": work.cut,

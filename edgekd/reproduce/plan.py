@@ -45,9 +45,9 @@ class Request:
     weights: Path | None = None
     protocol: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    instead: Mapping[str, str] = field(default_factory=dict)
+    substitutes: Mapping[str, str] = field(default_factory=dict)
     group: str = "none"
-    leave_out_bad: bool = False
+    exclude_bad: bool = False
     epochs: int = 0
     pixels: int = 0
 
@@ -138,7 +138,7 @@ def settings(table: Table, job: Job, request: Request) -> Protocol:
 
     What is counted in epochs (milestones, warm-up, anchors, a method's first stage) shrinks with them, unless set.
     """
-    network = request.instead.get(job.network, job.network)
+    network = request.substitutes.get(job.network, job.network)
     overrides = {**table.settings, **job.settings}
     if request.protocol:
         recipe = config.load(Protocol, "protocols", request.protocol)
@@ -236,6 +236,6 @@ def _train(one: Planned, member: Member, request: Request) -> jobs.Job:
         one.folder / member.name,
         protocol,
         data=request.data,
-        leave_out_bad=request.leave_out_bad,
+        exclude_bad=request.exclude_bad,
         after=tuple(f"{other.folder.name}/{member.name}" for other in above),
     )

@@ -149,4 +149,4 @@ def _read(path: Path) -> tuple[Run, Host]:
 def _train_s(folder: Path) -> float:
     """Seconds of training, without validation."""
     rows = csv.DictReader((folder / run_folder.METRICS).read_text().splitlines())
-    return len(read_split(folder).part("train")) * sum(1 / float(row["images_per_s"]) for row in rows)
+    return len(read_split(folder).subset("train")) * sum(1 / float(row["images_per_s"]) for row in rows)

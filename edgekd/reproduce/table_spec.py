@@ -60,7 +60,7 @@ class Table:
 
     columns: title to measure: `EXIT.METRIC` of the test images, where EXIT is exit_0 …, ensemble, or answer (the
     ensemble, or the only exit); `cost.FIELD` of the network; `NETWORK/cost.FIELD`, how many times less than NETWORK's
-    it is. settings: protocol keys of all jobs. leave_out_bad: train without images that cannot be used.
+    it is. settings: protocol keys of all jobs. exclude_bad: train without images that cannot be used.
     """
 
     caption: str
@@ -72,7 +72,7 @@ class Table:
     jobs: dict[str, Job] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    leave_out_bad: bool = False
+    exclude_bad: bool = False
 
     def __post_init__(self) -> None:
         if not self.jobs:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from edgekd.backends.staged import resized
 from edgekd.data.images import Source, load, load_batch
 from edgekd.errors import ArtifactError, BackendError, ConfigError, DataError, nearest
-from edgekd.policy import FEW_CLASSES, Decision, Policy, confidence, ensemble, softmax, step, step_of_one
+from edgekd.policy import FEW_CLASSES, Decision, Policy, confidence, decide, decide_one, ensemble, softmax
 from edgekd.runtime.engine import Engine, open_engine
 from edgekd.types import Array
 
@@ -103,15 +103,15 @@ class Classifier:
         elif threads is not None:
             raise ConfigError("threads given with an engine that is open already", fix="give them to open_engine")
         self.engine = engine
-        self.card = engine.card
-        self.policy = policy or engine.card.policy
+        self.metadata = engine.metadata
+        self.policy = policy or engine.metadata.policy
         self.strategy = self._strategy(strategy)
-        exits = range(len(self.card.exits))
+        exits = range(len(self.metadata.exits))
         if device_side_exit and self.strategy != "cascade":
             raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
         self._decider = engine.decider(self.policy) if device_side_exit else None
         if self.strategy == "cascade":
-            self._walker = engine.walker()
+            self._staged_runner = engine.staged_runner()
         else:
             self._graph = engine.monolithic if self.strategy == "full" else engine.final
         times = engine.manifest.stage_ms if engine.manifest else {}
@@ -122,17 +122,17 @@ class Classifier:
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the probabilities."""
-        return self.card.classes
+        return self.metadata.classes
 
     @property
     def exits(self) -> tuple[str, ...]:
         """Names of the exits, from shallow to deep; `Prediction.exit` counts in them."""
-        return tuple(f"exit_{k}" for k in range(len(self.card.exits)))
+        return tuple(f"exit_{k}" for k in range(len(self.metadata.exits)))
 
     def __repr__(self) -> str:
         return (
             f"<Classifier {self.engine.name}, {self.strategy}: {len(self.classes)} classes, {len(self.exits)} exits, "
-            f"{self.card.preprocess.image_size} pixels, threads {self.engine.threads}>"
+            f"{self.metadata.preprocess.image_size} pixels, threads {self.engine.threads}>"
         )
 
     def close(self) -> None:
@@ -155,9 +155,10 @@ class Classifier:
         return _reopen, (*self._opened, self.engine.digest)
 
     def _strategy(self, strategy: Strategy | None) -> Strategy:
-        if len(self.policy.temperatures) != len(self.card.exits):
+        if len(self.policy.temperatures) != len(self.metadata.exits):
             raise ConfigError(
-                f"the policy has {len(self.policy.temperatures)} exits, {self.engine.name} has {len(self.card.exits)}",
+                f"the policy has {len(self.policy.temperatures)} exits, "
+                f"{self.engine.name} has {len(self.metadata.exits)}",
                 fix="tune this engine with edgekd tune",
             )
         if strategy is None:
@@ -183,7 +184,7 @@ class Classifier:
         Raises:
             DataError: an image that cannot be used; a file is named.
         """
-        preprocess = self.card.preprocess
+        preprocess = self.metadata.preprocess
         if not isinstance(source, (list, tuple)):
             return self._predictions([source], load(source, preprocess)[None])[0]
         found: list[Prediction] = []
@@ -199,7 +200,7 @@ class Classifier:
         rows = zip(
             indices, decision.confidence.tolist(), decision.exits.tolist(), decision.probabilities.tolist(), paths
         )
-        names = self.card.classes
+        names = self.metadata.classes
         return [Prediction(names[i], i, sure, exit, tuple(p), path, names) for i, sure, exit, p, path in rows]
 
     def run(self, images: Array) -> Decision:
@@ -211,18 +212,18 @@ class Classifier:
                 are not finite.
         """
         self.engine.check_usable()
-        size = self.card.preprocess.image_size
+        size = self.metadata.preprocess.image_size
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise DataError(
                 f"{images.dtype} of shape {images.shape} is no batch for {self.engine.name}",
                 fix=f"give float32 (N, 3, {size}, {size}), or use predict for pictures",
             )
-        is_small = len(images) == 1 and len(self.card.classes) <= FEW_CLASSES
+        is_small = len(images) == 1 and len(self.metadata.classes) <= FEW_CLASSES
         cascade = self._cascade_of_one if is_small else self._cascade
         decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
             return self._finite(decide(images))
-        decision = Decision.empty(len(images), len(self.card.classes))
+        decision = Decision.empty(len(images), len(self.metadata.classes))
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
             found = self._finite(decide(images[part]))
@@ -243,7 +244,7 @@ class Classifier:
             answer = ensemble(np.stack(logits))[:count]
         else:
             answer = softmax(logits[0], self.policy.temperatures[-1])[:count]
-        last = np.full(count, len(self.card.exits) - 1, np.int64)
+        last = np.full(count, len(self.metadata.exits) - 1, np.int64)
         return Decision(answer, last, confidence(answer, self.policy.confidence))
 
     def _on_device(self, images: Array) -> Decision:
@@ -254,29 +255,29 @@ class Classifier:
 
     def _cascade_of_one(self, image: Array) -> Decision:
         """`_cascade` without what only a batch needs: Python's share of one image's time."""
-        total = [0.0] * len(self.card.classes)
-        with self._walker(image) as walk:
-            for exit in range(len(self.card.exits)):
-                answer, sure, leaves, total = step_of_one(self.policy, exit, walk.next()[0].tolist(), total)
-                if leaves:  # everybody does at the last exit
+        total = [0.0] * len(self.metadata.classes)
+        with self._staged_runner(image) as run:
+            for exit in range(len(self.metadata.exits)):
+                answer, sure, exited, total = decide_one(self.policy, exit, run.run_stage()[0].tolist(), total)
+                if exited:  # everybody does at the last exit
                     break
         return Decision(np.array([answer], np.float32), np.array([exit]), np.array([sure], np.float32))
 
     def _cascade(self, images: Array) -> Decision:
-        count, classes = len(images), len(self.card.classes)
+        count, classes = len(images), len(self.metadata.classes)
         decision = Decision.empty(count, classes)
         total, rows = np.zeros((count, classes), np.float32), np.arange(count)  # rows: which image a row is
         waiting, left = np.ones(count, bool), count
-        with self._walker(images) as walk:
-            for exit in range(len(self.card.exits)):
+        with self._staged_runner(images) as run:
+            for exit in range(len(self.metadata.exits)):
                 size = self._next_size(exit, left, len(rows))
                 if size != len(rows):  # the rows beyond `left` are waited for by nobody
                     keep = np.flatnonzero(waiting)
-                    walk.keep(keep, size)
+                    run.compact(keep, size)
                     keep = resized(keep, size)
                     total, rows, waiting = total[keep], rows[keep], np.arange(size) < left
-                seen = step(self.policy, exit, walk.next(), total)
-                leaving = waiting & seen.leaves
+                seen = decide(self.policy, exit, run.run_stage(), total)
+                leaving = waiting & seen.exited
                 decision.put(rows[leaving], leaving, exit, seen)
                 waiting, total = waiting & ~leaving, seen.total
                 left = int(np.count_nonzero(waiting))

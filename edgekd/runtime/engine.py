@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.artifacts.manifest import Manifest, read_file, read_manifest
-from edgekd.artifacts.metadata import Card, read_onnx
+from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graph, graph_names, with_shapes
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends import onnxruntime
-from edgekd.backends.base import Decider, Loaded, Runner, Walker, find_backend
-from edgekd.backends.staged import host_walker
+from edgekd.backends.base import Decider, Loaded, Runner, StagedRunner, find_backend
+from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.files import recover
 from edgekd.host import checked_threads, host
@@ -47,33 +47,33 @@ class Engine:
 
     It belongs to the process that opened it: a process forked from that one cannot use it.
 
-    card: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
+    metadata: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
     digest: SHA-256 of what was opened, of the manifest or of student.onnx.
     name: backend and precision, for tables. largest_batch: that walkers take; None for any.
     """
 
     def __init__(
         self,
-        card: Card,
+        metadata: ModelMetadata,
         load: Callable[[str], Runner],
         *,
         backend: str,
         precision: str,
         threads: int,
         manifest: Manifest | None = None,
-        make_walker: Callable[[Sequence[Runner]], Walker] | None = None,
+        make_staged_runner: Callable[[Sequence[Runner]], StagedRunner] | None = None,
         make_decider: Callable[[Sequence[Runner], Policy], Decider] | None = None,
         largest_batch: int | None = None,
     ) -> None:
-        self.card = card
+        self.metadata = metadata
         self.manifest = manifest
-        self.digest = manifest.digest if manifest else card.sha256
+        self.digest = manifest.digest if manifest else metadata.sha256
         self.backend = backend
         self.name = f"{backend} {precision}"
         self.threads = threads
         self.largest_batch = largest_batch
         self._load = load
-        self._make_walker = make_walker or host_walker
+        self._make_staged_runner = make_staged_runner or host_staged_runner
         self._make_decider = make_decider
         self._runners: dict[str, Runner] = {}
         self._lock = threading.Lock()
@@ -104,9 +104,9 @@ class Engine:
         """Images (k = 0) or the tensors of boundary k-1 to [logits (N, C)] and, but for the last, boundary k."""
         return self._runner(f"stage_{k}")
 
-    def walker(self, exits: int | None = None) -> Walker:
+    def staged_runner(self, exits: int | None = None) -> StagedRunner:
         """Load the stages up to so many exits, all if None; `with walker(images) as walk` sends a batch along."""
-        return self._make_walker([self.stage(k) for k in range(exits or len(self.card.exits))])
+        return self._make_staged_runner([self.stage(k) for k in range(exits or len(self.metadata.exits))])
 
     def decider(self, policy: Policy) -> Decider:
         """The cascade of one image, with nobody but the device deciding when it ends.
@@ -117,7 +117,7 @@ class Engine:
         if self._make_decider is None:
             what = f"{self.backend} cannot decide on the device when to stop"
             raise BackendError(what, fix="leave out --device-side-exit")
-        return self._make_decider([self.stage(k) for k in range(len(self.card.exits))], policy)
+        return self._make_decider([self.stage(k) for k in range(len(self.metadata.exits))], policy)
 
     @property
     def monolithic(self) -> Runner:
@@ -137,15 +137,15 @@ class Engine:
     def staged_logits(self, images: Array, *, batch_size: int = 32) -> Array:
         """The same through the stages one after the other, as a cascade in which nobody leaves."""
         batches = []
-        walker, size = self.walker(), min(batch_size, self.largest_batch or batch_size)
+        staged_runner, size = self.staged_runner(), min(batch_size, self.largest_batch or batch_size)
         for start in range(0, len(images), size):
-            with walker(images[start : start + size]) as walk:
-                batches.append([walk.next() for _ in self.card.exits])
+            with staged_runner(images[start : start + size]) as run:
+                batches.append([run.run_stage() for _ in self.metadata.exits])
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
 
     def _runner(self, name: str) -> Runner:
         self.check_usable()
-        name = name if len(self.card.exits) > 1 else "monolithic"
+        name = name if len(self.metadata.exits) > 1 else "monolithic"
         with self._lock:
             if name not in self._runners:
                 self._runners[name] = self._load(name)
@@ -178,15 +178,17 @@ def _open(path: Path, *, threads: int) -> Engine:
         _check_files(manifest, path)
         return built_engine(path, manifest, threads=threads)
     find_backend("onnxruntime")
-    model, card = read_onnx(path)
+    model, metadata = read_onnx(path)
     model = with_shapes(model)
 
     def load(name: str) -> Runner:
-        data = graph(model, card, name=name).SerializeToString()
-        return _checked(onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads), name, card)
+        data = graph(model, metadata, name=name).SerializeToString()
+        return _checked(onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads), name, metadata)
 
-    walker = onnxruntime.walker
-    return Engine(card, load, backend="onnxruntime", precision="fp32", threads=threads, make_walker=walker)
+    staged_runner = onnxruntime.staged_runner
+    return Engine(
+        metadata, load, backend="onnxruntime", precision="fp32", threads=threads, make_staged_runner=staged_runner
+    )
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
@@ -202,45 +204,47 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
     def load(name: str) -> Runner:
         path = folder / f"{name}{backend.SUFFIX}"
         read = functools.partial(read_file, manifest=manifest)
-        return _checked(backend.load(path, recipe=recipe, threads=threads, read=read), name, manifest.card)
+        return _checked(backend.load(path, recipe=recipe, threads=threads, read=read), name, manifest.metadata)
 
     return Engine(
-        manifest.card,
+        manifest.metadata,
         load,
         backend=manifest.backend,
         precision=recipe.name,
         threads=threads,
         manifest=manifest,
-        make_walker=getattr(backend, "walker", None),
+        make_staged_runner=getattr(backend, "walker", None),
         make_decider=getattr(backend, "decider", None),
         largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
     )
 
 
-def _checked(runner: Loaded, name: str, card: Card) -> Runner:
-    """A graph that reads and answers what the card says.
+def _checked(runner: Loaded, name: str, metadata: ModelMetadata) -> Runner:
+    """A graph that reads and answers what the metadata says.
 
     Raises:
         ArtifactError: it does not.
     """
-    image = (3, card.preprocess.image_size, card.preprocess.image_size)
+    image = (3, metadata.preprocess.image_size, metadata.preprocess.image_size)
     read, answered = runner.ends
     if name in ("stage_0", "monolithic", "final") and read != image:
-        raise ArtifactError(f"{name} reads {read}, its card says {image}", fix="compile again")
-    if answered != (len(card.classes),):
-        raise ArtifactError(f"{name} answers {answered}, its card has {len(card.classes)} classes", fix="compile again")
+        raise ArtifactError(f"{name} reads {read}, its metadata says {image}", fix="compile again")
+    if answered != (len(metadata.classes),):
+        raise ArtifactError(
+            f"{name} answers {answered}, its metadata has {len(metadata.classes)} classes", fix="compile again"
+        )
     return runner
 
 
 def _check_files(manifest: Manifest, path: Path) -> None:
-    """Whether the files are the graphs of this card, as this backend writes them, and no others.
+    """Whether the files are the graphs of this metadata, as this backend writes them, and no others.
 
     Raises:
         ArtifactError: they are not.
     """
     recipe = from_dict(Recipe, manifest.recipe, where=f"{path}: recipe", error=ArtifactError)
     suffixes = find_backend(manifest.backend).suffixes(recipe)
-    asked = {f"{name}{suffix}": name for name in graph_names(manifest.card) for suffix in suffixes}
+    asked = {f"{name}{suffix}": name for name in graph_names(manifest.metadata) for suffix in suffixes}
     found = {name: file.graph for name, file in manifest.files.items()}
     if found != asked:
         odd = min(found.items() ^ asked.items())[0]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from edgekd.artifacts.manifest import read_manifest, write_manifest
 from edgekd.errors import ArtifactError, ConfigError, check_known
-from edgekd.policy import NEVER, Average, Measure, Policy, ensemble, step
+from edgekd.policy import NEVER_EXIT, Average, Measure, Policy, decide, ensemble
 from edgekd.runtime.engine import Engine
 from edgekd.types import Array, Progress
 
@@ -105,15 +105,17 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
     if manifest.digest != digest:
         raise ArtifactError(f"{folder} was written anew while it was tuned", fix="tune it again")
     facts = {k: v for k, v in dataclasses.asdict(tuned).items() if k not in ("policy", "curve")}
-    card = dataclasses.replace(manifest.card, policy=tuned.policy)
-    write_manifest(folder, dataclasses.replace(manifest, card=card, curve=tuned.curve, tuned={**facts, **provenance}))
+    metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
+    write_manifest(
+        folder, dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuned={**facts, **provenance})
+    )
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:
     """Milliseconds of each stage at batch 1: the manifest's, else measured now (medians) on `image` (1, 3, H, W)."""
     if engine.manifest and "1" in engine.manifest.stage_ms:
         return engine.manifest.stage_ms["1"]
-    stages = [engine.stage(k) for k in range(len(engine.card.exits))]
+    stages = [engine.stage(k) for k in range(len(engine.metadata.exits))]
     samples = np.empty((rounds + 3, len(stages)))  # the first three warm up
     for times in samples:
         xs: list[npt.NDArray[Any]] = [image]
@@ -222,12 +224,12 @@ def _grid(
     sums = np.zeros((3, 1))  # right, differing, images x milliseconds
     for exit in range(exits):
         tried = _candidates(confidences[exit], tries if exit < exits - 1 else 1)
-        leaves = (confidences[exit] >= tried[:, None]).astype(np.float32)  # (tried, N)
+        exited = (confidences[exit] >= tried[:, None]).astype(np.float32)  # (tried, N)
         facts = [right[exit], right[exit] != ensemble_right, np.full(count, sum(stages[: exit + 1]))]
-        sums = np.stack([(s[:, None] + reach @ (leaves * fact).T).ravel() for s, fact in zip(sums, facts)])
-        shares = _crossed(shares, (reach @ leaves.T / count).ravel())
+        sums = np.stack([(s[:, None] + reach @ (exited * fact).T).ravel() for s, fact in zip(sums, facts)])
+        shares = _crossed(shares, (reach @ exited.T / count).ravel())
         thresholds = _crossed(thresholds, np.tile(tried, len(reach)))
-        reach = (reach[:, None] * (1 - leaves)).reshape(-1, count)
+        reach = (reach[:, None] * (1 - exited)).reshape(-1, count)
     return Grid(thresholds[:, :-1], sums[0], sums[1], sums[2] / count, shares)
 
 
@@ -238,10 +240,10 @@ def _crossed(table: Floats, column: npt.NDArray[np.floating[Any]]) -> Floats:
 
 def _exits(logits: Array, labels: Labels, policy: Policy) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Confidence and correctness (E, N) of every exit, were all images to come there."""
-    policy = dataclasses.replace(policy, thresholds=(NEVER,) * (len(logits) - 1))
+    policy = dataclasses.replace(policy, thresholds=(NEVER_EXIT,) * (len(logits) - 1))
     total, steps = np.zeros_like(logits[0]), []
     for exit, found in enumerate(logits):
-        steps.append(step(policy, exit, found, total))
+        steps.append(decide(policy, exit, found, total))
         total = steps[-1].total
     right = [seen.probabilities.argmax(axis=1) == labels for seen in steps]
     return np.stack([seen.confidence for seen in steps]), np.stack(right)
@@ -250,7 +252,7 @@ def _exits(logits: Array, labels: Labels, policy: Policy) -> tuple[Array, npt.ND
 def _candidates(confidences: Array, tries: int) -> Array:
     """Always, some quantiles, never. More of them low: whom a late exit sees is unsure already."""
     quantiles = np.linspace(0, 1, tries)[1:-1] ** 2
-    return np.array([0.0, *np.quantile(confidences, quantiles), NEVER][:tries], np.float32)
+    return np.array([0.0, *np.quantile(confidences, quantiles), NEVER_EXIT][:tries], np.float32)
 
 
 def _curve(grid: Grid, count: int) -> tuple[dict[str, Any], ...]:

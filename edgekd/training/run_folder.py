@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgekd import config
 from edgekd._version import __version__
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Split, check_classes
 from edgekd.errors import ArtifactError
@@ -57,10 +57,10 @@ class Header:
         size, stem = self.preprocess.image_size, stem_of(self.network, state)
         return build(self.network, classes=len(self.classes), image_size=size, exits=self.exits, stem=stem)
 
-    def card(self, out: Outputs) -> Card:
-        """The card of this network's student.onnx. out: what the network answers to an image."""
+    def metadata(self, out: Outputs) -> ModelMetadata:
+        """The metadata of this network's student.onnx. out: what the network answers to an image."""
         exits, policy = exits_of(out), Policy((1.0,) * len(out.logits))
-        return Card(self.network, self.classes, self.preprocess, exits, policy, self.provenance)
+        return ModelMetadata(self.network, self.classes, self.preprocess, exits, policy, self.provenance)
 
 
 @dataclass(frozen=True)

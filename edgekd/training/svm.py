@@ -37,10 +37,10 @@ def fit_svm(
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
 
-    items = split.part("train")
+    items = split.subset("train")
     require_unchanged(items, data)
     chunks = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    rows = [features(network, point, load_batch([data / i.path for i in part], preprocess)) for part in chunks]
+    rows = [features(network, point, load_batch([data / i.path for i in subset], preprocess)) for subset in chunks]
     machine = make_pipeline(StandardScaler(), SVC(kernel="linear", break_ties=True))
     machine.fit(np.concatenate(rows), [i.label for i in items])
 

@@ -76,7 +76,7 @@ def sweep(
     keep_split: bool = True,
     labels: Path | None = None,
     resume: bool = False,
-    leave_out_bad: bool = False,
+    exclude_bad: bool = False,
     at_once: int = 1,
     on_end: Callable[[Job, State], None] | None = None,
 ) -> dict[str, State]:
@@ -112,7 +112,7 @@ def sweep(
                 )
             asked = dataclasses.replace(asked, split=str(own_teacher / run_folder.SPLIT))
         if not finished(folder, asked):
-            jobs.append(job(member.name, folder, asked, data=data, labels=labels, leave_out_bad=leave_out_bad))
+            jobs.append(job(member.name, folder, asked, data=data, labels=labels, exclude_bad=exclude_bad))
     states = launch(jobs, at_once=at_once, on_end=on_end)
     atomic_write(
         out / SUMMARY, to_json(summary({m.name: scores(f) for m in of if (f := out / m.name / TEST).is_file()}))
@@ -143,7 +143,7 @@ def job(
     *,
     data: Path,
     labels: Path | None = None,
-    leave_out_bad: bool = False,
+    exclude_bad: bool = False,
     after: tuple[str, ...] = (),
 ) -> Job:
     """The commands that train `folder` under `protocol`, or go on with it, and test it; settings are written beside."""
@@ -151,7 +151,7 @@ def job(
     config.write_toml(settings, protocol)
     words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
     words += ["--labels", labels] if labels else []
-    words += ["--leave-out-bad"] if leave_out_bad else []
+    words += ["--exclude-bad"] if exclude_bad else []
     test = ["evaluate", folder, "--data", data, "--out", folder / TEST]
     commands = tuple(tuple(map(str, command)) for command in (words, test))
     return Job(name, commands, folder.parent / f"{folder.name}.log", after)

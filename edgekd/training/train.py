@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgekd.config import write_toml
 from edgekd.data.folders import check
 from edgekd.data.images import require_unchanged
-from edgekd.data.split import Part, Split, read_split
+from edgekd.data.split import Split, Subset, read_split
 from edgekd.data.splitting import images_of, make_split
 from edgekd.distill.base import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
@@ -42,7 +42,7 @@ def train(
     teacher: Path | None = None,
     labels: Path | None = None,
     resume: bool = False,
-    leave_out_bad: bool = False,
+    exclude_bad: bool = False,
     devices: int = 1,
     on_check: Callable[[int, int], None] | None = None,
     on_split: Callable[[Split], None] | None = None,
@@ -70,7 +70,7 @@ def train(
             run_folder.start(out, resume=resume)
             if protocol.workers:
                 start_processes()  # they get ready while the images are checked
-            split = _split(data, out, protocol=protocol, labels=labels, leave_out_bad=leave_out_bad, on_check=on_check)
+            split = _split(data, out, protocol=protocol, labels=labels, exclude_bad=exclude_bad, on_check=on_check)
             if on_split:
                 on_split(split)
             protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
@@ -128,16 +128,16 @@ def _split(
     *,
     protocol: Protocol,
     labels: Path | None,
-    leave_out_bad: bool,
+    exclude_bad: bool,
     on_check: Callable[[int, int], None] | None,
 ) -> Split:
     """The split of the run that is resumed, whose images must be what they were; or a new one."""
     if (out / run_folder.SPLIT).is_file():
         split = read_split(out)
-        require_unchanged([*split.part("train"), *split.part("val")], data)
+        require_unchanged([*split.subset("train"), *split.subset("val")], data)
         return split
     images = images_of(data, labels=labels, method=protocol.split)
-    checked = check(images, leave_out_bad=leave_out_bad, progress=on_check)
+    checked = check(images, exclude_bad=exclude_bad, progress=on_check)
     return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
 
 
@@ -148,8 +148,8 @@ def _refuse_seen(folder: Path | None, split: Split) -> None:
         ConfigError: the run folder's training part holds some of them.
     """
     if folder is not None and (folder / run_folder.SPLIT).is_file():
-        seen = {i.digest for i in read_split(folder).parts.get("train", ())}
-        if common := [i.path for i in split.parts.get("test", ()) if i.digest in seen]:
+        seen = {i.digest for i in read_split(folder).subsets.get("train", ())}
+        if common := [i.path for i in split.subsets.get("test", ()) if i.digest in seen]:
             raise ConfigError(
                 f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
                 fix=f"use its split: --split {folder / run_folder.SPLIT}",
@@ -171,15 +171,15 @@ def _task(
             protocol.exits,
             run_folder.provenance(protocol, split, teacher=teacher),
         ),
-        names=[item.path for item in split.part("train")],
-        labels=tuple(item.label for item in split.part("train")),
+        names=[item.path for item in split.subset("train")],
+        labels=tuple(item.label for item in split.subset("train")),
         teacher=_teacher(teacher, split, protocol) if teacher and needs_teacher(protocol.method) else None,
         anchors=run_folder.anchors(teacher) if teacher and needs_anchors(protocol.method) else None,
     )
 
 
-def _loader(data: Path, split: Split, part: Part, *, protocol: Protocol, fabric: Fabric) -> Loader:
-    items, train = split.part(part), part == "train"
+def _loader(data: Path, split: Split, subset: Subset, *, protocol: Protocol, fabric: Fabric) -> Loader:
+    items, train = split.subset(subset), subset == "train"
     augment = protocol.augment if train else None
     images = ImageSet(items, data=data, preprocess=protocol.preprocess, augment=augment, seed=protocol.seed)
     rank, world = fabric.global_rank, fabric.world_size

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekd.artifacts.manifest import read_manifest, write_manifest
-from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.artifacts.signing import sign, verify
 from edgekd.cli.main import app
@@ -47,8 +47,8 @@ def test_an_engine_and_a_student(student_onnx: Path, tmp_path: Path, keys: tuple
     assert CliRunner().invoke(app, ["verify", str(engine), "--key", str(keys[1])]).exit_code == 0
     manifest = read_manifest(engine)
     write_manifest(engine, dataclasses.replace(manifest, notes=("changed, and its digest made anew",)))
-    model, card = read_onnx(student)
-    put_card(model, dataclasses.replace(card, classes=card.classes[::-1]))
+    model, metadata = read_onnx(student)
+    put_metadata(model, dataclasses.replace(metadata, classes=metadata.classes[::-1]))
     onnx.save(model, str(student))
     for target in (engine, student):
         with pytest.raises(ArtifactError, match="changed since, or signed with another key"):

@@ -105,11 +105,11 @@ def test_profiles_and_scratch(box: Callable[..., Box], small_student: Path, tmp_
 
 
 def test_libraries_can_be_left_out(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
-    for family, left_out in (("8.6", {"CUBLAS", "CUBLAS_LT", "CUDNN"}), ("11.4", set())):
+    for family, excluded in (("8.6", {"CUBLAS", "CUBLAS_LT", "CUDNN"}), ("11.4", set())):
         machine = box(family)
         compiled(small_student, tmp_path / "e.engine", recipe(tensorrt=TensorRT(library_tactics=False)))
         sources = machine.trt.built[0][1].get_tactic_sources()
-        assert {s.name for s in machine.trt.TacticSource if not sources >> int(s) & 1} == left_out
+        assert {s.name for s in machine.trt.TacticSource if not sources >> int(s) & 1} == excluded
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,8 +183,8 @@ def test_large_batches_are_cut_for_a_graph_and_refused_by_a_walk(
     want = open_engine(small_student, threads=1).logits(IMAGES)
     assert engine.monolithic(IMAGES)[0] == pytest.approx(want[0], abs=1e-4)  # 20 of at most 8
     outside = r"batch of 20 is outside the profiles of stage_0: 1, 2, 4, 8[\s\S]*8, 20\]"
-    with pytest.raises(BackendError, match=outside), engine.walker()(IMAGES) as walk:
-        walk.next()
+    with pytest.raises(BackendError, match=outside), engine.staged_runner()(IMAGES) as run:
+        run.run_stage()
     with pytest.raises(DataError, match=r"float32 \(2, 3, 8, 8\) is outside the profiles[\s\S]*\(N, 3, 16, 16\)"):
         engine.monolithic(np.zeros((2, 3, 8, 8), np.float32))
     with pytest.raises(DataError, match="float64"):
@@ -355,10 +355,10 @@ def test_doctor_tries_tensorrt(box: Callable[..., Box]) -> None:
 
 
 def test_fp16_stages_of_multi_exit_resnet18(student_onnx: Path) -> None:
-    model, card = read_onnx(student_onnx)
+    model, metadata = read_onnx(student_onnx)
     images = RNG.normal(size=(4, 3, 32, 32)).astype(np.float32)
     want, feeds = open_engine(student_onnx).logits(images), {"images": images}
-    parts = graphs(model, card)
+    parts = graphs(model, metadata)
     for k in range(4):
         half = to_fp16(parts[f"stage_{k}"])
         onnx.checker.check_model(half, full_check=True)

@@ -15,7 +15,7 @@ import pytest
 from fakes.cuda import Cuda
 from fakes.machine import IMAGES, Box, compiled, engine_of, recipe
 
-from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device, find
 from edgekd.compiler.build import compile_engine
@@ -67,9 +67,9 @@ def test_tensorrt_fails(
 
 def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     box("8.6")
-    model, card = read_onnx(small_student)
+    model, metadata = read_onnx(small_student)
     model.opset_import[0].version = 18
-    put_card(model, card)
+    put_metadata(model, metadata)
     onnx.save(model, str(tmp_path / "new.onnx"))
     with pytest.raises(BackendError, match=r"TensorRT 8\.6\.1 cannot read stage_0 \(opset 18\)[\s\S]*newer TensorRT"):
         compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())

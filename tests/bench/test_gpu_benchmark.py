@@ -19,7 +19,7 @@ from fakes.machine import Box
 from PIL import Image
 
 from edgekd.bench.record import read_record
-from edgekd.data.images import load_part
+from edgekd.data.images import load_subset
 from edgekd.data.split import Item, Split, read_split
 from edgekd.errors import GateError
 from edgekd.files import atomic_write, sha256
@@ -50,10 +50,10 @@ def prepared(small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for i in range(60):
         image = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((40, 30), Image.Resampling.BICUBIC)
         image.save(data / f"{i}.jpg")
-        label = engine.logits(engine.card.preprocess(image)[None])[-1].argmax()
+        label = engine.logits(engine.metadata.preprocess(image)[None])[-1].argmax()
         items.append(Item(f"{i}.jpg", int(label), digest=sha256(data / f"{i}.jpg")))
     parts = {"train": tuple(items[:20]), "val": tuple(items[20:40]), "test": tuple(items[40:])}
-    split = Split(engine.card.classes, parts, "by hand", 0, "none", 0, 0, "fingerprint")
+    split = Split(engine.metadata.classes, parts, "by hand", 0, "none", 0, 0, "fingerprint")
     atomic_write(folder / "split.json", to_json(split))
     words = ["--student", small_student, "--plain", small_student, "--data", data, "--split", folder / "split.json"]
     with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +83,7 @@ def test_prepared_folders(prepared: Path, small_student: Path) -> None:
     assert Image.open(prepared / "images" / split.part("test")[0].path).size == (16, 16)
     engine = open_engine(prepared / "models" / "student.onnx", threads=1)
     for part in ("val", "test"):
-        images, labels = load_part(split, part, data=prepared / "images", preprocess=engine.card.preprocess)
+        images, labels = load_subset(split, part, data=prepared / "images", preprocess=engine.metadata.preprocess)
         kept = np.load(prepared / "models" / "student.npz")[part]
         np.testing.assert_allclose(engine.logits(images), kept, atol=1e-5)
         assert (kept[-1].argmax(axis=1) == labels).mean() > 0.7  # JPEG moved some
@@ -176,7 +176,7 @@ def test_dry_run(prepared: Path, tmp_path: Path) -> None:
     assert done.stdout == (out / "table.md").read_text()
     assert "**Dry run: ONNX Runtime on the CPU" in done.stdout
     assert "- build student fp16: refused: onnxruntime has no fp16 kernels on CPUs" in done.stdout
-    assert "| student fp32: no-leaving |" in done.stdout
+    assert "| student fp32: no-early-exit |" in done.stdout
     record = read_record(out / "records" / "student-fp32.json")
     assert [v.name for v in record.variants][-3:] == ["full", "final", "plain"]
     steps = json.loads((out / "steps.json").read_text())["steps"]
@@ -276,7 +276,7 @@ def test_verdicts_by_hand() -> None:
 
     variants = {
         "cascade": row(0.5, 0.95),
-        "no-leaving": row(1.2, 0.96),
+        "no-early-exit": row(1.2, 0.96),
         "full": row(1.0, 0.96),
         "plain": row(1.0, 0.953),
     }

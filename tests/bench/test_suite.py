@@ -17,7 +17,7 @@ from helpers.processes import heed_ctrl_c
 from PIL import Image
 
 from edgekd import config
-from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.bench import variants
 from edgekd.bench.record import Record, read_record, write_record
 from edgekd.bench.suite import Suite, bench, expected_seconds, run_worker
@@ -29,19 +29,19 @@ from edgekd.runtime.engine import open_engine
 from edgekd.serialization import to_json
 
 TINY = Suite(batch_sizes=(1, 4), min_count=(5, 2), min_seconds=0.0, warmup_seconds=0.0, rounds=1, pool=9, threads=1,
-             variants=("cascade", "no-leaving", "full"))  # fmt: skip
+             variants=("cascade", "no-early-exit", "full"))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tuned(student_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student with thresholds at the medians of its confidences, so that images leave everywhere."""
     path = tmp_path_factory.mktemp("tuned") / "student.onnx"
-    model, card = read_onnx(student_onnx)
+    model, metadata = read_onnx(student_onnx)
     images = np.random.default_rng(5).normal(size=(12, 3, 32, 32)).astype(np.float32)
     logits = open_engine(student_onnx, threads=1).logits(images)
     sure = variants.softmax(logits).max(axis=-1)
-    policy = dataclasses.replace(card.policy, thresholds=tuple(np.median(sure[:3], axis=1).tolist()))
-    put_card(model, dataclasses.replace(card, policy=policy))
+    policy = dataclasses.replace(metadata.policy, thresholds=tuple(np.median(sure[:3], axis=1).tolist()))
+    put_metadata(model, dataclasses.replace(metadata, policy=policy))
     onnx.save(model, str(path))
     return path
 
@@ -89,13 +89,13 @@ def test_the_time_is_foretold_by_hand() -> None:
 def test_every_variant_is_measured(measured: tuple[Record, list[tuple[int, int]]], tmp_path: Path) -> None:
     record, ticks = measured
     assert ticks == [(i, 4) for i in (1, 2, 3, 4)]
-    assert [v.name for v in record.variants] == ["cascade", "no-leaving", "full", "plain"]
+    assert [v.name for v in record.variants] == ["cascade", "no-early-exit", "full", "plain"]
     for v in record.variants:
         assert [len(t.samples_ms[0]) >= n for t, n in zip(v.timings, TINY.min_count)] == [True, True]
         assert v.metrics.n == len(v.answers) == len(v.exits) == 11
         assert v.memory_mib > 1
         assert v.load_ms[0] > v.first_ms[0] > 0
-        assert [len(turns) for turns in v.turns_ms] == ([2] if v.name == "no-leaving" else [])
+        assert [len(turns) for turns in v.turns_ms] == ([2] if v.name == "no-early-exit" else [])
     assert len(record.preprocess_ms) == 11
     assert {t.name.split()[0] for t in record.targets} >= {"cascade", "Python"}
     write_record(tmp_path / "record.json", record)
@@ -121,17 +121,17 @@ def test_bench_counts_what_the_engine_answers(
 
 
 def variants_input(split: tuple[Path, Split]) -> np.ndarray:
-    from edgekd.data.images import load_part
+    from edgekd.data.images import load_subset
     from edgekd.data.preprocess import Preprocess
 
-    return load_part(split[1], "test", data=split[0], preprocess=Preprocess(32))[0]
+    return load_subset(split[1], "test", data=split[0], preprocess=Preprocess(32))[0]
 
 
 def test_kinds_graphs_and_answers(tuned: Path, student_onnx: Path) -> None:
     engine = open_engine(tuned, threads=1)
-    every = variants.kinds(engine.card, ("exits", "cascade", "no-leaving", "full", "final"))
-    assert every == ["exit_0", "exit_1", "exit_2", "exit_3", "cascade", "no-leaving", "full", "final"]
-    assert "cascade" not in variants.kinds(open_engine(student_onnx).card, ("exits", "cascade"))
+    every = variants.kinds(engine.metadata, ("exits", "cascade", "no-early-exit", "full", "final"))
+    assert every == ["exit_0", "exit_1", "exit_2", "exit_3", "cascade", "no-early-exit", "full", "final"]
+    assert "cascade" not in variants.kinds(open_engine(student_onnx).metadata, ("exits", "cascade"))
     assert variants.graphs("exit_1", 4) == {"stage_0", "stage_1"}
     assert variants.graphs("cascade", 4) == {"stage_0", "stage_1", "stage_2", "stage_3"}
     assert variants.graphs("final", 4) == {"final"}
@@ -142,7 +142,7 @@ def test_kinds_graphs_and_answers(tuned: Path, student_onnx: Path) -> None:
         decision = variants.answerer(engine, f"exit_{k}")(images)
         assert decision.exits.tolist() == [k] * 3
         np.testing.assert_allclose(decision.probabilities, variants.softmax(logits[k]), atol=1e-5)
-    assert variants.answerer(engine, "no-leaving")(images).exits.tolist() == [3] * 3
+    assert variants.answerer(engine, "no-early-exit")(images).exits.tolist() == [3] * 3
     for kind in every:
         assert 0 < variants.overhead_ms(engine, kind, [images[:1]] * 3) < 50
 

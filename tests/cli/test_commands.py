@@ -176,10 +176,10 @@ def test_ctrl_c_and_a_closed_terminal_while_training(cells: Path, tmp_path: Path
 def test_shipped_tomls_are_valid(tmp_path: Path) -> None:
     from edgekd.artifacts.recipe import Recipe
     from edgekd.bench.suite import Suite
-    from edgekd.device_profiles import Device
+    from edgekd.device_profiles import DeviceProfile
     from edgekd.training.protocol import Protocol
 
-    kinds = {"protocols": Protocol, "compile": Recipe, "devices": Device, "benchmarks/suites": Suite}
+    kinds = {"protocols": Protocol, "compile": Recipe, "devices": DeviceProfile, "benchmarks/suites": Suite}
     for kind, cls in kinds.items():
         for name in config.names(kind):
             config.load(cls, kind, name)

@@ -28,7 +28,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import edgekd as package
-from edgekd.artifacts.metadata import put_card, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.cli.main import app
 from edgekd.compiler.build import compile_engine
@@ -263,8 +263,8 @@ def test_a_pickled_classifier_is_the_same_engine_or_none(two_maps_onnx: Path, pi
         assert (again.strategy, again.engine.threads) == ("final", 1)
         assert again.predict(pictures / "a.png") == expected
         pickled = pickle.dumps(again)
-    model, card = read_onnx(mine)
-    put_card(model, dataclasses.replace(card, network="another"))
+    model, metadata = read_onnx(mine)
+    put_metadata(model, dataclasses.replace(metadata, network="another"))
     onnx.save(model, str(mine))
     with pytest.raises(ArtifactError, match="was replaced"):
         pickle.loads(pickled)

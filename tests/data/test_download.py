@@ -232,7 +232,7 @@ def test_cifar100_through_torchvision(server: Server, tmp_path: Path, monkeypatc
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
     get("cifar100", tmp_path / "cifar")
     folder = scan(tmp_path / "cifar")
-    assert [(i.path, i.part) for i in folder.items][:2] == [
+    assert [(i.path, i.subset) for i in folder.items][:2] == [
         ("test/apple/00001.png", "test"),
         ("test/bear/00000.png", "test"),
     ]

@@ -31,7 +31,7 @@ def two_classes(data: Path) -> Path:
 
 
 def labelled(folder: Folder) -> list[tuple[str, str, str | None]]:
-    return [(item.path, folder.classes[item.label], item.part) for item in folder.items]
+    return [(item.path, folder.classes[item.label], item.subset) for item in folder.items]
 
 
 def test_class_folders_hidden_files_and_bystanders(tmp_path: Path) -> None:
@@ -49,9 +49,9 @@ def test_class_folders_hidden_files_and_bystanders(tmp_path: Path) -> None:
 
 
 def test_parts_above_class_folders(tmp_path: Path) -> None:
-    for n, part in enumerate(("train", "Valid", "test")):
+    for n, subset in enumerate(("train", "Valid", "test")):
         for m, name in enumerate("ab"):
-            picture(tmp_path / part / name / "0.png", 2 * n + m)
+            picture(tmp_path / subset / name / "0.png", 2 * n + m)
     assert labelled(scan(tmp_path)) == [
         ("Valid/a/0.png", "a", "val"),
         ("Valid/b/0.png", "b", "val"),
@@ -66,14 +66,14 @@ def test_parts_above_class_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "parts"),
+    ("names", "subsets"),
     [(("training", "Validation", "TESTING"), ("train", "val", "test")), (("train", "valid", "test"), None)],
 )
-def test_names_of_part_folders(tmp_path: Path, names: tuple[str, ...], parts: tuple[str, ...] | None) -> None:
-    for n, (part, name) in enumerate(itertools.product(names, "ab")):
-        picture(tmp_path / part / name / "0.png", n)
-    found = {item.path.split("/")[0]: item.part for item in scan(tmp_path).items}
-    assert found == dict(zip(names, parts or ("train", "val", "test")))
+def test_names_of_part_folders(tmp_path: Path, names: tuple[str, ...], subsets: tuple[str, ...] | None) -> None:
+    for n, (subset, name) in enumerate(itertools.product(names, "ab")):
+        picture(tmp_path / subset / name / "0.png", n)
+    found = {item.path.split("/")[0]: item.subset for item in scan(tmp_path).items}
+    assert found == dict(zip(names, subsets or ("train", "val", "test")))
 
 
 def test_what_counts_is_the_same_in_training_and_prediction(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_real_sets_are_found_whole(shared: Path) -> None:
     assert np.bincount([item.label for item in tiles.items]).tolist() == [625] * 8
     checked = check(scan(shared / "data" / "kather2016_tif"))
     assert len(checked.folder.items) == 24
-    assert not checked.left_out
+    assert not checked.excluded
 
 
 @pytest.mark.parametrize(
@@ -228,12 +228,12 @@ def test_every_kind_of_bad_file_is_named_at_once(tmp_path: Path, shared: Path) -
     }
     with pytest.raises(DataError, match=r"10 of the files .* cannot be used") as caught:
         check(scan(data))
-    assert "--leave-out-bad" in caught.value.fix
-    left_out = check(scan(data), leave_out_bad=True).left_out
-    assert left_out.keys() == expected.keys()
+    assert "--exclude-bad" in caught.value.fix
+    excluded = check(scan(data), exclude_bad=True).excluded
+    assert excluded.keys() == expected.keys()
     for path, reason in expected.items():
-        assert reason in left_out[path]
-        assert f"{path}: {left_out[path]}" in caught.value.what
+        assert reason in excluded[path]
+        assert f"{path}: {excluded[path]}" in caught.value.what
 
 
 def test_unusual_but_whole_pictures_are_kept(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_copies(tmp_path: Path) -> None:
     first = Image.open(data / "a" / "0.png")
     first.save(data / "a" / "again.bmp")  # other bytes, same pixels
     Image.open(data / "a" / "2.png").save(data / "b" / "other.png")
-    assert check(scan(data), leave_out_bad=True).left_out == {
+    assert check(scan(data), exclude_bad=True).excluded == {
         "a/again.bmp": "same picture as a/0.png",
         "a/2.png": "same picture as b/other.png, labelled b",
         "b/other.png": "same picture as a/2.png, labelled a",
@@ -259,13 +259,13 @@ def test_copies(tmp_path: Path) -> None:
 
 
 def test_a_copy_across_parts_stays_in_test(tmp_path: Path) -> None:
-    for n, part in enumerate(("train", "test")):
+    for n, subset in enumerate(("train", "test")):
         for m, name in enumerate("ab"):
-            picture(tmp_path / part / name / "0.png", 2 * n + m)
+            picture(tmp_path / subset / name / "0.png", 2 * n + m)
     picture(tmp_path / "test" / "a" / "copy.png", 0)
     picture(tmp_path / "train" / "a" / "1.png", 50)
-    left_out = check(scan(tmp_path), leave_out_bad=True).left_out
-    assert left_out == {"train/a/0.png": "same picture as test/a/copy.png"}
+    excluded = check(scan(tmp_path), exclude_bad=True).excluded
+    assert excluded == {"train/a/0.png": "same picture as test/a/copy.png"}
 
 
 def test_long_lists_are_cut_and_empty_classes_refused(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_long_lists_are_cut_and_empty_classes_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="and 5 more"):
         check(scan(data))
     with pytest.raises(DataError, match="no usable image is left of c"):
-        check(scan(data), leave_out_bad=True)
+        check(scan(data), exclude_bad=True)
 
 
 def test_fingerprint_follows_pixels_and_paths(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ SPELLINGS = {
 def test_spellings_of_one_table(kind: str, data: Path) -> None:
     folder = read_labels(data, written(data, SPELLINGS[kind]))
     assert folder.classes == ("cell", "nucleus")
-    assert [(i.path, i.label, i.part, i.group) for i in folder.items] == [
+    assert [(i.path, i.label, i.subset, i.group) for i in folder.items] == [
         (p, n % 2, None, "") for n, p in enumerate(NAMES)
     ]
     assert (folder.bad, folder.labels) == ({}, "labels.csv")
@@ -71,16 +71,16 @@ def test_spellings_of_one_table(kind: str, data: Path) -> None:
 
 def test_parts_and_groups(data: Path) -> None:
     """Both take the place of --split and --group; parts are called as their folders may be."""
-    parts = ["Training"] * 12 + ["valid"] * 4 + ["TEST"] * 4
-    split = make_split(check(read_labels(data, written(data, plain(part=parts)))), method="ratio:1,1,1", seed=9)
-    assert {part: len(items) for part, items in split.parts.items()} == {"train": 12, "val": 4, "test": 4}
+    subsets = ["Training"] * 12 + ["valid"] * 4 + ["TEST"] * 4
+    split = make_split(check(read_labels(data, written(data, plain(subset=subsets)))), method="ratio:1,1,1", seed=9)
+    assert {subset: len(items) for subset, items in split.subsets.items()} == {"train": 12, "val": 4, "test": 4}
     slides = [f"slide {n // 4}" for n in range(20)]
     split = make_split(check(read_labels(data, written(data, plain(group=slides)))), group="cluster")
     assert (split.groups, split.leaking, split.group, split.labels) == (5, 0, "labels", "labels.csv")
     assert "none of 5 groups leaks" in summary(split)
-    for items in split.parts.values():
+    for items in split.subsets.values():
         assert len(items) % 4 == 0
-    split = make_split(check(read_labels(data, written(data, plain(part=parts, group=["one"] * 20)))))
+    split = make_split(check(read_labels(data, written(data, plain(subset=subsets, group=["one"] * 20)))))
     assert (split.groups, split.leaking) == (1, 1)
 
 
@@ -110,8 +110,11 @@ WRONG = {
     "twice": (plain() + "03.png,nucleus\n", r"line 22: 03\.png is in line 5 already"),
     "absolute": (plain() + "/03.png,nucleus\n", r"line 22: .*'/03\.png' is no plain path"),
     "upwards": (plain() + "../03.png,nucleus\n", r"line 22: .*'\.\./03\.png' is no plain path"),
-    "unknown part": ("path,label,part\n00.png,cell,tset\n", r"(?s)line 2: unknown part 'tset'.*Did you mean 'test'"),
-    "part of some": ("path,label,part\n00.png,cell,test\n01.png,nucleus,\n", "line 3: part is given for some"),
+    "unknown subset": (
+        "path,label,subset\n00.png,cell,tset\n",
+        r"(?s)line 2: unknown subset 'tset'.*Did you mean 'test'",
+    ),
+    "part of some": ("path,label,subset\n00.png,cell,test\n01.png,nucleus,\n", "line 3: subset is given for some"),
     "group of some": ("path,label,group\n00.png,cell,\n01.png,nucleus,3\n", "line 3: group is given for some"),
     "one class": ("path,label\n00.png,cell\n", "one class only: cell"),
     "quote without end": (plain() + '"99.png,cell\n', "line 22: "),
@@ -162,14 +165,14 @@ def test_trained_distilled_and_evaluated_with_labels(cells: Path, tmp_path: Path
     assert read_split(student) == read_split(teacher)
     assert '"n": 60' in edgekd("evaluate", student, "--data", data, "--labels", file, "--json")
     file.write_text(
-        file.read_text().replace("\n", ",test\n").replace("path,test", "path,part").replace("test", "train", 50)
+        file.read_text().replace("\n", ",test\n").replace("path,test", "path,subset").replace("test", "train", 50)
     )
     assert '"n": 10' in edgekd("evaluate", student, "--data", data, "--labels", file, "--json")
     edgekd("evaluate", student, "--labels", file, "--split", teacher, code=1)
-    seen, unseen = read_split(student).part("train")[3].path, read_split(student).part("test")[0].path
+    seen, unseen = read_split(student).subset("train")[3].path, read_split(student).subset("test")[0].path
     Image.new("RGB", (24, 24), "red").save(data / unseen)
     edgekd("distill", "--data", data, "--out", student, "--resume")  # does not read it
-    edgekd("evaluate", student, "--data", data, "--part", "val")
+    edgekd("evaluate", student, "--data", data, "--subset", "val")
     edgekd("evaluate", student, "--data", data, code=1)
     Image.new("RGB", (24, 24), "blue").save(data / seen)
     edgekd("distill", "--data", data, "--out", student, "--resume", code=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgekd.data.images import load, load_batch, load_part
+from edgekd.data.images import load, load_batch, load_subset
 from edgekd.data.preprocess import Preprocess, open_image
 from edgekd.data.split import Item, Split
 from edgekd.errors import ArtifactError, DataError
@@ -197,7 +197,7 @@ def make_split(folder: Path, count: int) -> Split:
 
 def test_load_part_keeps_the_order(tmp_path: Path) -> None:
     split, seen = make_split(tmp_path, 40), []
-    images, labels = load_part(
+    images, labels = load_subset(
         split, "val", data=tmp_path, preprocess=PLAIN, progress=lambda done, total: seen.append((done, total))
     )
     assert images.shape == (40, 3, 8, 8)
@@ -207,9 +207,9 @@ def test_load_part_keeps_the_order(tmp_path: Path) -> None:
 
 
 def test_load_part_limit_is_spread(tmp_path: Path) -> None:
-    images, _ = load_part(make_split(tmp_path, 10), "val", data=tmp_path, preprocess=PLAIN, limit=4)
+    images, _ = load_subset(make_split(tmp_path, 10), "val", data=tmp_path, preprocess=PLAIN, limit=4)
     assert (images[:, 0, 0, 0] * 255).round().tolist() == [0, 2, 5, 7]
-    assert len(load_part(make_split(tmp_path, 10), "val", data=tmp_path, preprocess=PLAIN, limit=99)[0]) == 10
+    assert len(load_subset(make_split(tmp_path, 10), "val", data=tmp_path, preprocess=PLAIN, limit=99)[0]) == 10
 
 
 def test_load_part_names_missing_files(tmp_path: Path) -> None:
@@ -217,9 +217,9 @@ def test_load_part_names_missing_files(tmp_path: Path) -> None:
     for i in (1, 4, 5, 8):
         (tmp_path / f"{i}.png").unlink()
     with pytest.raises(DataError, match=r"lacks 4 of the split's 10 val images: 1\.png, 4\.png, 5\.png, …"):
-        load_part(split, "val", data=tmp_path, preprocess=PLAIN)
+        load_subset(split, "val", data=tmp_path, preprocess=PLAIN)
     with pytest.raises(ArtifactError, match="no test images"):
-        load_part(split, "test", data=tmp_path, preprocess=PLAIN)
+        load_subset(split, "test", data=tmp_path, preprocess=PLAIN)
 
 
 @pytest.mark.parametrize("change", ["other pixels", "cut short", "one bit", "another file"])
@@ -236,8 +236,8 @@ def test_load_part_names_pictures_that_were_changed(change: str, tmp_path: Path)
     with pytest.raises(
         DataError, match=r"other pictures than the split was made of: 1 of the split's 10 val images: 7\.png"
     ):
-        load_part(split, "val", data=tmp_path, preprocess=PLAIN)
-    load_part(split, "val", data=tmp_path, preprocess=PLAIN, limit=3)  # does not read it
+        load_subset(split, "val", data=tmp_path, preprocess=PLAIN)
+    load_subset(split, "val", data=tmp_path, preprocess=PLAIN, limit=3)  # does not read it
 
 
 def test_real_cells(shared: Path) -> None:

@@ -15,16 +15,16 @@ import pytest
 
 from edgekd.data.folders import Checked, Folder, Found, scan
 from edgekd.data.split import Split, read_split
-from edgekd.data.splitting import PARTS, group_keys, make_split, summary
+from edgekd.data.splitting import SUBSETS, group_keys, make_split, summary
 from edgekd.errors import ArtifactError, ConfigError, DataError
 from edgekd.files import atomic_write
 from edgekd.serialization import to_json
 
 
-def made_up(counts: dict[str, int], *, name: str = "{}/{}.png", part: str | None = None) -> Checked:
+def made_up(counts: dict[str, int], *, name: str = "{}/{}.png", subset: str | None = None) -> Checked:
     """A checked folder of images that exist by name only; splitting reads no pixels."""
     paths = [(name.format(c, n), k) for k, c in enumerate(counts) for n in range(counts[c])]
-    items = [Found(path, k, part, digest=digest(path)) for path, k in paths]  # type: ignore[arg-type]
+    items = [Found(path, k, subset, digest=digest(path)) for path, k in paths]  # type: ignore[arg-type]
     return Checked(Folder(Path("data"), tuple(counts), tuple(items), {}, 0), {}, "print")
 
 
@@ -38,8 +38,8 @@ def real(folder: Path) -> Checked:
 
 def sizes(split: Split) -> dict[str, list[int]]:
     return {
-        part: [sum(i.label == k for i in items) for k in range(len(split.classes))]
-        for part, items in split.parts.items()
+        subset: [sum(i.label == k for i in items) for k in range(len(split.classes))]
+        for subset, items in split.subsets.items()
     }
 
 
@@ -55,7 +55,9 @@ def test_a_split_is_a_partition_that_the_seed_decides() -> None:
     checked = made_up({"a": 30, "b": 20})
     one, same, other = (make_split(checked, seed=seed) for seed in (1, 1, 2))
     assert one == same != other
-    assert sorted(i.path for items in one.parts.values() for i in items) == sorted(i.path for i in checked.folder.items)
+    assert sorted(i.path for items in one.subsets.values() for i in items) == sorted(
+        i.path for i in checked.folder.items
+    )
 
 
 @pytest.mark.parametrize("group", ["none", r"^\w+/(\d+)-"])
@@ -63,9 +65,9 @@ def test_kfold_tests_each_image_once(group: str) -> None:
     items = [Found(f"{c}/{n // 3}-{n}.png", k) for k, c in enumerate("ab") for n in range(60)]
     checked = Checked(Folder(Path("data"), ("a", "b"), tuple(items), {}, 0), {}, "print")
     folds = [make_split(checked, method="kfold:5", fold=fold, group=group) for fold in range(5)]
-    tested = Counter(i.path for split in folds for i in split.part("test"))
+    tested = Counter(i.path for split in folds for i in split.subset("test"))
     assert tested == Counter(i.path for i in items)
-    assert [i.path for i in folds[0].part("val")] == [i.path for i in folds[1].part("test")]
+    assert [i.path for i in folds[0].subset("val")] == [i.path for i in folds[1].subset("test")]
     assert [sum(sizes(split)["test"]) for split in folds] == [24] * 5
 
 
@@ -87,8 +89,8 @@ def test_sipakmed_groups_match_the_published_counts(shared: Path) -> None:
     assert f"{random.leaking} of 966 groups leak" in summary(random)
     totals = np.array([813, 825, 793, 787, 831])
     for split in (random, whole):
-        for part, share in zip(PARTS, (0.6, 0.2, 0.2)):
-            assert np.abs(np.array(sizes(split)[part]) - share * totals).max() <= 2
+        for subset, share in zip(SUBSETS, (0.6, 0.2, 0.2)):
+            assert np.abs(np.array(sizes(split)[subset]) - share * totals).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -139,12 +141,12 @@ def joined(*folders: Checked) -> Checked:
 
 
 def test_parts_that_the_folder_brings_stay() -> None:
-    train = made_up({"a": 10, "b": 20}, name="train/{}/{}.png", part="train")
-    test = made_up({"a": 4, "b": 3}, name="test/{}/{}.png", part="test")
+    train = made_up({"a": 10, "b": 20}, name="train/{}/{}.png", subset="train")
+    test = made_up({"a": 4, "b": 3}, name="test/{}/{}.png", subset="test")
     split = make_split(joined(train, test))
     assert sizes(split) == {"train": [8, 16], "val": [2, 4], "test": [4, 3]}
     assert split.method == "folder: train, test; val cut from train, 1/5 each"
-    assert {i.path.split("/")[0] for i in split.part("val")} == {"train"}
+    assert {i.path.split("/")[0] for i in split.subset("val")} == {"train"}
     with pytest.raises(ConfigError, match="brings test, train"):
         make_split(joined(train, test), method="kfold:5")
     with pytest.raises(DataError, match="brings no train"):
@@ -171,20 +173,20 @@ def test_a_split_file_given_back(tmp_path: Path) -> None:
             make_split(dataclasses.replace(checked, folder=folder), method=str(tmp_path / "split.json"))
 
 
-def grouped(parts: dict[str, list[str]]) -> dict[str, Any]:
+def grouped(subsets: dict[str, list[str]]) -> dict[str, Any]:
     """split.json of images `a/1` (class a, group 1), as a table."""
     table = {
-        part: [
+        subset: [
             {"path": f"{path}.png", "label": "ab".index(path[0]), "group": path[2:], "digest": digest(path)}
             for path in paths
         ]
-        for part, paths in parts.items()
+        for subset, paths in subsets.items()
     }
     keys = [{i["group"] for i in items} for items in table.values()]
     every = set().union(*keys)
     leaking = sum(sum(key in one for one in keys) > 1 for key in every)
     rest = {"method": "by hand", "seed": 0, "group": "x", "groups": len(every), "leaking": leaking, "fingerprint": ""}
-    return {"classes": ["a", "b"], "parts": table, **rest}
+    return {"classes": ["a", "b"], "subsets": table, **rest}
 
 
 WHOLE = {"train": ["a/1", "b/2"], "val": ["a/3", "b/3"], "test": ["a/1x", "b/4"]}
@@ -192,27 +194,27 @@ WHOLE = {"train": ["a/1", "b/2"], "val": ["a/3", "b/3"], "test": ["a/1x", "b/4"]
 
 def edit(key: str, value: object) -> Callable[[dict[str, Any]], object]:
     """An edit of the first training image."""
-    return lambda table: table["parts"]["train"][0].update({key: value})
+    return lambda table: table["subsets"]["train"][0].update({key: value})
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "test image in train": (
-        lambda t: t["parts"]["train"].append(t["parts"]["test"][0]),
+        lambda t: t["subsets"]["train"].append(t["subsets"]["test"][0]),
         r"one picture is there twice, train: a/1x\.png and test: a/1x\.png",
     ),
     "under another name": (
-        lambda t: t["parts"]["train"].append({**t["parts"]["test"][0], "path": "a/copy.png"}),
+        lambda t: t["subsets"]["train"].append({**t["subsets"]["test"][0], "path": "a/copy.png"}),
         r"one picture is there twice, train: a/copy\.png and test: a/1x\.png",
     ),
-    "twice in a part": (lambda t: t["parts"]["val"].append(t["parts"]["val"][0]), "there twice, val: .* and val"),
+    "twice in a part": (lambda t: t["subsets"]["val"].append(t["subsets"]["val"][0]), "there twice, val: .* and val"),
     "moved, so that its group leaks": (
-        lambda t: t["parts"]["train"].append(t["parts"]["val"].pop()),
+        lambda t: t["subsets"]["train"].append(t["subsets"]["val"].pop()),
         "it says that 0 of 5 groups leak, but 1 of 5 do",
     ),
     "label above": (edit("label", 2), r"a/1\.png has the label 2 of 2"),
     "label below": (edit("label", -1), r"a/1\.png has the label -1 of 2"),
     "label no number": (edit("label", "a"), r"train\[0\]\.label: expected int"),
-    "unknown part": (lambda t: t["parts"].update(training=[]), "'training' is none of train, val, test"),
+    "unknown subset": (lambda t: t["subsets"].update(training=[]), "'training' is none of train, val, test"),
     "absolute": (edit("path", "/etc/passwd.png"), "no plain path"),
     "upwards": (edit("path", "a/../../b.png"), "no plain path"),
     "same file otherwise": (edit("path", "./a/1x.png"), "no plain path"),
@@ -227,7 +229,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "negative leaks": (lambda t: t.update(leaking=-1), "-1 of 5 groups"),
     "negative groups": (lambda t: t.update(groups=-5), "0 of -5 groups"),
     "more groups": (lambda t: t.update(groups=9), "it says that 0 of 9 groups leak, but 0 of 5 do"),
-    "no digest": (lambda t: t["parts"]["val"][0].pop("digest"), r"no SHA-256 of a/3\.png"),
+    "no digest": (lambda t: t["subsets"]["val"][0].pop("digest"), r"no SHA-256 of a/3\.png"),
 }
 
 
@@ -236,7 +238,7 @@ def test_a_split_that_cannot_be_is_refused_when_it_is_read(kind: str, tmp_path: 
     change, message = EDITS[kind]
     table, path = grouped(WHOLE), tmp_path / "split.json"
     path.write_text(json.dumps(table))
-    assert len(read_split(tmp_path).part("train")) == 2
+    assert len(read_split(tmp_path).subset("train")) == 2
     change(table)
     path.write_text(json.dumps(table))
     for read in (lambda: read_split(tmp_path), lambda: make_split(made_up({"a": 5, "b": 5}), method=str(path))):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fakes.cuda import POISON, Cuda, Error, Op, RuleBroken
 
 
-class Part(NamedTuple):
+class Subset(NamedTuple):
     """Of a graph: an operation, or a body that runs if a condition holds."""
 
     op: Op | None
@@ -27,21 +27,21 @@ class Graphs:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._parts: dict[int, list[Part]] = {}
+        self._parts: dict[int, list[Subset]] = {}
         self._nodes: dict[int, int] = {}  # node to its graph
         self._owners: dict[int, int] = {}  # condition to the graph that it was made for
         self.conditions: dict[int, int] = {}
 
-    def create(self, parts: list[Part]) -> int:
+    def create(self, parts: list[Subset]) -> int:
         handle = self._cuda.handle()
         self._parts[handle] = list(parts)
         return handle
 
-    def parts(self, graph: int) -> list[Part]:
+    def parts(self, graph: int) -> list[Subset]:
         self._cuda.alive(graph)
         return self._parts[graph]
 
-    def add(self, graph: int, after: list[int], parts: list[Part]) -> int:
+    def add(self, graph: int, after: list[int], parts: list[Subset]) -> int:
         if self.parts(graph) and not after:
             raise RuleBroken("a node depends on nothing, and may run before those that it needs")
         if any(self._nodes[node] != graph for node in after):
@@ -58,7 +58,7 @@ class Graphs:
         self._owners[handle] = graph
         return handle
 
-    def launch(self, parts: list[Part], stream: int) -> None:
+    def launch(self, parts: list[Subset], stream: int) -> None:
         """Graphs of operations alone are enqueued one by one; others decide as they run."""
         if all(part.op for part in parts):
             for op, *_ in parts:
@@ -67,11 +67,11 @@ class Graphs:
             return
         self._cuda.enqueue(lambda: self._run(parts), stream)
 
-    def _run(self, parts: list[Part]) -> None:
+    def _run(self, parts: list[Subset]) -> None:
         self.conditions.clear()  # undefined until a kernel sets them
         self._go(parts)
 
-    def _go(self, parts: list[Part]) -> None:
+    def _go(self, parts: list[Subset]) -> None:
         for part in parts:
             if part.op:
                 part.op.at_once()
@@ -189,7 +189,7 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
         ops, cuda.capturing = cuda.capturing or [], None
         if cuda.invalid:
             return Error.cudaErrorStreamCaptureInvalidated, None
-        return Error.cudaSuccess, graphs.create([Part(op) for op in ops])
+        return Error.cudaSuccess, graphs.create([Subset(op) for op in ops])
 
     @offer
     def cudaGraphCreate(flags: int) -> Any:
@@ -209,7 +209,7 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
         assert (asked.type, inner.type, inner.size, len(after)) == ("conditional", "if", 1, count)
         body = graphs.create([])
         inner.phGraph_out = [body]
-        return Error.cudaSuccess, graphs.add(graph, after, [Part(None, inner.handle, body)])
+        return Error.cudaSuccess, graphs.add(graph, after, [Subset(None, inner.handle, body)])
 
     @offer
     def cudaGraphInstantiateWithFlags(graph: int, flags: int) -> Any:

@@ -18,7 +18,7 @@ from fakes.tensorrt import Trouble, make
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifacts.manifest import Manifest
-from edgekd.artifacts.metadata import Card, Exit, put_card
+from edgekd.artifacts.metadata import Exit, ModelMetadata, put_metadata
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import find
 from edgekd.backends.tensorrt.library import library, logger
@@ -162,7 +162,7 @@ def small_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Exit("exit_1", ("stage_1_0", "stage_1_1")),
         Exit("exit_2", ("stage_2",)),
     )
-    put_card(model, Card("small", tuple("abcde"), Preprocess(16), exits, Policy((1.0,) * 3, (0.26, 0.3))))
+    put_metadata(model, ModelMetadata("small", tuple("abcde"), Preprocess(16), exits, Policy((1.0,) * 3, (0.26, 0.3))))
     path = tmp_path_factory.mktemp("student") / "student.onnx"
     onnx.save(model, str(path))
     return path

@@ -74,7 +74,7 @@ def numbers(tree: Any) -> list[Any]:
 
 
 def stray(path: str) -> bool:
-    return path.startswith("/") or ".." in Path(path).parts or path in ("", ".") or "\0" in path
+    return path.startswith("/") or ".." in Path(path).subsets or path in ("", ".") or "\0" in path
 
 
 def resealed(data: bytes, digest: bytes) -> bytes:
@@ -86,7 +86,7 @@ def resealed(data: bytes, digest: bytes) -> bytes:
 
 
 def blanked(text: str) -> str:
-    """A card or header as JSON, ready for `resealed`."""
+    """A metadata or header as JSON, ready for `resealed`."""
     from edgekd.serialization import BLANK
 
     table = json.loads(text)
@@ -151,16 +151,18 @@ class ManifestStruct(ManifestBytes):
             return "same", ""
         engine = open_engine(self.folder, threads=1)
         found = Classifier(engine).predict(_picture())
-        policy, card = manifest.card.policy, manifest.card
+        policy, metadata = manifest.metadata.policy, manifest.metadata
         return nonsense(
             {
                 "file name outside": any(stray(n) for n in manifest.files),
                 "graph that is run is in no list of files": not {"stage_0.onnx", "monolithic.onnx"}
                 <= manifest.files.keys(),
                 "policy not finite": any(map(odd_number, numbers(dataclasses.asdict(policy)))),
-                "mean or std not finite": any(map(odd_number, numbers([card.preprocess.mean, card.preprocess.std]))),
-                "classes not unique": len(set(card.classes)) != len(card.classes),
-                "classes not as many as logits": len(card.classes) != len(found.probabilities),
+                "mean or std not finite": any(
+                    map(odd_number, numbers([metadata.preprocess.mean, metadata.preprocess.std]))
+                ),
+                "classes not unique": len(set(metadata.classes)) != len(metadata.classes),
+                "classes not as many as logits": len(metadata.classes) != len(found.probabilities),
                 "confidence no number": not 0 <= found.confidence <= 1 + 1e-6,
                 "stage times negative or not finite": any(
                     odd_number(float(x)) or x < 0 for x in numbers(manifest.stage_ms)
@@ -221,9 +223,9 @@ class OnnxBytes(Reader):
     def setup(self) -> None:
         self.path = self.work / "student.onnx"
         self.good = (self.base / "student.onnx").read_bytes()
-        from edgekd.artifacts.manifest import read_card
+        from edgekd.artifacts.manifest import read_metadata
 
-        self.digest = read_card(self.base / "student.onnx").sha256.encode()
+        self.digest = read_metadata(self.base / "student.onnx").sha256.encode()
 
     def make(self, rng: random.Random) -> None:
         self.edited = mutate.of_bytes(self.good, rng)
@@ -249,7 +251,7 @@ class OnnxResealed(OnnxBytes):
         from edgekd.runtime.classifier import Classifier
         from edgekd.runtime.engine import open_engine
 
-        _, card = read_onnx(self.path)
+        _, metadata = read_onnx(self.path)
         if self.edited == self.good:
             return "same", ""
         classifier = Classifier(open_engine(self.path, threads=1))
@@ -257,10 +259,12 @@ class OnnxResealed(OnnxBytes):
         return nonsense(
             {
                 "confidence no number": not 0 <= found.confidence <= 1 + 1e-6,
-                "classes not as many as logits": len(card.classes) != len(found.probabilities),
-                "classes not unique": len(set(card.classes)) != len(card.classes),
-                "mean or std not finite": any(map(odd_number, numbers([card.preprocess.mean, card.preprocess.std]))),
-                "policy not finite": any(map(odd_number, numbers(dataclasses.asdict(card.policy)))),
+                "classes not as many as logits": len(metadata.classes) != len(found.probabilities),
+                "classes not unique": len(set(metadata.classes)) != len(metadata.classes),
+                "mean or std not finite": any(
+                    map(odd_number, numbers([metadata.preprocess.mean, metadata.preprocess.std]))
+                ),
+                "policy not finite": any(map(odd_number, numbers(dataclasses.asdict(metadata.policy)))),
             }
         )
 
@@ -272,10 +276,10 @@ class OnnxStruct(OnnxResealed):
         model = onnx.load_model_from_string(self.good)
         kind = rng.randrange(8)
         graph = model.graph
-        card = next(p for p in model.metadata_props if p.key == "edgekd")
+        metadata = next(p for p in model.metadata_props if p.key == "edgekd")
         if kind <= 2:
-            table = mutate.tree(json.loads(card.value), rng)
-            card.value = json.dumps(table).encode("utf-8", "replace").decode()
+            table = mutate.tree(json.loads(metadata.value), rng)
+            metadata.value = json.dumps(table).encode("utf-8", "replace").decode()
         elif kind == 3:
             node = rng.choice(graph.node)
             what = rng.randrange(4)
@@ -318,7 +322,7 @@ class OnnxStruct(OnnxResealed):
             model.opset_import[0].version = rng.choice([0, 1, 6, 12, 17, 18, 25, 999])
             model.ir_version = rng.choice([0, 1, 3, 8, 99])
         with contextlib.suppress(ValueError):
-            card.value = blanked(card.value)
+            metadata.value = blanked(metadata.value)
         self.edited = resealed(model.SerializeToString(), b"")
         self.path.write_bytes(self.edited)
 
@@ -352,9 +356,9 @@ class SplitBytes(Reader):
         if split == self.value:
             return "same", ""
         summary(split)
-        for part in ("train", "val", "test"):
-            split.part(part)
-        items = [i for part in split.parts.values() for i in part]
+        for subset in ("train", "val", "test"):
+            split.subset(subset)
+        items = [i for subset in split.subsets.values() for i in subset]
         seen = collections.Counter(i.path for i in items)
         return nonsense(
             {
@@ -362,7 +366,7 @@ class SplitBytes(Reader):
                 "path leads out of the data folder": any(stray(i.path) for i in items),
                 "an image in two parts or twice": max(seen.values()) > 1,
                 "classes not unique": len(set(split.classes)) != len(split.classes),
-                "unknown part": bool(split.parts.keys() - {"train", "val", "test"}),
+                "unknown subset": bool(split.subsets.keys() - {"train", "val", "test"}),
             }
         )
 
@@ -427,10 +431,15 @@ class Toml(Reader):
         from edgekd import config
         from edgekd.artifacts.recipe import Recipe
         from edgekd.bench.suite import Suite
-        from edgekd.device_profiles import Device
+        from edgekd.device_profiles import DeviceProfile
         from edgekd.training.protocol import Protocol
 
-        self.kinds = [(Protocol, "protocols"), (Recipe, "compile"), (Suite, "benchmarks/suites"), (Device, "devices")]
+        self.kinds = [
+            (Protocol, "protocols"),
+            (Recipe, "compile"),
+            (Suite, "benchmarks/suites"),
+            (DeviceProfile, "devices"),
+        ]
         self.texts = [[p.read_bytes() for p in sorted(config.folder(kind).glob("*.toml"))] for _, kind in self.kinds]
         self.texts[0].append((self.base / "run" / "protocol.toml").read_bytes())
         self.load = tomllib.loads
@@ -871,8 +880,8 @@ def run(base: Path, name: str, count: int, seed: int, sink: Any, until: float) -
                 os.kill(pid, 9)
                 ended = bool(os.waitpid(pid, 0))
             with contextlib.suppress(BlockingIOError):
-                while part := os.read(read_end, 1 << 16):
-                    pending += part
+                while subset := os.read(read_end, 1 << 16):
+                    pending += subset
             *lines, pending = pending.split(b"\n")
             tally(lines, found, sink)
             time.sleep(0.01)

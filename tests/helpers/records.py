@@ -48,7 +48,7 @@ def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, against: 
         peak_mib=(90.0, 95.5),
         overhead_ms=0.08,
         size_mib=12.25,
-        turns_ms=(((2.0, 2.2), (1.9, 2.1)), ((3.3, 3.3), (3.0, 3.0))) if name == "no-leaving" else (),
+        turns_ms=(((2.0, 2.2), (1.9, 2.1)), ((3.3, 3.3), (3.0, 3.0))) if name == "no-early-exit" else (),
     )
 
 
@@ -75,7 +75,7 @@ def sample() -> Record:
         variants=(
             variant("exit_0", 1.0, [0] * 8, wrong=3),
             variant("cascade", 1.0, [0, 0, 0, 0, 1, 1, 2, 2], wrong=1),
-            variant("no-leaving", 1.05, [2] * 8, wrong=1),
+            variant("no-early-exit", 1.05, [2] * 8, wrong=1),
             variant("full", 1.0, [2] * 8, wrong=1),
             variant("plain", 12.0, [0] * 8, wrong=2, against=True),
         ),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
 from edgekd.distill.base import METHODS, Setting, Settings, Shapes, Step, View
 from edgekd.errors import ConfigError
@@ -163,6 +163,6 @@ def test_exported_and_cut(tmp_path: Path) -> None:
     net = lively(classes=5, stem="small", exits=(1, 2))
     exits = exits_of(net(torch.zeros(1, 3, 32, 32)))
     assert [e.boundary for e in exits] == [("stage_0_0", "stage_0_1"), ("stage_1",)]
-    card = Card("msdnet", tuple("abcde"), Preprocess(32), exits, Policy((1.0,) * 2))
+    metadata = ModelMetadata("msdnet", tuple("abcde"), Preprocess(32), exits, Policy((1.0,) * 2))
     images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
-    assert export(net, card, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5
+    assert export(net, metadata, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import resnet18, resnet50, squeezenet1_1
 
 from edgekd import config, schema
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.cli.train import _exits
 from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError, ConfigError
@@ -198,8 +198,10 @@ def test_exits_train_copy_and_export(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in net.parameters())
     copied = copy.deepcopy(net).eval()
     out = copied(x)
-    card = Card("student", tuple("abcde"), Preprocess(64), exits_of(out), Policy((1.0,) * 3))
-    assert export(copied, card, out=tmp_path / "s.onnx", images=images, names=[f"image {k}" for k in range(8)]) < 1e-5
+    metadata = ModelMetadata("student", tuple("abcde"), Preprocess(64), exits_of(out), Policy((1.0,) * 3))
+    assert (
+        export(copied, metadata, out=tmp_path / "s.onnx", images=images, names=[f"image {k}" for k in range(8)]) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("exits", [(1, 2), (0, 4), (2, 1, 4), (1, 5), ()])

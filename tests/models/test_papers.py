@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
 from edgekd.export import export
 from edgekd.models.base import exits_of
@@ -74,6 +74,8 @@ def test_a_step_of_training_reaches_every_parameter(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_exported(tmp_path: Path, name: str) -> None:
     net = build(name, classes=5, image_size=32).eval()
-    card = Card(name, tuple("abcde"), Preprocess(32), exits_of(net(torch.zeros(1, 3, 32, 32))), Policy((1.0,)))
+    metadata = ModelMetadata(
+        name, tuple("abcde"), Preprocess(32), exits_of(net(torch.zeros(1, 3, 32, 32))), Policy((1.0,))
+    )
     images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
-    assert export(net, card, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5
+    assert export(net, metadata, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5

@@ -11,7 +11,7 @@ import torch
 from helpers.multi_exit_outputs import SETTING, outputs, step
 from torch import Tensor, nn
 
-from edgekd.artifacts.metadata import Card
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
 from edgekd.distill.base import Setting, Settings, Shapes, names
 from edgekd.distill.criterion import Criterion
@@ -96,9 +96,9 @@ def test_exported_and_cut(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = build("scan-resnet18", classes=5, image_size=45, exits=(1, 2, 4), stem="small").eval()
     exits = exits_of(net(torch.zeros(1, 3, 45, 45)))
-    card = Card("scan-resnet18", tuple("abcde"), Preprocess(45), exits, Policy((1.0,) * 3))
+    metadata = ModelMetadata("scan-resnet18", tuple("abcde"), Preprocess(45), exits, Policy((1.0,) * 3))
     images = np.random.default_rng(0).normal(size=(3, 3, 45, 45)).astype(np.float32)
-    assert export(net, card, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5
+    assert export(net, metadata, out=tmp_path / "student.onnx", images=images, names=list("abc")) < 1e-5
 
 
 def test_loss_by_hand() -> None:

@@ -30,7 +30,7 @@ def test_students_script(cells: Path, tmp_path: Path) -> None:
     run, chance = json.loads((tmp_path / "t.json").read_text())["networks"]
     assert (run["network"], run["exits"], run["weights"]) == ("squeezenet1_1", 1, "trained (ratio:3,1,1, none)")
     assert (chance["network"], chance["exits"], chance["weights"]) == ("multi-exit-squeezenet1_1", 4, "chance")
-    assert len(run["labels"]) == min(12, len(read_split(tmp_path / "run").part("test")))
+    assert len(run["labels"]) == min(12, len(read_split(tmp_path / "run").subset("test")))
     assert [(r["backend"], r["precision"]) for r in run["results"]] == [
         ("onnxruntime", "fp32"),
         ("onnxruntime", "int8"),

@@ -14,7 +14,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from edgekd.artifacts.metadata import Card, Exit, read_onnx
+from edgekd.artifacts.metadata import Exit, ModelMetadata, read_onnx
 from edgekd.artifacts.partition import backbone, graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends import onnxruntime
@@ -37,8 +37,8 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def quantised(student_onnx: Path) -> dict[bool, onnx.ModelProto]:
-    model, card = read_onnx(student_onnx)
-    return {heads: quantize(model, card, IMAGES, target="cpu", heads=heads) for heads in (True, False)}
+    model, metadata = read_onnx(student_onnx)
+    return {heads: quantize(model, metadata, IMAGES, target="cpu", heads=heads) for heads in (True, False)}
 
 
 def quantised_convolutions(model: onnx.ModelProto) -> int:
@@ -47,8 +47,8 @@ def quantised_convolutions(model: onnx.ModelProto) -> int:
 
 
 def test_heads_are_quantised_or_float(student_onnx: Path, quantised: dict[bool, onnx.ModelProto]) -> None:
-    model, card = read_onnx(student_onnx)
-    in_backbone = Counter(n.op_type for n in backbone(model, card))["Conv"]
+    model, metadata = read_onnx(student_onnx)
+    in_backbone = Counter(n.op_type for n in backbone(model, metadata))["Conv"]
     assert in_backbone == 20  # ResNet18: a stem, 16 in blocks, 3 on shortcuts
     assert quantised_convolutions(quantised[False]) == in_backbone
     # 22 more: an attention in each of 4 heads, and 3 + 2 + 1 + 0 bottlenecks of 3
@@ -80,8 +80,8 @@ def test_activations_uint8_weights_int8_per_channel(quantised: dict[bool, onnx.M
 def test_stages_pass_uint8_and_equal_the_whole_bit_for_bit(
     student_onnx: Path, quantised: dict[bool, onnx.ModelProto]
 ) -> None:
-    _, card = read_onnx(student_onnx)
-    parts = graphs(quantised[True], card)
+    _, metadata = read_onnx(student_onnx)
+    parts = graphs(quantised[True], metadata)
     whole, x = run(parts["monolithic"], IMAGES), [IMAGES]
     for k in range(4):
         x = run(parts[f"stage_{k}"], x[-1])
@@ -146,13 +146,13 @@ def test_every_student_in_int8(name: str, exported: Callable[[str], Any], tmp_pa
     """Stages and whole agree to the bit, and with the float network on most images. The deepest exit of a library's
     network is its own classifier, so that the plain network is in it."""
     path, _, cells = exported(name)
-    model, card = read_onnx(path)
+    model, metadata = read_onnx(path)
     want = open_engine(path, threads=1).logits(cells)
     for backend in ("onnxruntime", "openvino"):
         reduce_range = find_backend(backend).SATURATES and not exact_int8()
-        whole = quantize(model, card, cells[::4], target="cpu", heads=True, reduce_range=reduce_range)
-        parts = graphs(whole, card)
-        engine = Engine(card, loader(backend, parts, tmp_path), backend=backend, precision="int8", threads=1)
+        whole = quantize(model, metadata, cells[::4], target="cpu", heads=True, reduce_range=reduce_range)
+        parts = graphs(whole, metadata)
+        engine = Engine(metadata, loader(backend, parts, tmp_path), backend=backend, precision="int8", threads=1)
         have = engine.logits(cells, batch_size=1)
         assert np.array_equal(engine.staged_logits(cells[:5], batch_size=1), have[:, :5])
         same = [(of_image(a) == of_image(b)).mean() for a, b in zip(have, want)]
@@ -188,8 +188,8 @@ def test_relu6_ends_the_range_of_what_it_clips() -> None:
     ]
     nn.init.constant_(layers[0].bias, 60.0)
     model = to_onnx(SingleExit(nn.Sequential(*layers)), image_size=32)
-    card = Card("relu6", tuple("abcde"), Preprocess(32), (Exit("exit_0", ()),), Policy((1.0,)))
-    clipped = quantize(model, card, IMAGES, target="cpu", heads=True)
+    metadata = ModelMetadata("relu6", tuple("abcde"), Preprocess(32), (Exit("exit_0", ()),), Policy((1.0,)))
+    clipped = quantize(model, metadata, IMAGES, target="cpu", heads=True)
     values = {i.name: onnx.numpy_helper.to_array(i) for i in clipped.graph.initializer}
     scales = [float(values[n.input[1]]) for n in clipped.graph.node if n.op_type == "QuantizeLinear"]
     assert not [n for n in clipped.graph.node if n.op_type == "Clip"]
@@ -199,14 +199,14 @@ def test_relu6_ends_the_range_of_what_it_clips() -> None:
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])
 def test_other_calibration_methods(student_onnx: Path, method: str) -> None:
-    model, card = read_onnx(student_onnx)
-    other = quantize(model, card, IMAGES[:2], target="cpu", heads=True, method=method)
+    model, metadata = read_onnx(student_onnx)
+    other = quantize(model, metadata, IMAGES[:2], target="cpu", heads=True, method=method)
     assert np.abs(run(other, IMAGES)[3] - run(model, IMAGES)[3]).max() <= 0.5 * np.abs(run(model, IMAGES)[3]).max()
 
 
 def test_refuses_no_images_and_unknown_targets(student_onnx: Path) -> None:
-    model, card = read_onnx(student_onnx)
+    model, metadata = read_onnx(student_onnx)
     with pytest.raises(ConfigError, match="no calibration images"):
-        quantize(model, card, IMAGES[:0], target="cpu", heads=True)
+        quantize(model, metadata, IMAGES[:0], target="cpu", heads=True)
     with pytest.raises(ConfigError, match="Did you mean 'cpu'"):
-        quantize(model, card, IMAGES, target="cpus", heads=True)
+        quantize(model, metadata, IMAGES, target="cpus", heads=True)

@@ -16,7 +16,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgekd.artifacts.metadata import Card, Exit
+from edgekd.artifacts.metadata import Exit, ModelMetadata
 from edgekd.artifacts.partition import backbone, graphs, with_shapes
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends import onnxruntime
@@ -58,7 +58,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @functools.cache
-def student(name: str) -> tuple[onnx.ModelProto, Card]:
+def student(name: str) -> tuple[onnx.ModelProto, ModelMetadata]:
     """Exported for 5 classes; seeded random weights, and batch norm that has seen pictures."""
     import torch
 
@@ -75,14 +75,14 @@ def student(name: str) -> tuple[onnx.ModelProto, Card]:
     with torch.no_grad():
         net.train()(torch.from_numpy(CALIBRATION))
         exits = exits_of(net.eval()(torch.from_numpy(CALIBRATION[:1])))
-    card = Card(name, tuple("abcde"), Preprocess(SIZE), exits, Policy((1.0,) * len(exits)))
-    return to_onnx(net, image_size=SIZE), card
+    metadata = ModelMetadata(name, tuple("abcde"), Preprocess(SIZE), exits, Policy((1.0,) * len(exits)))
+    return to_onnx(net, image_size=SIZE), metadata
 
 
 @functools.cache
 def quantised(name: str, heads: bool = False) -> onnx.ModelProto:
-    model, card = student(name)
-    return quantize(model, card, CALIBRATION, target="tensorrt", heads=heads)
+    model, metadata = student(name)
+    return quantize(model, metadata, CALIBRATION, target="tensorrt", heads=heads)
 
 
 class Seen:
@@ -154,9 +154,9 @@ def test_form_of_every_pair(name: str) -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_which_convolutions(name: str) -> None:
     """Told apart another way: by the sizes of the maps they read."""
-    model, card = student(name)
+    model, metadata = student(name)
     seen = Seen(with_shapes(model))
-    in_backbone = {node.output[0] for node in backbone(model, card)}
+    in_backbone = {node.output[0] for node in backbone(model, metadata)}
     expected = set()
     for conv in seen.all("Conv"):
         outputs, inputs = seen.constant[conv.input[1]].shape[:2]
@@ -353,8 +353,8 @@ def test_the_pairs_of_onnxruntimes_own_quantiser_are_among_ours(tmp_path: Path) 
 
 
 def test_stages_pass_int8_and_equal_the_whole() -> None:
-    model, card = quantised("multi-exit-resnet18"), student("multi-exit-resnet18")[1]
-    parts, whole = graphs(model, card), run(model, IMAGES[:4])
+    model, metadata = quantised("multi-exit-resnet18"), student("multi-exit-resnet18")[1]
+    parts, whole = graphs(model, metadata), run(model, IMAGES[:4])
     x = [IMAGES[:4]]
     for k in range(4):
         logits, *x = run(parts[f"stage_{k}"], x[-1])
@@ -368,15 +368,15 @@ def test_heads_and_gates_when_asked() -> None:
     more = {n.name for n in heads.quantised()} - {n.name for n in few.quantised()}
     assert all("network/exits" in n for n in more)
     assert len(more) == 12  # 3 + 2 + 1 blocks of a depthwise and a 1x1 convolution
-    model, card = student(name)
-    all_ = Seen(quantize_tensorrt(model, card, CALIBRATION, heads=True, gates=True))
+    model, metadata = student(name)
+    all_ = Seen(quantize_tensorrt(model, metadata, CALIBRATION, heads=True, gates=True))
     gates = [n for n in all_.quantised() if n.name not in {c.name for c in heads.quantised()}]
     assert len(gates) == 15  # 7 gates of two convolutions, and one behind the last pooling
     assert [n for n in all_.all("Gemm") if all_.is_made_by(n.input[1], "DequantizeLinear")]
-    onnx.checker.check_model(quantize_tensorrt(model, card, CALIBRATION, heads=True, gates=True), full_check=True)
+    onnx.checker.check_model(quantize_tensorrt(model, metadata, CALIBRATION, heads=True, gates=True), full_check=True)
 
 
-def block(*, channels: int = 16) -> tuple[onnx.ModelProto, Card]:
+def block(*, channels: int = 16) -> tuple[onnx.ModelProto, ModelMetadata]:
     """images -> stem (16) -> relu -> [middle -> relu -> last | shortcut] -> Add -> answer: 1x1 convolutions."""
     shape = ["n", 3, 8, 8]
     given = helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)
@@ -396,15 +396,15 @@ def block(*, channels: int = 16) -> tuple[onnx.ModelProto, Card]:
     nodes = [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in wiring]
     graph = helper.make_graph(nodes, "block", [given], [answer], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    card = Card("block", ("x", "y"), Preprocess(8), (Exit("exit_0", ()),), Policy((1.0,)))
-    return model, card
+    metadata = ModelMetadata("block", ("x", "y"), Preprocess(8), (Exit("exit_0", ()),), Policy((1.0,)))
+    return model, metadata
 
 
 def test_a_block_by_hand() -> None:
-    model, card = block()
+    model, metadata = block()
     images = np.zeros((2, 3, 8, 8), np.float32)
     images[0, 0, 0, 0] = -2.54
-    seen = Seen(quantize_tensorrt(model, card, images))
+    seen = Seen(quantize_tensorrt(model, metadata, images))
     paired = [q.input[0] for q in seen.all("QuantizeLinear")]
     assert paired == ["images", "stem", "b", "middle", "d", "last", "shortcut", "f"]
     assert seen.constant["images_scale"] == np.float32(2.54) / np.float32(127)
@@ -412,35 +412,35 @@ def test_a_block_by_hand() -> None:
 
 
 def test_few_channels_stay_float() -> None:
-    model, card = block(channels=12)
-    seen = Seen(quantize_tensorrt(model, card, CALIBRATION[:, :, :8, :8]))
+    model, metadata = block(channels=12)
+    seen = Seen(quantize_tensorrt(model, metadata, CALIBRATION[:, :, :8, :8]))
     assert [n.name for n in seen.quantised()] == ["a", "c"]
     assert [list(n.input) for n in seen.all("Add")] == [["f", "e"]]
 
 
 def test_dead_channels_keep_a_scale() -> None:
-    model, card = block()
+    model, metadata = block()
     weights = numpy_helper.to_array(model.graph.initializer[1]).copy()
     weights[3] = 0
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights, "middle"))
-    quantised = quantize_tensorrt(model, card, CALIBRATION[:, :, :8, :8])
+    quantised = quantize_tensorrt(model, metadata, CALIBRATION[:, :, :8, :8])
     assert Seen(quantised).constant["middle_scale"][3] == np.float16(LEAST_SCALE) > 0
     assert np.isfinite(run(quantised, CALIBRATION[:, :, :8, :8])[0]).all()
 
 
 def test_refusals() -> None:
-    model, card = block()
+    model, metadata = block()
     with pytest.raises(ConfigError, match="no calibration images"):
-        quantize(model, card, CALIBRATION[:0], target="tensorrt", heads=False)
+        quantize(model, metadata, CALIBRATION[:0], target="tensorrt", heads=False)
     with pytest.raises(ConfigError, match="Did you mean 'percentile'"):
-        quantize(model, card, CALIBRATION[:, :, :8, :8], target="tensorrt", heads=False, method="percentil")
+        quantize(model, metadata, CALIBRATION[:, :, :8, :8], target="tensorrt", heads=False, method="percentil")
     for node in model.graph.node:
         node.op_type = "Conv" if node.op_type == "Conv" else node.op_type
-    small, card = block(channels=12)
+    small, metadata = block(channels=12)
     del small.graph.node[:4], small.graph.node[1:]
     small.graph.node[0].input[0], small.graph.node[0].output[0] = "images", "exit_0"
     with pytest.raises(ConfigError, match="no convolution worth quantising"):
-        quantize(small, card, CALIBRATION[:, :, :8, :8], target="tensorrt", heads=False)
+        quantize(small, metadata, CALIBRATION[:, :, :8, :8], target="tensorrt", heads=False)
 
 
 def test_norms_behind_concatenations_are_folded() -> None:
@@ -494,9 +494,9 @@ def test_imagenet_weights_keep_their_answers(name: str, least: float, shared: Pa
     assert not load_state(net, state, source=name).missing
     files = sorted((shared / "data" / "kather2016").glob("*/*.jpg"))[::53]
     images = load_batch(files, Preprocess(128))
-    card = Card(name, tuple(map(str, range(1000))), Preprocess(128), (Exit("exit_0", ()),), Policy((1.0,)))
+    metadata = ModelMetadata(name, tuple(map(str, range(1000))), Preprocess(128), (Exit("exit_0", ()),), Policy((1.0,)))
     model = to_onnx(net, image_size=128)
-    quantised = quantize_tensorrt(model, card, images[::3], method="entropy")
+    quantised = quantize_tensorrt(model, metadata, images[::3], method="entropy")
     (whole,), (ints,) = run(model, images[1::3]), run(quantised, images[1::3])
     agree = (whole.argmax(axis=1) == ints.argmax(axis=1)).mean()
     print(name, agree, len(whole), 10 * np.log10((whole**2).sum() / ((whole - ints) ** 2).sum()))

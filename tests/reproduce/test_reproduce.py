@@ -172,7 +172,7 @@ def test_digests(tmp_path: Path) -> None:
     assert {n for n in first if given[n] != first[n]} == {"finetuned", "kd", "student"}
     (tmp_path / "resnet18.safetensors").write_bytes(b"v")
     assert digests(weights=tmp_path)["student"] != given["student"]
-    other = digests(instead={"resnest50d": "resnet50"})
+    other = digests(substitutes={"resnest50d": "resnet50"})
     assert {n for n in first if other[n] != first[n]} == {"teacher", "kd", "student"}
 
 
@@ -199,7 +199,9 @@ def test_another_protocol_trains_its_way_and_keeps_the_papers_method() -> None:
 
 def test_differences_are_said(tmp_path: Path) -> None:
     (tmp_path / "resnet18.safetensors").write_bytes(b"w")
-    asked = request(weights=tmp_path, epochs=9, pixels=96, instead={"resnest50d": "resnet50"}, overrides={"lr": 0.05})
+    asked = request(
+        weights=tmp_path, epochs=9, pixels=96, substitutes={"resnest50d": "resnet50"}, overrides={"lr": 0.05}
+    )
     planned = plan(table_spec.read("gao2022-table3"), asked)
     cut = ["9 epochs, not 180", "96 pixels, not 224", "lr 0.05, not 0.1"]
     assert planned["finetuned"].differs() == cut

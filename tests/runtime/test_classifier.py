@@ -16,7 +16,7 @@ from PIL import Image
 from edgekd.artifacts.manifest import Manifest
 from edgekd.backends.base import Runner
 from edgekd.errors import ConfigError, DataError
-from edgekd.policy import NEVER, Average, Policy, ensemble, simulate, softmax
+from edgekd.policy import NEVER_EXIT, Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.classifier import Classifier, next_batch
 from edgekd.runtime.engine import Engine, open_engine
 from edgekd.types import Array
@@ -34,12 +34,12 @@ def images() -> Array:
 
 def splitting(engine: Engine, images: Array, average: Average = "mean") -> Policy:
     """A policy that lets about a third of those who come leave at each exit, with room around the thresholds."""
-    temperatures, thresholds = (1.5, 1.0, 0.8, 1.0), [NEVER] * 3
+    temperatures, thresholds = (1.5, 1.0, 0.8, 1.0), [NEVER_EXIT] * 3
     logits = engine.logits(images)
     left = np.ones(len(images), bool)
     for exit in range(3):
         sure = simulate(
-            logits[: exit + 1], Policy(temperatures[: exit + 1], (NEVER,) * exit, average=average)
+            logits[: exit + 1], Policy(temperatures[: exit + 1], (NEVER_EXIT,) * exit, average=average)
         ).confidence
         ranked = np.sort(sure[left])
         middle = np.arange(len(ranked) // 2, len(ranked) * 5 // 6)
@@ -89,7 +89,7 @@ def test_full_and_final(engine: Engine, images: Array) -> None:
     final = Classifier(engine, strategy="final", policy=policy).run(images)
     assert final.probabilities == pytest.approx(softmax(logits[3], 2.0), abs=1e-5)
     assert set(full.exits.tolist()) == set(final.exits.tolist()) == {3}
-    never = Classifier(engine, policy=Policy((1.0,) * 4, (NEVER,) * 3, average="mean")).run(images)
+    never = Classifier(engine, policy=Policy((1.0,) * 4, (NEVER_EXIT,) * 3, average="mean")).run(images)
     assert never.probabilities == pytest.approx(full.probabilities, abs=1e-5)
 
 
@@ -115,8 +115,8 @@ class Recorder(Engine):
     pixel, in which the image's number is."""
 
     def __init__(self, engine: Engine, logits: Array, *, backend: str, stage_ms: dict[str, tuple[float, ...]]) -> None:
-        manifest = Manifest(engine.card, backend, "", {}, {}, {}, {}, "", stage_ms=stage_ms)
-        super().__init__(engine.card, self._runner_for, backend=backend, precision="", threads=1, manifest=manifest)
+        manifest = Manifest(engine.metadata, backend, "", {}, {}, {}, {}, "", stage_ms=stage_ms)
+        super().__init__(engine.metadata, self._runner_for, backend=backend, precision="", threads=1, manifest=manifest)
         self._logits, self.sizes = logits, list[int]()
 
     def _runner_for(self, name: str) -> Runner:
@@ -184,7 +184,7 @@ def test_predict_takes_files_pictures_and_arrays(engine: Engine, tmp_path: Path)
     Image.fromarray(pixels).save(path)
     classifier = Classifier(engine)
     one = classifier.predict(path)
-    assert one.label == classifier.card.classes[one.index]
+    assert one.label == classifier.metadata.classes[one.index]
     assert one.confidence == max(one.probabilities) == one.probabilities[one.index]
     assert sum(one.probabilities) == pytest.approx(1)
     assert one.exit == 3

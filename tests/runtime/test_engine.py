@@ -14,8 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from edgekd import config
-from edgekd.artifacts.manifest import MANIFEST, read_card, read_manifest, write_manifest
-from edgekd.artifacts.metadata import Exit, put_card, read_onnx
+from edgekd.artifacts.manifest import MANIFEST, read_manifest, read_metadata, write_manifest
+from edgekd.artifacts.metadata import Exit, put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend, shares
 from edgekd.bench.suite import Suite
@@ -59,9 +59,9 @@ def test_student_onnx_opens_in_fp32(student_onnx: Path) -> None:
 
 
 def test_one_exit_without_boundary_is_one_graph(student_onnx: Path, tmp_path: Path) -> None:
-    model, card = read_onnx(student_onnx)
+    model, metadata = read_onnx(student_onnx)
     del model.graph.output[:3]
-    put_card(model, dataclasses.replace(card, exits=(Exit("exit_3", ()),)))
+    put_metadata(model, dataclasses.replace(metadata, exits=(Exit("exit_3", ()),)))
     onnx.save(model, str(tmp_path / "plain.onnx"))
     engine = open_engine(tmp_path / "plain.onnx")
     assert engine.stage(0) is engine.monolithic is engine.final
@@ -147,15 +147,15 @@ def test_linked_stages_go_on_as_arrays_when_rows_leave(student_onnx: Path, tmp_p
     recipe = Recipe("fp32", batch_sizes=(1,), static_batch_sizes=(1, 4))
     compile_engine(student_onnx, tmp_path / "e", recipe=recipe, backend="openvino", calibration=None, validation=None)
     engine = open_engine(tmp_path / "e")
-    walker, want = engine.walker(), engine.logits(IMAGES[:8])
-    with walker(IMAGES[:4]) as walk:
-        walk.keep(np.array([2]), 1)  # before the first stage, too
-        np.testing.assert_allclose(walk.next(), want[0, 2:3], atol=1e-5)
+    staged_runner, want = engine.staged_runner(), engine.logits(IMAGES[:8])
+    with staged_runner(IMAGES[:4]) as run:
+        run.compact(np.array([2]), 1)  # before the first stage, too
+        np.testing.assert_allclose(run.run_stage(), want[0, 2:3], atol=1e-5)
     for start in (0, 4, 0):  # the same requests again, and nothing of the batch before is left
-        with walker(IMAGES[start : start + 4]) as walk:
-            first = walk.next()
-            walk.keep(np.array([1, 3]), 3)
-            second = [walk.next()[:2] for _ in range(3)]
+        with staged_runner(IMAGES[start : start + 4]) as run:
+            first = run.run_stage()
+            run.compact(np.array([1, 3]), 3)
+            second = [run.run_stage()[:2] for _ in range(3)]
         np.testing.assert_allclose(first, want[0, start : start + 4], atol=1e-5)
         np.testing.assert_allclose(second, want[1:, [start + 1, start + 3]], atol=1e-5)
 
@@ -172,7 +172,7 @@ def test_files_damaged(copy: Path, student_onnx: Path) -> None:
     victim.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ArtifactError, match=rf"{victim.name} is not the file that was built"):
         open_engine(copy)
-    assert read_card(copy) == read_card(student_onnx)
+    assert read_metadata(copy) == read_metadata(student_onnx)
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=victim.name):
         open_engine(copy)
@@ -255,8 +255,8 @@ def test_onnx_damaged_or_foreign(student_onnx: Path, tmp_path: Path) -> None:
     half.write_bytes(data[: len(data) // 2])
     with pytest.raises(ArtifactError, match="not a whole ONNX file"):
         open_engine(half)
-    model, card = read_onnx(student_onnx)
-    put_card(model, dataclasses.replace(card, exits=(Exit("exit_0", ("nowhere",)), *card.exits[1:])))
+    model, metadata = read_onnx(student_onnx)
+    put_metadata(model, dataclasses.replace(metadata, exits=(Exit("exit_0", ("nowhere",)), *metadata.exits[1:])))
     onnx.save(model, str(half))
     with pytest.raises(ArtifactError, match="nowhere"):
         open_engine(half).stage(0)

@@ -143,12 +143,12 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
     assert tuned.policy.average == "mean"
     assert 0 < tuned.latency_ms < 1e6
 
-    write_manifest(tmp_path, Manifest(engine.card, "onnxruntime", "1", {}, {}, {}, {}, ""))
+    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", {}, {}, {}, {}, ""))
     save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
     with pytest.raises(ArtifactError, match="written anew"):
         save_tuned(tmp_path, tuned, {}, digest="of what it was before")
     kept = read_manifest(tmp_path)
-    assert kept.card.policy == tuned.policy
+    assert kept.metadata.policy == tuned.policy
     assert kept.curve == tuned.curve
     assert kept.tuned["images"] == 34
     assert kept.tuned["accuracy"] == tuned.accuracy

@@ -82,7 +82,7 @@ def test_teacher_and_student_over_two_folds(cells: Path, tmp_path: Path) -> None
     assert "exit_0" in text
     assert "±" in text
     splits = [read_split(teacher / f"seed0-fold{k}") for k in range(2)]
-    assert not {i.path for i in splits[0].part("test")} & {i.path for i in splits[1].part("test")}
+    assert not {i.path for i in splits[0].subset("test")} & {i.path for i in splits[1].subset("test")}
     found = json.loads((teacher / "summary.json").read_text())
     each = [found["runs"][f"seed0-fold{k}"]["exit_0"]["accuracy"] for k in range(2)]
     assert found["mean"]["exit_0"]["accuracy"] == pytest.approx(sum(each) / 2)

@@ -83,8 +83,8 @@ def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(cells: Path, tm
     finished(distill(cells, out, "--resume"))
     assert same_weights(tmp_path / "whole", out)
     states = [torch.load(f / run_folder.RESUME, weights_only=True) for f in (tmp_path / "whole", out)]
-    for part in ("network", "ema"):
-        assert all(torch.equal(states[0][part][k], states[1][part][k]) for k in states[0][part])
+    for subset in ("network", "ema"):
+        assert all(torch.equal(states[0][subset][k], states[1][subset][k]) for k in states[0][subset])
     assert not list(out.glob(".*partial*"))
 
 
@@ -95,7 +95,7 @@ def test_two_processes(cells: Path, tmp_path: Path) -> None:
     finished(distill(cells, tmp_path / "two", "--devices", "2", "--set", "batch_size=8", launcher=torchrun))
     rows = list(csv.DictReader((tmp_path / "two" / run_folder.METRICS).open()))
     assert len(rows) == 3
-    val = len(read_split(tmp_path / "two").part("val"))
+    val = len(read_split(tmp_path / "two").subset("val"))
     hits = float(rows[-1]["val_ensemble"]) * val
     assert hits == pytest.approx(round(hits), abs=1e-3)  # padded samples are not counted
     run_folder.load_model(tmp_path / "two")

@@ -52,7 +52,7 @@ class Graph:
         weakref.finalize(self, free)
 
 
-class Device(ABC):
+class CudaDevice(ABC):
     """The first GPU that CUDA shows (CUDA_VISIBLE_DEVICES chooses), and a stream that everything runs on in order.
 
     `with device:` gives the GPU to the calling thread alone; whatever takes a Device expects to be inside. What is
@@ -71,7 +71,7 @@ class Device(ABC):
     def __init__(self) -> None:
         self._lock = threading.RLock()
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> CudaDevice:
         self._lock.acquire()
         return self
 
@@ -125,7 +125,7 @@ class Device(ABC):
         """Enqueue a captured graph."""
 
 
-class CudaPython(Device):
+class CudaPython(CudaDevice):
     """Through cuda-python."""
 
     bindings = "cuda-python"
@@ -235,7 +235,7 @@ class CudaPython(Device):
 _finding = threading.Lock()
 
 
-def device() -> Device:
+def device() -> CudaDevice:
     """The GPU, through the bindings that EDGEKD_CUDA names, or cuda-python, or pycuda if that is the only one there.
 
     Raises:
@@ -246,9 +246,9 @@ def device() -> Device:
 
 
 @functools.cache
-def find() -> Device:
+def find() -> CudaDevice:
     """`device`, but for one thread."""
-    makers: dict[str, Callable[[], Device | None]] = {"cuda-python": _cuda_python, "pycuda": _pycuda}
+    makers: dict[str, Callable[[], CudaDevice | None]] = {"cuda-python": _cuda_python, "pycuda": _pycuda}
     asked = os.environ.get(CHOICE)
     if asked and asked not in makers:
         raise ConfigError(f"{CHOICE}={asked}: no such bindings", fix=nearest(asked, makers))
@@ -259,7 +259,7 @@ def find() -> Device:
     raise BackendError(f"there is no {missing} here", fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
 
 
-def _cuda_python() -> Device | None:
+def _cuda_python() -> CudaDevice | None:
     for module in ("cuda.bindings.runtime", "cuda.cudart"):  # the second up to cuda-python 12.5
         try:
             return CudaPython(importlib.import_module(module))
@@ -268,7 +268,7 @@ def _cuda_python() -> Device | None:
     return None
 
 
-def _pycuda() -> Device | None:
+def _pycuda() -> CudaDevice | None:
     if importlib.util.find_spec("pycuda") is None:
         return None
     from edgekd.backends.cuda.pycuda import PyCuda

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from edgekd.backends.cuda.device import GET_DRIVER, Device, Graph, Memory, too_much
+from edgekd.backends.cuda.device import GET_DRIVER, CudaDevice, Graph, Memory, too_much
 from edgekd.errors import BackendError
 
 
-class PyCuda(Device):
+class PyCuda(CudaDevice):
     """Through pycuda, which knows no CUDA graphs. The context is the primary one, which TensorRT uses, too."""
 
     bindings = "pycuda"
@@ -24,12 +24,12 @@ class PyCuda(Device):
         self._cu = driver
         try:
             driver.init()
-            count = driver.Device.count()
+            count = driver.CudaDevice.count()
         except driver.Error as error:
             raise BackendError(f"CUDA does not start: {error}", fix=GET_DRIVER) from error
         if not count:
             raise BackendError("CUDA finds no GPU here", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
-        gpu = driver.Device(0)
+        gpu = driver.CudaDevice(0)
         self._context = gpu.retain_primary_context()
         self.name, (major, minor) = gpu.name(), gpu.compute_capability()
         self.sm = f"{major}.{minor}"
@@ -40,7 +40,7 @@ class PyCuda(Device):
             self._stream = driver.Stream()
         self.stream = int(self._stream.handle)
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> CudaDevice:
         super().__enter__()
         self._context.push()
         return self

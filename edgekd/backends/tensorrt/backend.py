@@ -20,7 +20,7 @@ from edgekd.backends.tensorrt.device_exit import decider as decider
 from edgekd.backends.tensorrt.library import failed, library, number
 from edgekd.backends.tensorrt.library import version as version
 from edgekd.backends.tensorrt.runner import Opened
-from edgekd.backends.tensorrt.runner import walker as walker
+from edgekd.backends.tensorrt.runner import staged_runner as staged_runner
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write
 

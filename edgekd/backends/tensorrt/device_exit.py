@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from edgekd.backends.cuda.device import CudaPython, Graph, device
 from edgekd.backends.tensorrt.library import number
-from edgekd.backends.tensorrt.runner import Opened, enqueue, walker
+from edgekd.backends.tensorrt.runner import Opened, enqueue, staged_runner
 from edgekd.errors import BackendError
 from edgekd.policy import Policy
 
@@ -76,7 +76,7 @@ class DeviceCascade:
     def __init__(self, stages: Sequence[Opened], policy: Policy) -> None:
         with device() as gpu:
             self._gpu = _able(gpu)
-            walker(stages)  # links them
+            staged_runner(stages)  # links them
             self._stages, self._policy = stages, policy
             self._images = stages[0].tensors["images"]
             self._classes = math.prod(stages[0].tensors[stages[0].answers[0]].shape)

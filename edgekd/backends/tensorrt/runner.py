@@ -224,7 +224,7 @@ class _Batch:
             self._enqueue()
 
 
-class Walk:
+class StagedRun:
     """One batch on its way through stages that are linked by `read_from`; see `backends.Walk`."""
 
     def __init__(self, stages: Sequence[Opened], images: npt.NDArray[np.float32]) -> None:
@@ -236,27 +236,29 @@ class Walk:
         self._lying = [first.tensors["images"]]
         self._lying[0].put(images)
 
-    def next(self) -> npt.NDArray[Any]:
+    def run_stage(self) -> npt.NDArray[Any]:
         stage = next(self._ahead)
         self._lying = [stage.tensors[name] for name in stage.seams]
         return stage.step(self._count)
 
-    def keep(self, rows: npt.NDArray[np.int64], size: int) -> None:
-        kept = rows.tolist()
+    def compact(self, indices: npt.NDArray[np.int64], size: int) -> None:
+        kept = indices.tolist()
         for tensor in self._lying:
             tensor.keep(kept)
         self._count = size
 
 
-def walker(stages: Sequence[Opened]) -> Callable[[npt.NDArray[np.float32]], contextlib.AbstractContextManager[Walk]]:
+def staged_runner(
+    stages: Sequence[Opened],
+) -> Callable[[npt.NDArray[np.float32]], contextlib.AbstractContextManager[StagedRun]]:
     """Link the stages; the answer starts batches on their way, one at a time."""
     with device():
         for before, after in itertools.pairwise(stages):
             after.read_from(before)
 
     @contextlib.contextmanager
-    def walk(images: npt.NDArray[np.float32]) -> Iterator[Walk]:
+    def start(images: npt.NDArray[np.float32]) -> Iterator[StagedRun]:
         with device():
-            yield Walk(stages, images)
+            yield StagedRun(stages, images)
 
-    return walk
+    return start
