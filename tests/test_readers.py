@@ -403,7 +403,7 @@ def test_toml_is_written_so_that_it_reads_the_same(tmp_path: Path) -> None:
     [
         ("tune x --data d --split s --confidence margn", "margin"),
         ("tune x --data d --split s --average meen", "mean"),
-        ("evaluate x --part tset", "test"),
+        ("evaluate x --subset tset", "test"),
         ("compile x --backend openvin", "openvino"),
         ("compile x --recipe int88", "int8"),
         ("predict x y --strategy casade", "cascade"),
