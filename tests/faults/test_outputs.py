@@ -37,7 +37,7 @@ def work(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "work" / "site" / name).write_text('{"name": "a page"}')
     for work in ("compiler.build.compile_engine", "bench.suite.bench", "runtime.tuning.tune", "export.export"):
         monkeypatch.setattr(f"edgekd.{work}", lambda *given, **more: pytest.fail("it began to work"))
-    monkeypatch.setattr("edgekd.data.images.load_part", lambda *given, **more: pytest.fail("it read images"))
+    monkeypatch.setattr("edgekd.data.images.load_subset", lambda *given, **more: pytest.fail("it read images"))
     return tmp_path / "work"
 
 
