@@ -20,7 +20,7 @@ from edgekd.errors import ConfigError
 from edgekd.training import sweep
 from edgekd.training.jobs import Job, launch
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.sweep import SweepMember
 
 FLAGS = [
     *("--weights", "none", "--epochs", "1", "--image-size", "16", "--batch-size", "8", "--workers", "0"),
@@ -53,9 +53,9 @@ def test_garg2022_is_the_papers() -> None:
 
 def test_members() -> None:
     protocol = Protocol(split="kfold:3", seed=4)
-    assert sweep.members("0,7", "all", protocol) == [Member(s, f) for s in (0, 7) for f in (0, 1, 2)]
-    assert sweep.members(None, "2", protocol) == [Member(4, 2)]
-    assert sweep.members("1", None, replace(protocol, split="ratio:3,1,1")) == [Member(1, 0)]
+    assert sweep.members("0,7", "all", protocol) == [SweepMember(s, f) for s in (0, 7) for f in (0, 1, 2)]
+    assert sweep.members(None, "2", protocol) == [SweepMember(4, 2)]
+    assert sweep.members("1", None, replace(protocol, split="ratio:3,1,1")) == [SweepMember(1, 0)]
     for seeds, folds, said in (("0,0", None, "different"), ("a", None, "0,1,2"), ("0", "3", "no fold 3")):
         with pytest.raises(ConfigError, match=said):
             sweep.members(seeds, folds, protocol)
@@ -71,7 +71,7 @@ def test_summary_by_hand() -> None:
     assert found["mean"]["exit_0"]["accuracy"] == pytest.approx(0.7)
     assert found["sd"]["exit_0"]["f1"] == pytest.approx(0.2)
     assert "70.00 ± 20.00" in sweep.summary_text(found)
-    assert sweep.spread([0.5, None]) == (0.5, None)
+    assert sweep.mean_and_sd([0.5, None]) == (0.5, None)
 
 
 def test_teacher_and_student_over_two_folds(cells: Path, tmp_path: Path) -> None:
