@@ -32,10 +32,15 @@ def main(text: str) -> None:
     from edgekd.cli.main import log_to_stderr, reporting_errors  # heavy: after the signals are handled
 
     log_to_stderr()
-    for request in from_dict(_Job, json.loads(text), where="job").requests:
+    for request in requests_of(text):
         with reporting_errors():
             _carry_out(request)
             sys.stdout.flush()
+
+
+def requests_of(text: str) -> tuple[Request, ...]:
+    """Return the requests that `ChildJob.to_json` wrote."""
+    return from_dict(_Job, json.loads(text), where="job").requests
 
 
 def _carry_out(request: Request) -> None:
