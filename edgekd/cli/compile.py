@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekd.cli.choices import Names, backend_names
 from edgekd.cli.common import (
     SetOption,
     SplitFile,
@@ -16,7 +17,6 @@ from edgekd.cli.common import (
     bar,
     echo,
     next_command,
-    one_of,
     reserve,
 )
 from edgekd.errors import ConfigError
@@ -33,11 +33,10 @@ def compile_(
     backend: Annotated[
         str,
         typer.Option(
-            help="auto, onnxruntime, openvino or tensorrt.",
-            callback=one_of("auto", "onnxruntime", "openvino", "tensorrt"),
+            click_type=Names("--backend", backend_names),
+            help="A backend of `edgekd doctor`; auto keeps the fastest engine of those installed.",
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
     data: OptionalData = None,
     split: SplitFile = None,
     out: Annotated[Path | None, typer.Option(help="Engine folder; STUDENT.engine if not given.")] = None,
@@ -47,15 +46,13 @@ def compile_(
     """student.onnx to student.engine/: built, checked on the validation split and timed on this machine."""
     from edgekd import config
     from edgekd.artifacts.metadata import read_onnx
-    from edgekd.artifacts.recipe import Recipe
+    from edgekd.backends.base import load_recipe
     from edgekd.compiler.build import compile_engine, refuse_other_folder
     from edgekd.data.images import load_subset
     from edgekd.data.split import read_split
-    from edgekd.device_profiles import require_local
 
-    require_local(device)
     out = out or source.with_suffix(".engine")
-    asked = config.load(Recipe, "compile", recipe, overrides=config.parse_overrides(set_ or []))
+    asked = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
     if (data is None) != (split is None):
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
     refuse_other_folder(out)
