@@ -24,8 +24,7 @@ from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load_subset
 from edgekd.data.split import read_split
 from edgekd.errors import BackendError, ConfigError, GateError
-from edgekd.policy import NEVER_EXIT
-from edgekd.policy import decide as decide
+from edgekd.policy import NEVER_EXIT, decide
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import save_tuned, tune
 

@@ -10,7 +10,7 @@ import click
 from edgekd.errors import check_known
 
 
-class Names(click.ParamType):
+class Names(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
     """One of a set of names that is expensive to list.
 
     Args:

@@ -195,7 +195,8 @@ def test_large_batches_are_cut_for_a_graph_and_refused_by_a_walk(
 def test_version_and_hardware_compatible_engines(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     out, want = tmp_path / "student.engine", open_engine(small_student, threads=1).logits(IMAGES)
     box("10.3")
-    compiled(small_student, out, recipe(options={"tensorrt": {"version_compatible": True, "hardware_compatible": True}}))
+    options = {"tensorrt": {"version_compatible": True, "hardware_compatible": True}}
+    compiled(small_student, out, recipe(options=options))
     cuda = Cuda()
     cuda.sm = (8, 9)
     box("11.4", cuda=cuda)
