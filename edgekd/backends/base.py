@@ -15,6 +15,7 @@ import onnx
 from edgekd import config
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
+from edgekd.backends import BUILTIN
 from edgekd.backends.runner import CompiledGraph, DeviceCascade, StagedRunner
 from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import BackendError, ConfigError, nearest
@@ -232,16 +233,7 @@ class CpuBackend(Backend[Graph]):
 
 AnyBackend: TypeAlias = Backend[Any]
 
-BACKENDS: Registry[type[AnyBackend]] = Registry(
-    "backend",
-    "backends",
-    Backend,
-    {
-        "onnxruntime": "edgekd.backends.onnxruntime:OnnxRuntimeBackend",
-        "openvino": "edgekd.backends.openvino:OpenVinoBackend",
-        "tensorrt": "edgekd.backends.tensorrt.backend:TensorRTBackend",
-    },
-)
+BACKENDS: Registry[type[AnyBackend]] = Registry("backend", "backends", Backend, BUILTIN)
 
 
 @functools.cache

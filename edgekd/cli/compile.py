@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.choices import Names, backend_names
+from edgekd.backends import BUILTIN
 from edgekd.cli.common import (
     SetOption,
     SplitFile,
@@ -17,6 +17,7 @@ from edgekd.cli.common import (
     bar,
     echo,
     next_command,
+    one_of,
     reserve,
 )
 from edgekd.errors import ConfigError
@@ -27,14 +28,20 @@ if TYPE_CHECKING:
 OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, for calibration and the accuracy gate.")]
 
 
+def _known_backend(option: typer.CallbackParam, value: str) -> str:
+    from edgekd.backends.base import AUTO, BACKENDS  # onnx takes long to import
+
+    return one_of(AUTO, *BACKENDS)(option, value) or AUTO
+
+
 def compile_(
     source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
     recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-fp16, dla-int8, or a .toml file.")] = "fp32",
     backend: Annotated[
         str,
         typer.Option(
-            click_type=Names("--backend", backend_names),
-            help="A backend of `edgekd doctor`; auto keeps the fastest engine of those installed.",
+            help=f"auto (the fastest engine of those installed), {', '.join(BUILTIN)}, or one of another package.",
+            callback=_known_backend,
         ),
     ] = "auto",
     data: OptionalData = None,
