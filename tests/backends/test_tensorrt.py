@@ -352,7 +352,7 @@ def test_ranges_for_the_q_dq_pairs(small_student: Path) -> None:
 def test_doctor_tries_tensorrt(box: Callable[..., Box]) -> None:
     box("10.3")
     lines, healthy = report()
-    assert "tensorrt: 10.3.0 works on gpu Orin, sm 8.7, cuda_runtime 12.6, cuda_driver 12.6" in lines
+    assert any(line.startswith("tensorrt: 10.3.0 works on gpu Orin, sm 8.7, ") for line in lines), lines
     assert healthy
 
 
