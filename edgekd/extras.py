@@ -25,14 +25,6 @@ def extras() -> dict[str, tuple[str, ...]]:
     return {extra: tuple(names) for extra, names in found.items()}
 
 
-def installed_version(package: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def missing(error: ModuleNotFoundError) -> ConfigError | None:
     """What to install for a module that is not there; None if no extra brings it, so that it is a bug."""
     module = (error.name or "").partition(".")[0]

@@ -12,6 +12,7 @@ from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
+from edgekd.host import HostInfo
 from edgekd.serialization import SCHEMA, read_bytes, read_json, to_json
 
 MANIFEST = "manifest.json"
@@ -41,7 +42,7 @@ class Manifest:
     backend_version: str
     recipe: Recipe
     precision: dict[str, float]
-    host: dict[str, Any]
+    host: HostInfo
     files: dict[str, EngineFile]
     source_sha256: str
     calibration: dict[str, Any] = field(default_factory=dict)

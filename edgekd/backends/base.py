@@ -19,8 +19,7 @@ from edgekd.backends import BUILTIN
 from edgekd.backends.runner import CompiledGraph, DeviceCascade, StagedRunner
 from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import BackendError, ConfigError, nearest
-from edgekd.extras import installed_version
-from edgekd.host import exact_int8, host
+from edgekd.host import exact_int8, host_info
 from edgekd.policy import Policy
 from edgekd.registry import Registry
 from edgekd.schema import from_dict
@@ -220,14 +219,14 @@ class CpuBackend(Backend[Graph]):
     def incompatibility(self, manifest: Manifest) -> str:
         if reason := super().incompatibility(manifest):
             return reason
-        here, there = host(), manifest.host
-        if manifest.recipe.precision == "int8" and there.get("exact_int8") and not here["exact_int8"]:
-            reason = f"was quantised for a CPU with VNNI; this one ({here['cpu']}) has none"
+        here, there = host_info(), manifest.host
+        if manifest.recipe.precision == "int8" and there.exact_int8 and not here.exact_int8:
+            reason = f"was quantised for a CPU with VNNI; this one ({here.cpu}) has none"
             if self.int8_saturates:
                 return reason
             log.warning("the engine %s: it predicts the same and takes longer", reason)
-        if there.get("cpu") != here["cpu"]:
-            log.warning("the engine was built on %s; here is %s: its times do not hold", there.get("cpu"), here["cpu"])
+        if there.cpu != here.cpu:
+            log.warning("the engine was built on %s; here is %s: its times do not hold", there.cpu, here.cpu)
         return ""
 
 
@@ -274,10 +273,9 @@ def installed() -> list[AnyBackend]:
     return [backend for backend in all_backends() if backend.version() is not None]
 
 
-def package_versions() -> dict[str, str]:
-    """Return the version of each installed distribution that a backend names."""
-    packages = dict.fromkeys(package for backend in all_backends() for package in backend.packages)
-    return {package: version for package in packages if (version := installed_version(package))}
+def package_names() -> list[str]:
+    """Return the distributions that backends name, installed or not."""
+    return list(dict.fromkeys(package for backend in all_backends() for package in backend.packages))
 
 
 def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -22,10 +22,11 @@ from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
+from edgekd.backends.report import describe_host
 from edgekd.compiler.gate import Labels, bounds, check, read_back, stage_times, verdict, worst_drop
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
-from edgekd.host import checked_threads, host
+from edgekd.host import checked_threads
 from edgekd.runtime.engine import Engine, built_engine, open_engine
 from edgekd.types import Array
 
@@ -171,7 +172,6 @@ def _job(
         calibrated = {"images": len(calibration), "method": recipe.calibration_method, "sha256": digest}
     common = {
         "recipe": recipe,
-        "host": host(),
         "source_sha256": sha256(source),
         "calibration": calibrated,
         "edgekd": edgekd.__version__,
@@ -262,5 +262,5 @@ def _write(job: _Job, folder: Path, *, backend: AnyBackend, heads: bool, step: C
         backend.build(graph, folder / f"{name}{backend.suffix}", recipe=job.recipe, progress=progress)
         for file in sorted(folder.glob(f"{name}.*")):
             files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
-    common = {**job.common, "host": {**job.common["host"], **backend.host_facts()}}
+    common = {**job.common, "host": describe_host(backend.name)}
     return Manifest(job.metadata, backend.name, str(backend.version()), precision={}, files=files, **common)

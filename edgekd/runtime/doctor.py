@@ -8,10 +8,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AnyBackend, all_backends
+from edgekd.backends.report import describe_host
 from edgekd.errors import BackendError
-from edgekd.extras import extras, installed_version
+from edgekd.extras import extras
 from edgekd.files import temporary_folder
-from edgekd.host import host
+from edgekd.host import installed_version
 
 
 def report() -> tuple[list[str], bool]:
@@ -20,7 +21,7 @@ def report() -> tuple[list[str], bool]:
     Returns:
         The lines of `edgekd doctor`, and True if every installed backend works.
     """
-    lines = [", ".join(f"{k} {v}" for k, v in host().items() if isinstance(v, (str, int)))]
+    lines = [str(describe_host())]
     groups = extras()
     groups |= {backend.name: backend.packages for backend in all_backends() if backend.extra not in groups}
     for group, packages in groups.items():

@@ -22,7 +22,7 @@ from edgekd.backends.base import REFERENCE, AnyBackend, find_backend
 from edgekd.backends.runner import CompiledGraph, DeviceCascade, Runner, StagedRunner
 from edgekd.errors import ArtifactError, BackendError, ConfigError
 from edgekd.files import recover
-from edgekd.host import checked_threads, host
+from edgekd.host import checked_threads, host_info
 from edgekd.policy import Policy
 from edgekd.types import Array
 
@@ -264,7 +264,7 @@ def check_host(manifest: Manifest, path: Path) -> None:
     Raises:
         ArtifactError: Damaged options, another system or architecture, or one of `Backend.incompatibility`.
     """
-    backend, here, there = find_backend(manifest.backend), host(), manifest.host
+    backend, here, there = find_backend(manifest.backend), host_info(), manifest.host
     try:
         backend.parse_options(manifest.recipe, where=f"{path}: recipe")
     except ConfigError as error:
@@ -274,7 +274,8 @@ def check_host(manifest: Manifest, path: Path) -> None:
         f"--backend {manifest.backend} --out {path}"
     )
     for key in ("system", "machine"):
-        if there.get(key) != here[key]:
-            raise ArtifactError(f"{path} was built on {key} {there.get(key)}; here is {here[key]}", fix=rebuild)
+        built_on, found = getattr(there, key), getattr(here, key)
+        if built_on != found:
+            raise ArtifactError(f"{path} was built on {key} {built_on}; here is {found}", fix=rebuild)
     if reason := backend.incompatibility(manifest):
         raise ArtifactError(f"{path} {reason}", fix=rebuild)

@@ -118,7 +118,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         Raises:
             BackendError: No driver, GPU or CUDA bindings.
         """
-        requested, gpu, there = parse_options(manifest.recipe), device(), manifest.host
+        requested, gpu, there = parse_options(manifest.recipe), device(), manifest.host.backends.get(self.name, {})
         ours, its = str(self.version()), manifest.backend_version
         if ours != its and not (requested.version_compatible and _follows(ours, its)):
             return f"was built by TensorRT {its}; here is {ours}"

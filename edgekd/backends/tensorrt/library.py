@@ -11,7 +11,7 @@ from typing import Any
 
 from edgekd.backends.cuda.device import device
 from edgekd.errors import BackendError, EdgekdError
-from edgekd.extras import installed_version
+from edgekd.host import installed_version
 
 log = logging.getLogger(__name__)
 
