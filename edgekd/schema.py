@@ -20,6 +20,8 @@ MANY = 20
 """Problems that an error lists."""
 DEPTH = 50
 """Lists and tables inside each other that are read, far more than any file has and far fewer than Python can."""
+TABLES = {"tables": True}
+"""Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass."""
 
 
 def parse_json(text: str) -> Any:
@@ -73,8 +75,10 @@ def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type[EdgekdError] = ConfigError) -> T:
-    """Build the frozen dataclass `cls` from a table; `where` names its source in errors.
+def from_dict(
+    cls: type[T], table: Mapping[str, Any], *, where: str, at: str = "", error: type[EdgekdError] = ConfigError
+) -> T:
+    """Build the frozen dataclass `cls` from a table; `where` names its source in errors, `at` precedes its keys there.
 
     Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses.
 
@@ -82,7 +86,7 @@ def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
     """
     problems: list[str] = []
-    value = _dataclass(cls, table, "", problems)
+    value = _dataclass(cls, table, at, problems)
     if problems:
         more = [f"  and {len(problems) - MANY} more"] if len(problems) > MANY else []
         raise error("\n".join([f"{where}:", *(f"  {p}" for p in problems[:MANY]), *more]), fix="mend these keys")
@@ -95,6 +99,7 @@ def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     before = len(problems)
+    table = _with_tables(table, fields)
     for key in table.keys() - fields.keys():
         problems.append(f"{at}{key}: unknown key; {nearest(key, fields)}")
     values = {k: _value(hints[k], table[k], f"{at}{k}", problems) for k in fields if k in table}
@@ -108,6 +113,15 @@ def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
         return cls(**values)
     except ValueError as error:
         return problems.append(f"{at}{error}")
+
+
+def _with_tables(table: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> Mapping[str, Any]:
+    """Return the table with the inner tables that are no fields moved into the `TABLES` field, if there is one."""
+    name = next((name for name, field in fields.items() if field.metadata == TABLES), None)
+    moved = {k: v for k, v in table.items() if k not in fields and isinstance(v, Mapping)} if name else {}
+    if name is None or not moved or not isinstance(table.get(name, {}), Mapping):
+        return table
+    return {**{k: v for k, v in table.items() if k not in moved}, name: {**table.get(name, {}), **moved}}
 
 
 def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:

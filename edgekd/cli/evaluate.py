@@ -105,7 +105,7 @@ def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], An
     from edgekd.runtime.engine import open_engine
 
     engine = open_engine(target, threads=threads)
-    return engine.metadata, engine.logits, engine.backend
+    return engine.metadata, engine.logits, engine.backend.name
 
 
 def _validated(target: Path) -> tuple[str, float, int] | None:

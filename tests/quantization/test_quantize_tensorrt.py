@@ -18,7 +18,6 @@ from PIL import Image
 
 from edgekd.artifacts.metadata import Exit, ModelMetadata
 from edgekd.artifacts.partition import backbone, graphs, with_shapes
-from edgekd.artifacts.recipe import Recipe
 from edgekd.backends import onnxruntime
 from edgekd.data.images import load_batch
 from edgekd.data.preprocess import Preprocess
@@ -45,7 +44,7 @@ CALIBRATION, IMAGES = pictures(16, seed=1), pictures(24, seed=2)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
-    runner = onnxruntime.load(model.SerializeToString(), recipe=Recipe("fp32"), threads=1)
+    runner = onnxruntime.open_graph(model.SerializeToString(), threads=1)
     parts = [runner(x[i : i + 8]) for i in range(0, len(x), 8)]
     return [np.concatenate(rows) for rows in zip(*parts)]
 
