@@ -25,7 +25,7 @@ from edgekd.export import to_onnx
 from edgekd.host import exact_int8
 from edgekd.models.networks import SingleExit
 from edgekd.policy import Policy
-from edgekd.quantization.cpu import quantize
+from edgekd.quantization import quantize
 from edgekd.runtime.engine import Engine, open_engine
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
