@@ -13,9 +13,9 @@ from typing import Any
 
 from edgekd import config, schema
 from edgekd._version import __version__
-from edgekd.bench.host import Host
 from edgekd.data.split import read_split
 from edgekd.errors import ArtifactError
+from edgekd.host import HostInfo
 from edgekd.models.cost import Cost, cost
 from edgekd.reproduce.plan import Planned
 from edgekd.reproduce.report import Cell, Line, Result, Run, blank, state_of
@@ -46,7 +46,7 @@ class Collection:
     differs: Sequence[str]
     classes: int
     reasons: Mapping[str, str] = field(default_factory=dict)
-    hosts: list[Host] = field(default_factory=list)
+    hosts: list[HostInfo] = field(default_factory=list)
 
     def result(self) -> Result:
         """The table as far as its runs are there."""
@@ -134,11 +134,11 @@ def _settings(one: Planned) -> dict[str, Any]:
 
 
 @functools.cache
-def _read(path: Path) -> tuple[Run, Host]:
+def _read(path: Path) -> tuple[Run, HostInfo]:
     scores = sweep.scores(path)
     table = schema.parse_json(path.read_text(encoding="utf-8"))
     try:
-        host = schema.from_dict(Host, table["host"], where=str(path), error=ArtifactError)
+        host = schema.from_dict(HostInfo, table["host"], where=str(path), error=ArtifactError)
         images = int(next(iter(table["metrics"].values()))["n"])
         return Run(0, 0, "", scores, images, _train_s(path.parent), str(table["device"]), 0), host
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration) as error:
