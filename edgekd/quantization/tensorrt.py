@@ -134,7 +134,7 @@ class QdqPlacement:
 
     def pair_layer_inputs(self) -> None:
         """Pass 2: pair the input of every quantised layer."""
-        self._add({node.input[0] for node in self.layers.values()})
+        self._add(dict.fromkeys(node.input[0] for node in self.layers.values()))
 
     def pair_residual_additions(self, candidates: Iterable[NodeProto]) -> None:
         """Pass 3: pair the inputs of additions, except that of the deepest convolution that nothing else reads."""

@@ -414,6 +414,14 @@ def test_a_block_by_hand() -> None:
     assert [list(n.input) for n in seen.all("Add")] == [["f_dequantized", "e"]]
 
 
+def test_shared_weights_have_one_pair() -> None:
+    model, metadata = block()
+    model.graph.node[5].input[1] = "last"  # the shortcut's
+    seen = Seen(quantize_tensorrt(model, metadata, CALIBRATION[:, :, :8, :8]))
+    assert [n.input[1] for n in seen.quantised()] == [f"{w}_dequantized" for w in ("stem", "middle", "last", "last")]
+    assert len([q for q in seen.all("QuantizeLinear") if q.input[0] == "last"]) == 1
+
+
 def test_few_channels_stay_float() -> None:
     model, metadata = block(channels=12)
     seen = Seen(quantize_tensorrt(model, metadata, CALIBRATION[:, :, :8, :8]))
