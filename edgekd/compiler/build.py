@@ -158,7 +158,7 @@ def _job(
 
     @functools.cache
     def quantised(target: str, heads: bool, reduce_range: bool) -> onnx.ModelProto:
-        from edgekd.quantization.cpu import quantize  # it reads this package's graphs
+        from edgekd.quantization import quantize
 
         assert calibration is not None  # asked for above
         method = recipe.calibration_method
