@@ -1,4 +1,4 @@
-"""edgekd evaluate."""
+"""`edgekd evaluate`: metrics of a run folder, student.onnx or engine."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def evaluate(
     subset: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the metrics as JSON, with the device and host.")] = None,
     svm: Annotated[
-        str | None, typer.Option(metavar="POINT", help="Of a linear SVM on this feature point instead.")
+        str | None, typer.Option(metavar="POINT", help="Evaluate a linear SVM on this feature point of a run folder.")
     ] = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
+    """Print accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
     from edgekd.bench import accuracy, plots
@@ -57,7 +57,7 @@ def evaluate(
 
     if plot:
         plots.picture_format(plot)
-    metadata, logits_of, device = _answers(target, threads)
+    metadata, logits_of, device = _open(target, threads)
     data = _data(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
@@ -82,8 +82,8 @@ def evaluate(
         say(f"note: {note}")
     plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if out:
-        made_on = {"device": device, "host": dataclasses.asdict(host())}
-        atomic_write(out, to_json({"subset": subset, "metrics": plain, **made_on}))
+        environment = {"device": device, "host": dataclasses.asdict(host())}
+        atomic_write(out, to_json({"subset": subset, "metrics": plain, **environment}))
     if as_json:
         echo(json.dumps(plain, indent=1))
     else:
@@ -95,13 +95,17 @@ def evaluate(
         next_command("export", target, "--out", target.with_name(f"{target.name}.onnx"))
 
 
-def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], Any], str]:
-    """(metadata or header, images to logits (E, N, C), what runs it) of a run folder, student.onnx or engine."""
+def _open(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], Any], str]:
+    """Open a run folder, student.onnx or engine.
+
+    Returns:
+        Its metadata, a function from images (N, 3, H, W) to logits (E, N, C), and a description of what runs it.
+    """
     if (target / "model.safetensors").is_file() or (target / "protocol.toml").is_file():
         from edgekd.training.evaluate import load, logits
 
-        network, header, device = load(target)
-        return header, lambda images: logits(network, images), device
+        network, trained, device = load(target)
+        return trained, lambda images: logits(network, images), device
     from edgekd.runtime.engine import open_engine
 
     engine = open_engine(target, threads=threads)
@@ -109,7 +113,7 @@ def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], An
 
 
 def _validated(target: Path) -> tuple[str, float, int] | None:
-    """(row, accuracy, images) of what a run folder, or an engine, scored in validation."""
+    """Return the row, accuracy and number of images of a run folder's or an engine's validation."""
     if (target / "metrics.csv").is_file():
         from edgekd.data.split import read_split
 
@@ -128,5 +132,5 @@ def _svm(run: Path, point: str, split: Split, data: Path) -> Callable[[Any], Any
     from edgekd.training.evaluate import load
     from edgekd.training.svm import fit_svm
 
-    network, header, _ = load(run)
-    return fit_svm(network, point, split=split, data=data, preprocess=header.preprocess)
+    network, trained, _ = load(run)
+    return fit_svm(network, point, split=split, data=data, preprocess=trained.preprocess)

@@ -288,7 +288,7 @@ def test_other_shapes_are_named() -> None:
 
 
 def test_weights_of_another_architecture() -> None:
-    with pytest.raises(ConfigError, match=r"fits this network nowhere: it has blocks\.0"):
+    with pytest.raises(ConfigError, match=r"does not fit this network: it has blocks\.0"):
         load_state(SingleExit(resnet18()), {"blocks.0.weight": torch.zeros(3, 3)}, source="w")
 
 

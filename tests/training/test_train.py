@@ -111,8 +111,8 @@ def test_run_folder_and_weights(cells: Path, tmp_path: Path) -> None:
     assert [row["epoch"] for row in history] == [1, 2]
     assert history[1]["loss"] < history[0]["loss"]
     assert {"loss_ce", "loss_sd", "val_exit_1", "val_ensemble", "data_wait", "rss_mib"} <= history[0].keys()
-    net, header = run_folder.load_model(folder)
-    assert header.exits == (2, 4)
+    net, metadata = run_folder.load_model(folder)
+    assert metadata.exits == (2, 4)
     assert len(net(torch.zeros(1, 3, 16, 16)).logits) == 2
     with pytest.raises(ArtifactError, match="already holds a run"):
         train(cells, folder, protocol=TINY)
