@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.records import sample
 from PIL import Image
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import edgekd
@@ -78,7 +79,7 @@ PLACES: dict[str, Callable[[Record, str], Record]] = {
         r, variants=(*r.variants[:-1], dataclasses.replace(r.variants[-1], name=name))
     ),
     "host": lambda r, name: dataclasses.replace(
-        r, host=dataclasses.replace(r.host, cpu=name, os=name, versions={name: name})
+        r, host=dataclasses.replace(r.host, cpu=name, release=name, versions={name: name})
     ),
     "texts": lambda r, name: dataclasses.replace(r, command=name, scenario=name, created=name, warnings=(name,)),
     "targets": lambda r, name: dataclasses.replace(
@@ -169,7 +170,7 @@ def test_aligned_text(kind: str) -> None:
     result = record.variants[1].metrics
     for shown in (accuracy.text_table({NAMES[kind]: result}), accuracy.confusion_text(result)):
         assert not STEERS.search(shown)
-    assert len({accuracy.cell_len(line) for line in accuracy.confusion_text(result).splitlines()}) == 1
+    assert len({cell_len(line) for line in accuracy.confusion_text(result).splitlines()}) == 1
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -24,8 +24,7 @@ from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load_subset
 from edgekd.data.split import read_split
 from edgekd.errors import BackendError, ConfigError, GateError
-from edgekd.policy import NEVER_EXIT
-from edgekd.policy import decide as decide
+from edgekd.policy import NEVER_EXIT, decide
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import save_tuned, tune
 
@@ -105,7 +104,7 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
         "parity": manifest.parity,
         "accuracy": manifest.accuracy,
         "stage_ms": manifest.stage_ms,
-        "host": manifest.host,
+        "host": dataclasses.asdict(manifest.host),
         "backend_version": manifest.backend_version,
         "notes": manifest.notes,
         "bytes": {name: file.bytes for name, file in manifest.files.items()},

@@ -16,7 +16,7 @@ from fakes.machine import IMAGES, RNG, Box, engine_of, policies
 
 from edgekd.backends.tensorrt.device_exit import ARGUMENTS, MEASURES, SOURCE, ptx
 from edgekd.errors import BackendError, ConfigError
-from edgekd.policy import Average, Measure, Policy, step
+from edgekd.policy import Average, Measure, Policy, decide
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import open_engine
 
@@ -89,12 +89,12 @@ def test_the_kernel_decides_as_the_policy_does(kernel: Kernel, measure: Measure,
             at = [x.ctypes.data for x in (logits[exit], ours, said)]
             rest = (7, exit, policy.temperatures[exit], threshold, MEASURES.index(measure), int(average == "mean"), 77)
             kernel(*at, *rest)
-            seen = step(policy, exit, logits[exit], total)
+            seen = decide(policy, exit, logits[exit], total)
             assert said[0] == pytest.approx(seen.confidence[0], abs=1e-5)
             assert said[2:] == pytest.approx(seen.probabilities[0], abs=1e-6)
             assert said[1] == exit
             if exit < 2:
-                assert kernel.conditions[77] == (not seen.leaves[0])
+                assert kernel.conditions[77] == (not seen.exited[0])
             total = seen.total
 
 

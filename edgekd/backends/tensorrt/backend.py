@@ -44,7 +44,7 @@ def build(
     """Write the engine, and if it has no weights of its own the graph that holds them beside it.
 
     Raises:
-        BackendError: see `trt_build.build_plan`; or no driver, GPU or CUDA bindings.
+        BackendError: see `builder.build_plan`; or no driver, GPU or CUDA bindings.
     """
     with device():
         plan, given = build_plan(graph, name=path.stem, recipe=recipe, progress=progress)
@@ -80,7 +80,7 @@ def refusal(manifest: Manifest) -> str:
         BackendError: no driver, GPU or CUDA bindings.
     """
     asked = manifest.recipe.get("tensorrt", {})
-    gpu, there = device(), manifest.host
+    gpu, there = device(), manifest.host.backends.get("tensorrt", {})
     ours, its = str(version()), manifest.backend_version
     if ours != its and not (asked.get("version_compatible") and _follows(ours, its)):
         return f"was built by TensorRT {its}; here is {ours}"
