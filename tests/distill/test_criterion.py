@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.multi_exit_outputs import THREE_EXITS, one_exit, outputs, training_batch
 
+from edgekd import config
 from edgekd.distill.base import FeatureShapes
 from edgekd.distill.ce import multi_exit_ce
 from edgekd.distill.criterion import Criterion, LossSettings
@@ -18,6 +19,7 @@ from edgekd.distill.methods import method_names, needs_teacher
 from edgekd.distill.sd import self_distillation
 from edgekd.errors import ConfigError
 from edgekd.models.base import Outputs
+from edgekd.training.protocol import Protocol
 
 LN3 = math.log(3.0)
 
@@ -127,3 +129,18 @@ def test_names_of_methods() -> None:
 def test_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LossSettings(**wrong)
+
+
+def test_a_method_that_did_not_declare_what_it_reads() -> None:
+    batch = training_batch(one_exit(2))
+    with pytest.raises(TypeError, match="declare `needs_teacher = True`"):
+        batch.stage_pairs()
+    with pytest.raises(TypeError, match=r"declare `needs = \('pooled',\)`"):
+        _ = batch.student.pooled
+
+
+def test_an_unknown_method_s_options() -> None:
+    with pytest.raises(ConfigError, match=r"hybrd: unknown key; .*Did you mean 'hybrid'"):
+        config.load(Protocol, "protocols", "demo", overrides={"hybrd.margin": 1.0})
+    with pytest.raises(ConfigError, match=r"sd\.feature_weight.*-1\.0 is negative"):
+        config.load(Protocol, "protocols", "demo", overrides={"sd.feature_weight": -1.0})
