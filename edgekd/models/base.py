@@ -12,7 +12,7 @@ from edgekd.artifacts.metadata import Exit
 from edgekd.errors import ConfigError
 
 FINAL = "final"
-"""Name of the deepest exit, whatever its number is."""
+"""Name of the deepest exit, which needs no number."""
 Stem: TypeAlias = Literal["imagenet", "small"]
 """First layers of a network: a 7x7 convolution of stride 2 and max-pooling, or a 3x3 one of stride 1, as for CIFAR."""
 ExitPoint: TypeAlias = int | str

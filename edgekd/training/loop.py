@@ -7,7 +7,7 @@ import hashlib
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -114,10 +114,10 @@ def freeze(teacher: MultiExitNetwork) -> MultiExitNetwork:
 
 
 def _check_points(student: FeatureTaps, teacher: FeatureTaps) -> None:
-    ours, theirs = student.stages or student.preactivations, teacher.stages or teacher.preactivations
-    if len(ours) != len(theirs):
+    own, others = student.stages or student.preactivations, teacher.stages or teacher.preactivations
+    if len(own) != len(others):
         raise ConfigError(
-            f"the student has the feature points {', '.join(ours)}, the teacher {', '.join(theirs)}: not as many",
+            f"the student has the feature points {', '.join(own)}, the teacher {', '.join(others)}: not as many",
             fix="name as many with --set student_points=[…] and --set teacher_points=[…]",
         )
 
@@ -146,22 +146,12 @@ def fit(
         TrainingError: The loss is not finite; the batch's files are named.
         ArtifactError: resume.pt is damaged or belongs to other settings.
     """
-    protocol, network = task.protocol, task.network.to(memory_format=torch.channels_last)
+    protocol, session = task.protocol, _start_session(fabric, task)
     digest = hashlib.sha256(
         to_json(dataclasses.replace(protocol, source="", data="", teacher="", workers=0))
     ).hexdigest()
-    session = _start_session(fabric, task, network)
-    parts: dict[str, Any] = {"network": network, "criterion": session.criterion, "optimizer": session.optimizer}
-    parts |= {"ema": session.ema} if session.ema else {}
-    kept = session.ema.module if session.ema else network
     state = (load_resume(out, digest=digest) if resume else None) or {"epoch": 0, "history": [], "best": -1.0}
-    try:
-        for name, part in parts.items():
-            if name in state:
-                part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        what = f"{out / RESUME} does not fit these networks: {' '.join(str(error).split())[:200]}"
-        raise ArtifactError(what, fix="resume with the edgekd that wrote it, or train anew") from None
+    _restore(session, state, out)
     history: list[Metrics] = state["history"]
     best: float = state["best"]
     board = _open_tensorboard(out, history) if fabric.is_global_zero else None
@@ -170,21 +160,32 @@ def fit(
         if task.teacher is not None and task.anchors is not None:
             task.teacher.load_state_dict(read_state(task.anchors.at(epoch)))
         row = {"epoch": epoch + 1.0} | _train_epoch(session, epoch, progress)
-        row |= validate(fabric, kept, task.val, len(task.metadata.classes))
+        row |= validate(fabric, session.kept, task.val, len(task.metadata.classes))
         history.append(row | {"rss_mib": _rss_mib()})
         if fabric.is_global_zero:
             if row["val_ensemble"] >= best:
-                save_model(out / MODEL, kept, task.metadata)
+                save_model(out / MODEL, session.kept, task.metadata)
             if protocol.anchor_every and (epoch + 1) % protocol.anchor_every == 0:
-                save_model(anchor(out, epoch + 1), kept, task.metadata)
+                save_model(anchor(out, epoch + 1), session.kept, task.metadata)
             best = max(best, row["val_ensemble"])
             write_metrics(out, history)
             log.info(_summary(history[-1], protocol.epochs))
             _write_tensorboard(board, history[-1])
-            saved = {name: part.state_dict() for name, part in parts.items()}
+            saved = {name: part.state_dict() for name, part in session.stateful().items()}
             save_resume(out, saved | {"epoch": epoch + 1, "history": history, "best": best, "digest": digest})
         fabric.barrier()
     return history
+
+
+def _restore(session: _Session, state: Mapping[str, Any], out: Path) -> None:
+    """Load the states of resume.pt; before the first epoch there are none."""
+    try:
+        for name, part in session.stateful().items():
+            if name in state:
+                part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        what = f"{out / RESUME} does not fit these networks: {' '.join(str(error).split())[:200]}"
+        raise ArtifactError(what, fix="resume with the edgekd that wrote it, or train anew") from None
 
 
 @dataclass
@@ -207,8 +208,20 @@ class _Session:
     optimizer: Any
     ema: AveragedModel | None
 
+    @property
+    def kept(self) -> nn.Module:
+        """The network that is validated and saved: the averaged one, if there is one."""
+        return self.ema.module if self.ema else self.task.network
 
-def _start_session(fabric: Fabric, task: Task, network: nn.Module) -> _Session:
+    def stateful(self) -> dict[str, Any]:
+        """Return everything whose state is saved in resume.pt, by its name there."""
+        parts = {"network": self.task.network, "criterion": self.criterion, "optimizer": self.optimizer}
+        return parts | ({"ema": self.ema} if self.ema else {})
+
+
+def _start_session(fabric: Fabric, task: Task) -> _Session:
+    """Move a task to its device, and make its optimiser and averaged weights."""
+    network = task.network.to(memory_format=torch.channels_last)
     criterion = task.criterion.to(fabric.device)
     parameters = (p for module in (network, criterion) for p in module.parameters())
     model, wrapped_optimizer = fabric.setup(network, optimizer(parameters, task.protocol))

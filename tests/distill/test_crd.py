@@ -88,9 +88,9 @@ def test_against_the_published_formula() -> None:
 
 def test_least_where_networks_agree() -> None:
     """Next to nothing when each image is found and every other rejected."""
-    sure = torch.tensor([[[100.0, -100.0, -100.0]]]).repeat(2, 1, 1)
-    assert nce(sure, torch.zeros(2)).item() == pytest.approx(0, abs=1e-6)
-    assert nce(-sure, torch.zeros(2)).item() > 500
+    confident = torch.tensor([[[100.0, -100.0, -100.0]]]).repeat(2, 1, 1)
+    assert nce(confident, torch.zeros(2)).item() == pytest.approx(0, abs=1e-6)
+    assert nce(-confident, torch.zeros(2)).item() > 500
 
 
 def test_negatives_are_of_other_classes_and_all_alike() -> None:

@@ -40,7 +40,7 @@ def test_value_by_hand() -> None:
     assert not needs_anchors("kd+hybrid")
 
 
-def test_paper_c_anchors() -> None:
+def test_anchors_of_garg2022() -> None:
     """Ten anchors of five epochs: the student's epochs 0 to 4 learn from the first; after 50 the last stays."""
     anchors = run_folder.Anchors(5, tuple(run_folder.anchor(Path("t"), 5 * k) for k in range(1, 11)))
     names = [anchors.at(epoch).name for epoch in (0, 4, 5, 49, 50, 80)]

@@ -33,7 +33,7 @@ STEM = {32: "small", 96: "imagenet", 224: "imagenet"}
 
 
 def lively(**kwargs: object) -> MSDNet:
-    """In eval mode, with running statistics of its own, so that no two maps are alike by chance."""
+    """In eval mode, with running statistics of its own, so that no two maps happen to be alike."""
     torch.manual_seed(0)
     net = msdnet(**kwargs)  # type: ignore[arg-type]
     for m in net.modules():

@@ -45,13 +45,15 @@ def test_ctrl_c_at_many_moments_prints_nothing(cells: Path) -> None:
     assert int(done.stdout.split()[0]) >= 10
 
 
-@pytest.mark.parametrize(("shm", "said"), [("64k", "batches"), ("12k", "cannot be started: No space left on device")])
-def test_little_shared_memory_is_enough_or_the_reason_is_given(cells: Path, shm: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("shm", "message"), [("64k", "batches"), ("12k", "cannot be started: No space left on device")]
+)
+def test_little_shared_memory_is_enough_or_the_reason_is_given(cells: Path, shm: str, message: str) -> None:
     """Batches do not go through it; the semaphores do."""
     if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
         pytest.skip("only root may mount")
     done = moments(cells, 2, 400, shm=shm)
-    assert said in done.stdout
+    assert message in done.stdout
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

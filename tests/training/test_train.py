@@ -218,12 +218,12 @@ def test_damaged_run_folders(cells: Path, tmp_path: Path, damage: str) -> None:
 
 
 def test_validation_is_the_mean_of_probabilities() -> None:
-    """Two exits that disagree: the ensemble follows the surer one."""
+    """Two exits that disagree: the ensemble follows the more confident one."""
 
     class Fixed(nn.Module):
         def forward(self, x: torch.Tensor) -> loop.Outputs:
-            sure, unsure = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.5]])
-            return loop.Outputs((sure.expand(len(x), 2), unsure.expand(len(x), 2)), (), ())
+            confident, unconfident = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.5]])
+            return loop.Outputs((confident.expand(len(x), 2), unconfident.expand(len(x), 2)), (), ())
 
     batches = [(torch.zeros(3, 3, 4, 4), torch.tensor([0, 0, 1]), torch.arange(3))]
     scores = loop.validate(Fabric(accelerator="cpu"), Fixed(), batches, 2)
