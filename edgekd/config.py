@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 import sys
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from edgekd.errors import ConfigError, nearest
 from edgekd.files import atomic_write
-from edgekd.schema import from_dict, plain
+from edgekd.schema import from_dict, plain, to_table
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSIDE = {"protocols": "training/protocols", "papers": "reproduce/tables"}
@@ -79,7 +78,7 @@ def load(
     if not overrides:
         return found
     for key, value in overrides.items():
-        _set(table, key, value)
+        _set(table, key, copy.deepcopy(value))
     try:
         return read("")
     except ConfigError as error:
@@ -163,7 +162,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 def write_toml(path: Path, spec: Any) -> None:
     """Write a dataclass (its nested ones as tables) as TOML that `load` reads back."""
-    values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    values = to_table(spec)
     lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
     for name, table in values.items():
         if isinstance(table, dict):

@@ -22,6 +22,7 @@ DEPTH = 50
 """Lists and tables inside each other that are read, far more than any file has and far fewer than Python can."""
 TABLES = {"tables": True}
 """Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass."""
+_OPTIONS = "option tables"
 
 
 def parse_json(text: str) -> Any:
@@ -80,7 +81,8 @@ def from_dict(
 ) -> T:
     """Build the frozen dataclass `cls` from a table; `where` names its source in errors, `at` precedes its keys there.
 
-    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses.
+    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses. A field with the
+    metadata `option_tables` collects the tables that are named after a registry's entries.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -93,16 +95,38 @@ def from_dict(
     return typing.cast(T, value)
 
 
+def option_tables(registry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata of a dataclass field that is a dict from names of a registry's entries to their options.
+
+    In TOML each entry has a table of its own beside the other keys, for example `[hybrid]`. It is read strictly into
+    the dataclass `registry[name].options`; only tables that are given are in the dict.
+    """
+    return {_OPTIONS: registry}
+
+
+def to_table(spec: Any) -> dict[str, Any]:
+    """Return a dataclass as the table from which `from_dict` builds it; None, which TOML lacks, is left out."""
+    values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    for field in dataclasses.fields(spec):
+        if _OPTIONS in field.metadata:
+            values |= values.pop(field.name)
+    return values
+
+
 def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(table, Mapping):
         return problems.append(f"{at or 'the file'}: expected a table, found {reprlib.repr(table)}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    before = len(problems)
+    collecting = {f.name: f.metadata[_OPTIONS] for f in dataclasses.fields(cls) if _OPTIONS in f.metadata}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in collecting}
     table = _with_tables(table, fields)
-    for key in table.keys() - fields.keys():
-        problems.append(f"{at}{key}: unknown key; {nearest(key, fields)}")
+    before, options = len(problems), {name for registry in collecting.values() for name in registry} - fields.keys()
+    for key in table.keys() - fields.keys() - options:
+        problems.append(f"{at}{key}: unknown key; {nearest(key, [*fields, *options])}")
     values = {k: _value(hints[k], table[k], f"{at}{k}", problems) for k in fields if k in table}
+    for name, registry in collecting.items():
+        given = [key for key in table if key in registry and key in options]
+        values[name] = {k: _dataclass(registry[k].options, table[k], f"{at}{k}.", problems) for k in given}
     for key, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in table and no_default:

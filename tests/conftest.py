@@ -77,10 +77,10 @@ def two_maps_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgekd.artifacts.metadata import ModelMetadata
     from edgekd.data.preprocess import Preprocess
     from edgekd.export import export
-    from edgekd.models.base import Outputs, exits_of
+    from edgekd.models.base import MultiExitNetwork, Outputs, exits_of
     from edgekd.policy import Policy
 
-    class TwoScales(nn.Module):
+    class TwoScales(MultiExitNetwork):
         def __init__(self) -> None:
             super().__init__()
             self.fine, self.coarse = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)

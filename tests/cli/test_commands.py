@@ -193,7 +193,7 @@ def test_paper_a_protocol() -> None:
 
     p = config.load(Protocol, "protocols", "gao2022")
     assert (p.optimizer, p.momentum, p.weight_decay, p.batch_size, p.epochs) == ("sgd", 0.9, 1e-4, 128, 180)
-    assert (p.method, p.temperature, p.feature_weight, p.split) == ("kd+sd", 3.0, 0.03, "ratio:3,1,1")
+    assert (p.method, p.temperature, p.options["sd"].feature_weight, p.split) == ("kd+sd", 3.0, 0.03, "ratio:3,1,1")
     assert [p.lr_at(e) for e in (0, 99, 100, 150, 179)] == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
     assert p.preprocess.image_size == 224
 
