@@ -23,7 +23,7 @@ from edgekd.data.synthetic import write_cells
 
 COMMANDS = [
     *("train", "distill", "evaluate", "export", "compile", "tune", "predict"),
-    *("bench", "compare", "reproduce", "devices", "doctor", "demo", "data"),
+    *("bench", "compare", "reproduce", "devices", "doctor", "demo", "data", "config"),
 ]
 
 

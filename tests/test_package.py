@@ -60,6 +60,7 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
 
     Image.new("RGB", (40, 40), "pink").save(tmp_path / "cell.png")
     assert "orin-nano" in edgekd("devices")
+    assert edgekd("config", "show", "int8") == (ROOT / "compile" / "int8.toml").read_text()
     edgekd("compile", str(student_onnx), "--backend", "onnxruntime", "--out", "s.engine")
     assert "cell.png" in edgekd("predict", "s.engine", "cell.png")
 

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from edgekd import extras, shell
 from edgekd.cli import deploy, learn, measure
 from edgekd.cli.common import LogFormatter, reserved, say
+from edgekd.cli.config import app as config_app
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
 from edgekd.cli.models import app as models_app
@@ -112,6 +113,7 @@ def _options(
 
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(config_app, name="config")
 for command in (
     learn.train,
     learn.distill,
