@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test faults check clean
+.PHONY: install demo test test-pythons faults check clean
 
 install: $(READY)
 
@@ -21,6 +21,10 @@ demo: $(READY)
 
 test: check
 	$(BIN)/python -m pytest
+
+# The tests that need no torch, on every Python that pyproject.toml names and this machine has (pyenv's and uv's, too).
+test-pythons:
+	$(PYTHON) tests/pythons.py build/pythons
 
 # 100,000 mutated inputs and 300 kills: about an hour; `make test` has a few of both. Their summaries are committed.
 faults: $(READY)

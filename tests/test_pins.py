@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("pre_commit", reason="the extra dev is not installed")
 ROOT = Path(__file__).resolve().parents[1]
 CHECKERS = ("ruff", "mypy")
 

@@ -51,7 +51,7 @@ def list_() -> None:
 def show(name: NameArgument) -> None:
     """Print a shipped file."""
     _, path = _find(name)
-    typer.echo(path.read_text(encoding="utf-8"), nl=False)
+    echo(path.read_text(encoding="utf-8").removesuffix("\n"))
 
 
 @app.command()
