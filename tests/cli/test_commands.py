@@ -21,7 +21,7 @@ from edgekd import config
 
 COMMANDS = [
     *("train", "distill", "evaluate", "export", "compile", "tune", "predict"),
-    *("bench", "compare", "reproduce", "devices", "doctor", "demo", "data"),
+    *("bench", "compare", "reproduce", "devices", "doctor", "demo", "data", "config"),
 ]
 
 
@@ -155,6 +155,7 @@ def test_a_full_disk_leaves_nothing_half_written(what: str, cells: Path, student
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_and_a_closed_terminal_while_training(cells: Path, tmp_path: Path, sig: signal.Signals) -> None:
     """The workers that read images get the signal, too."""
+    pytest.importorskip("torch")
     words = ["train", "--data", cells, "--model", "resnet18", "--protocol", "demo", "--image-size", "16"]
     process = command(*words, "--batch-size", "8", "--set", "stem=small", "--epochs", "500", "--out", tmp_path / "run")
     while not (tmp_path / "run" / "resume.pt").exists() and process.poll() is None:
