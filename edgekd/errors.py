@@ -61,11 +61,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_known(what: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a value that is none of a few words. what: the option, for the error.
+    """Check that a value is one of the known names.
+
+    Args:
+        what: The option or key, for the error.
+        value: The given value.
+        known: Its valid values.
 
     Raises:
-        ConfigError: with the known words and the nearest.
+        ConfigError: It is not; the message lists the known values and the nearest.
     """
     known = tuple(known)
     if value not in known:
-        raise ConfigError(f"{what} {value}: no such word", fix=nearest(value, known))
+        raise ConfigError(f"unknown {what} '{value}'", fix=nearest(value, known))
