@@ -24,8 +24,7 @@ from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load_subset
 from edgekd.data.split import read_split
 from edgekd.errors import BackendError, ConfigError, GateError
-from edgekd.policy import NEVER_EXIT
-from edgekd.policy import decide as decide
+from edgekd.policy import NEVER_EXIT, decide
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import save_tuned, tune
 
@@ -121,7 +120,7 @@ def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) ->
         tuned = tune(engine, *validation, max_accuracy_drop=DROP)
     except ConfigError as error:
         return error.what
-    facts = {"asked": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
+    facts = {"goal": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
     save_tuned(out, tuned, facts, digest=engine.manifest.digest if engine.manifest else "")
     return {k: v for k, v in dataclasses.asdict(tuned).items() if k != "curve"}
 

@@ -39,7 +39,7 @@ class TensorRT:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One compile recipe; `specs.load(Recipe, "compile", "int8")` reads a shipped one.
+    """One compile recipe; `config.load(Recipe, "compile", "int8")` reads a shipped one.
 
     float_layers: what computes in float in an int8 engine computes in this.
     max_accuracy_drop: percentage points that the answers of the ensemble and the last exit may lose on the validation

@@ -173,7 +173,7 @@ def next_command(*words: object) -> None:
 
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
-    """The split given; or the images under `data`, or those that `labels` lists: the test subset, but where they say."""
+    """Read the given split; without one, put the images of `data` (or those in `labels`) into the test subset."""
     from edgekd.data.split import Item, read_split
     from edgekd.data.split import Split as SplitType
 

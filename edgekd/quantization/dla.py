@@ -27,7 +27,7 @@ def quantize_dla(
 ) -> onnx.ModelProto:
     """A pair behind every float tensor but the logits, with one scale, and behind weights, with one a channel.
 
-    TensorRT up to 10.11 gets the scales as ranges instead (`engines.trt_graphs.without_qdq`). images: (N, 3, H, W),
+    TensorRT up to 10.11 gets the scales as ranges instead (`graph_passes.without_qdq`). images: (N, 3, H, W),
     preprocessed, of the training split. method: see `edgekd.quantization.calibration.ranges`.
 
     Raises:

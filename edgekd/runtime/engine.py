@@ -213,7 +213,7 @@ def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
         precision=recipe.name,
         threads=threads,
         manifest=manifest,
-        make_staged_runner=getattr(backend, "walker", None),
+        make_staged_runner=getattr(backend, "staged_runner", None),
         make_decider=getattr(backend, "decider", None),
         largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
     )

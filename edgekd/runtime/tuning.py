@@ -140,9 +140,7 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
     facts = {k: v for k, v in dataclasses.asdict(tuned).items() if k not in ("policy", "curve")}
     metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
     curve = tuple(dataclasses.asdict(point) for point in tuned.curve)
-    write_manifest(
-        folder, dataclasses.replace(manifest, metadata=metadata, curve=curve, tuned={**facts, **provenance})
-    )
+    write_manifest(folder, dataclasses.replace(manifest, metadata=metadata, curve=curve, tuned={**facts, **provenance}))
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:
@@ -265,8 +263,8 @@ def _grid(
         """Return the numbers of images that are correct, that differ from the ensemble, and that take each exit."""
         taken = (confidences >= thresholds[:, None]).argmax(axis=0)  # the first exit whose threshold is reached
         return (
-            np.count_nonzero(correct[taken, images]),
-            np.count_nonzero(differing[taken, images]),
+            int(np.count_nonzero(correct[taken, images])),
+            int(np.count_nonzero(differing[taken, images])),
             np.bincount(taken, minlength=exits),
         )
 

@@ -31,8 +31,8 @@ NAMES = {
 }
 """What a variable or attribute of that name holds, where nothing else tells."""
 ONLY_IN = {
-    "trt_build": {"tensor": "ITensor", "layer": "ILayer", "error": "ParserError"},
-    "trt_run": {"shapes": "IExecutionContext"},
+    "builder": {"tensor": "ITensor", "layer": "ILayer", "error": "ParserError"},
+    "runner": {"shapes": "IExecutionContext"},
 }
 COMMON = {"name", "log", "node", "precision", "allocate"} | set(dir(list) + dir(dict) + dir(np.ndarray))
 """Words that TensorRT's classes share with everything else."""
@@ -275,7 +275,7 @@ class _Reader:
         return name.value in self.api.names if kind == MODULE else self.api.has(kind, str(name.value))
 
     def _strongly_typed(self) -> bool:
-        """As `trt_library.strongly_typed` decides, which a test holds against this."""
+        """As `library.strongly_typed` decides, which a test holds against this."""
         major, minor = map(int, self.api.version.split(".")[:2])
         return not self.api.has("BuilderFlag", "FP16") or (major, minor) >= (10, 12)
 

@@ -24,12 +24,12 @@ class PyCuda(CudaDevice):
         self._cu = driver
         try:
             driver.init()
-            count = driver.CudaDevice.count()
+            count = driver.Device.count()
         except driver.Error as error:
             raise BackendError(f"CUDA does not start: {error}", fix=GET_DRIVER) from error
         if not count:
             raise BackendError("CUDA finds no GPU here", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
-        gpu = driver.CudaDevice(0)
+        gpu = driver.Device(0)
         self._context = gpu.retain_primary_context()
         self.name, (major, minor) = gpu.name(), gpu.compute_capability()
         self.sm = f"{major}.{minor}"

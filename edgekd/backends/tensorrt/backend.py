@@ -44,7 +44,7 @@ def build(
     """Write the engine, and if it has no weights of its own the graph that holds them beside it.
 
     Raises:
-        BackendError: see `trt_build.build_plan`; or no driver, GPU or CUDA bindings.
+        BackendError: see `builder.build_plan`; or no driver, GPU or CUDA bindings.
     """
     with device():
         plan, given = build_plan(graph, name=path.stem, recipe=recipe, progress=progress)
