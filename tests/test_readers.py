@@ -321,7 +321,7 @@ JSONS = {
     "no number ": '{"seed": 1e999}',
     "no text": '{"classes": ["\\ud800"]}',
     "no text ": '{"classes": ["a\\u0000"]}',
-    "is there twice": '{"classes": [], "classes": []}',
+    "occurs twice": '{"classes": [], "classes": []}',
     "expected a table": "[]",
     "utf-8": b"\xff\xfe",
     "": "",
