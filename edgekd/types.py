@@ -1,4 +1,4 @@
-"""Types that several packages share."""
+"""Type aliases shared by several packages."""
 
 from __future__ import annotations
 

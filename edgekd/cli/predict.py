@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.cells import cell_len
 
-from edgekd.cli.common import ThreadsOption, bar, echo, one_of, reserve
+from edgekd.cli.common import ThreadsOption, bar, echo, reserve
 from edgekd.errors import ConfigError, DataError
 from edgekd.files import ANSWERS, atomic_path
 from edgekd.text import csv_line, visible
@@ -32,9 +32,7 @@ Input = tuple[Path, "DataError | None"]
 def predict(
     engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")],
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, and quoted patterns: 'cells/**'.")],
-    strategy: Annotated[
-        str | None, typer.Option(help="cascade, full or final.", callback=one_of("cascade", "full", "final"))
-    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="cascade, full or final.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Give the so many likeliest classes.")] = 1,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="CSV: a column for each class.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON array, one object a line.")] = False,

@@ -40,7 +40,10 @@ def unzip(archive: Path, folder: Path, progress: Progress | None = None) -> None
     except EdgekdError:
         raise
     except Exception as error:  # zipfile and its decompressors raise many types
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk's fault, not the archive's
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # the disk's fault, not the archive's
             raise
         what = f"{archive} cannot be unpacked: {error or type(error).__name__}"
         raise DataError(what, fix="remove it and download it again") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class DataLayout:
     source: Source | None = None
     how_to_get: tuple[str, str] | None = None
 
+    def __post_init__(self) -> None:
+        re.compile(self.group_pattern)
+
 
 def class_folder(folder: Path) -> tuple[str, Path]:
     """Return the class name of a folder and the folder of its images, by the first layout that it has."""
@@ -112,8 +116,7 @@ SIPAKMED_LAYOUT = DataLayout(
     group_name="cluster",
     how_to_get=(
         "SIPaKMeD may not be redistributed: its authors provide it for research",
-        "request it at https://www.cs.uoi.gr/~marina/sipakmed.html (University of Ioannina), unpack it, and give that "
-        "folder as --data",
+        "request it at https://www.cs.uoi.gr/~marina/sipakmed.html, unpack it, and give that folder as --data",
     ),
 )
 KATHER2016_LAYOUT = DataLayout(

@@ -172,7 +172,10 @@ def group_keys(paths: Sequence[str], group: str) -> list[str]:
 
 
 def _group_fix(group: str) -> str:
-    return nearest(group, ["none", *group_patterns(), *group_names()]) + " A regular expression on the relative path works too."
+    return (
+        nearest(group, ["none", *group_patterns(), *group_names()])
+        + " A regular expression on the relative path works too."
+    )
 
 
 def _keys(paths: Sequence[str], pattern: re.Pattern[str]) -> list[str]:
