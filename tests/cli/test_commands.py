@@ -61,7 +61,7 @@ def test_every_command_has_help() -> None:
         (["compile", "{student}", "--backend", "openvinno"], "'openvino'"),
         (["compile", "{student}", "--recipe", "int8"], "calibration images"),
         (["compile", "{student}", "--data", "{cells}"], "go together"),
-        (["tune", "{student}", "--data", "{cells}", "--split", "x", "--latency-ms", "1"], "is no engine"),
+        (["tune", "{student}", "--data", "{cells}", "--split", "x", "--latency-ms", "1"], "is not an engine folder"),
         (["predict", "{student}", "none.jpg"], "no such file"),
         (["predict", "{student}", "{cells}", "--strategy", "casade"], "Did you mean 'cascade'"),
         (["bench", "{student}", "--data", "{cells}", "--out", "{tmp}/r.json", "--suite", "quik"], "'quick'"),

@@ -146,7 +146,7 @@ def test_top_classes_and_probabilities(two_maps_onnx: Path, pictures: Path) -> N
 def test_out_is_whole_and_what_its_name_says(two_maps_onnx: Path, pictures: Path, tmp_path: Path) -> None:
     for name in ("r.csv", "r.json"):
         text = edgekd("predict", two_maps_onnx, pictures, tmp_path / "gone.png", "--out", tmp_path / name, code=1)
-        assert "4 of 5 images answered" in text
+        assert "4 of 5 images classified" in text
         assert len(files((tmp_path / name).read_text(), name[2:])) == 5
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -155,8 +155,8 @@ def test_out_is_whole_and_what_its_name_says(two_maps_onnx: Path, pictures: Path
     ("words", "said"),
     [
         (["--json", "--csv"], "--json and --csv"),
-        (["--out", "r.txt"], "neither CSV nor JSON"),
-        (["--probabilities"], "goes with --csv"),
+        (["--out", "r.txt"], "ends in neither .csv nor .json"),
+        (["--probabilities"], "needs --csv"),
         (["--top-k", "6"], "has 5 classes"),
     ],
 )
