@@ -169,7 +169,7 @@ def test_aligned_text(kind: str) -> None:
     result = record.variants[1].metrics
     for shown in (accuracy.text_table({NAMES[kind]: result}), accuracy.confusion_text(result)):
         assert not STEERS.search(shown)
-    assert len({accuracy.cell_len(line) for line in accuracy.confusion_text(result).splitlines()}) == 1
+    assert len({cell_len(line) for line in accuracy.confusion_text(result).splitlines()}) == 1
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -234,7 +234,7 @@ def test_what_is_no_picture_is_a_data_error(source: object, two_maps_onnx: Path)
 
 def test_a_classifier_tells_what_it_is_and_closes(two_maps_onnx: Path, pictures: Path) -> None:
     with Classifier(two_maps_onnx, threads=1) as classifier:
-        assert repr(classifier) == "<Classifier onnxruntime fp32, full: 5 classes, 2 exits, 16 pixels, threads 1>"
+        assert repr(classifier) == "<Classifier onnxruntime fp32, full: 5 classes, 2 exits, image size 16, threads 1>"
         assert classifier.classes == tuple("abcde")
         assert classifier.exits[classifier.predict(pictures / "a.png").exit] == "exit_1"
     for call in (
