@@ -31,7 +31,7 @@ from torch import nn
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import Runner
-from edgekd.bench.host import host, load_average
+from edgekd.backends.report import describe_host
 from edgekd.bench.latency import rotate, summarise
 from edgekd.bench.record import refuse_existing, write_record
 from edgekd.bench.tables import pipe_table
@@ -42,6 +42,7 @@ from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Item, Split, read_split
 from edgekd.export import export
 from edgekd.files import atomic_write
+from edgekd.host import HostInfo, load_average
 from edgekd.models.base import exits_of
 from edgekd.models.networks import build
 from edgekd.models.weights import load_state, read_state
@@ -217,8 +218,7 @@ def markdown(record: dict[str, Any]) -> str:
     """The table, what its columns mean, and how it was measured."""
     head = ["network", "weights", "backend", "fp32 ms", "int8 ms", "× faster", "fp32 MiB", "int8 MiB"]
     head += ["fp32 accuracy %", "int8 accuracy %", "points", "same answer %"]
-    h, s = record["host"], record["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in h["versions"].items())
+    host, s = HostInfo(**record["host"]), record["settings"]
     return (
         "## What int8 costs each student\n\n"
         + pipe_table((head, [row for network in record["networks"] for row in rows(network)]))
@@ -226,8 +226,8 @@ def markdown(record: dict[str, Any]) -> str:
         "together. Trained: accuracy on the run's test images, and the difference with its standard error. ImageNet: "
         "the same answer out of 1,000 classes, on images unlike those it was trained on, so that many are close "
         "calls. Chance: only the times mean something. Nothing was refused here; `edgekd compile` refuses what loses "
-        f"over 0.5 points.\n\n{record['created']}. {h['cpu']}, {s['threads'] or h['cores']} threads, {h['os']}, Python "
-        f"{h['python']}, {versions}. Load average {record['load_before'][0]:g} before, {record['load_after'][0]:g} "
+        f"over 0.5 points.\n\n{record['created']}. {host}. {s['threads'] or host.cores} threads. "
+        f"Load average {record['load_before'][0]:g} before, {record['load_after'][0]:g} "
         f"after. {s['image_size']} pixels if not trained otherwise, {s['images']} images at most, "
         f"{s['calibration']} for calibration, {s['rounds']} rounds of {s['seconds']:g} s in turns in one process.\n"
     )
@@ -265,7 +265,7 @@ def main(arguments: list[str]) -> None:
     record = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "settings": {key: getattr(asked, key) for key in kept},
-        "host": dataclasses.asdict(host()),
+        "host": dataclasses.asdict(describe_host(*BACKENDS)),
         "load_before": before,
         "load_after": load_average(),
         "networks": networks,

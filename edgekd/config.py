@@ -77,15 +77,7 @@ def load(
     Raises:
         ConfigError: Unknown name, invalid TOML, or keys and values that do not fit `cls`.
     """
-    path = find(kind, name)
-    try:
-        table = _parsed(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}", fix="check the path and its permissions"
-        ) from None
-    except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
-        raise ConfigError(f"{path} is not TOML: {error}", fix="correct that line") from error
+    path, table = find(kind, name), read_table(kind, name)
     if not overrides:
         return from_dict(cls, table, where=str(path))
     from_dict(cls, copy.deepcopy(table), where=str(path))  # what is wrong in the file itself
@@ -97,6 +89,22 @@ def load(
         given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
         problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]
         raise ConfigError("\n".join(problems), fix="correct these values") from None
+
+
+def read_table(kind: str, name: str) -> dict[str, Any]:
+    """Read a TOML file without checking its keys.
+
+    Raises:
+        ConfigError: Unknown name, or invalid TOML.
+    """
+    path = find(kind, name)
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        what = f"{path} cannot be read: {error.strerror}"
+        raise ConfigError(what, fix="check the path and its permissions") from None
+    except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
+        raise ConfigError(f"{path} is not TOML: {error}", fix="correct that line") from error
 
 
 def _given(key: str, value: Any, flags: Mapping[str, str]) -> str:

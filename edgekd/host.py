@@ -1,18 +1,161 @@
-"""What of this machine an engine depends on."""
+"""The machine: its description for manifests and records, and the cores that a process may use."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+from edgekd._version import __version__
 from edgekd.errors import ConfigError
 
-PROC = Path("/proc")
+ROOT = Path("/")
+"""Folder below which /proc, /sys, /etc and /var are read."""
+PACKAGES = ("numpy", "pillow", "onnx")
+"""Distributions that every engine and every measurement depends on."""
 _WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+
+
+@dataclass(frozen=True)
+class HostInfo:
+    """A machine and its software, as kept with everything that was built or measured there.
+
+    Attributes:
+        system: Operating system ("Linux").
+        release: Version of its kernel.
+        machine: Architecture ("x86_64").
+        cpu: Model name.
+        cores: Cores that the process could keep busy (see `cores`).
+        exact_int8: True if sums of 8-bit products cannot saturate (see `exact_int8`).
+        memory_mib: Physical memory; 0 where the system does not report it.
+        governor: Frequency governor of the first core, or "unreadable".
+        max_mhz: Highest frequency of the first core that is allowed, or "unreadable".
+        python: Version of Python.
+        versions: Distribution to its version.
+        facts: Further facts that the system reports, by name: board, L4T release, power mode, driver, GPU clock.
+        backends: Backend to the facts that it reports of itself and of the hardware it runs on.
+    """
+
+    system: str
+    release: str
+    machine: str
+    cpu: str
+    cores: int
+    exact_int8: bool
+    memory_mib: int
+    governor: str
+    max_mhz: str
+    python: str
+    versions: dict[str, str]
+    facts: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [
+                f"{self.cpu}, {self.cores} cores, {self.memory_mib} MiB, governor {self.governor}",
+                *_pairs(self.facts),
+                f"{self.system} {self.release} {self.machine}, Python {self.python}",
+                *_pairs(self.versions),
+                *(f"{name} ({', '.join(_pairs(facts))})" for name, facts in self.backends.items()),
+            ]
+        )
+
+
+def _pairs(facts: Mapping[str, str]) -> list[str]:
+    return [f"{name} {value}" for name, value in facts.items()]
+
+
+def host_info(packages: Iterable[str] = (), backends: Mapping[str, Mapping[str, str]] | None = None) -> HostInfo:
+    """Describe this machine.
+
+    Args:
+        packages: Distributions whose versions are added to those of `PACKAGES`; those not installed are left out.
+        backends: Backend to the facts that it reports.
+    """
+    names = dict.fromkeys((*PACKAGES, *packages))
+    return HostInfo(
+        system=platform.system(),
+        release=platform.release(),
+        machine=platform.machine(),
+        cpu=_cpuinfo("model name") or _cpuinfo("Model") or platform.processor() or platform.machine() or "unknown",
+        cores=cores(),
+        exact_int8=exact_int8(),
+        memory_mib=_memory_mib(),
+        governor=_read(f"{_CPUFREQ}/scaling_governor") or "unreadable",
+        max_mhz=_read(f"{_CPUFREQ}/scaling_max_freq").removesuffix("000") or "unreadable",
+        python=platform.python_version(),
+        versions={"edgekd": __version__, **{name: found for name in names if (found := installed_version(name))}},
+        facts=_facts(),
+        backends={name: dict(facts) for name, facts in (backends or {}).items()},
+    )
+
+
+def installed_version(package: str) -> str | None:
+    """Version of a distribution; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def load_average() -> tuple[float, float, float]:
+    """Number of processes that were running or runnable, averaged over 1, 5 and 15 minutes."""
+    one, five, fifteen = os.getloadavg()
+    return round(one, 2), round(five, 2), round(fifteen, 2)
+
+
+_CPUFREQ = "sys/devices/system/cpu/cpu0/cpufreq"
+
+
+def _memory_mib() -> int:
+    if not hasattr(os, "sysconf"):  # Windows
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+
+
+def _facts() -> dict[str, str]:
+    """Facts of boards and NVIDIA's drivers that are in files; those that cannot be read are left out."""
+    l4t = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _read("etc/nv_tegra_release"))
+    driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read("proc/driver/nvidia/version"))
+    found = {
+        "board": _read("proc/device-tree/model"),
+        "L4T": ".".join(l4t.groups()) if l4t else "",
+        "power mode": _power_mode(),
+        "NVIDIA driver": driver[1] if driver else "",
+        "GPU max MHz": _gpu_max_mhz(),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _power_mode() -> str:
+    """A Jetson's mode as nvpmodel keeps it: its number, and its name if the configuration has one."""
+    mode = re.search(r"pmode:0*(\d+)", _read("var/lib/nvpmodel/status"))
+    if not mode:
+        return ""
+    name = re.search(rf"POWER_MODEL ID={mode[1]} NAME=(\S+)", _read("etc/nvpmodel.conf"))
+    return f"{mode[1]} ({name[1]})" if name else mode[1]
+
+
+def _gpu_max_mhz() -> str:
+    """Highest frequency that a Jetson's GPU is allowed, which nvpmodel and jetson_clocks set."""
+    for folder in sorted((ROOT / "sys/class/devfreq").glob("*.g[pav]*")):  # 17000000.gpu, .ga10b, .gv11b
+        if (hz := _read(f"sys/class/devfreq/{folder.name}/max_freq")).isdecimal():
+            return str(int(hz) // 1_000_000)
+    return ""
+
+
+def _read(path: str) -> str:
+    """A small system file's text without the NUL or line break at its end; empty if it cannot be read."""
+    try:
+        return (ROOT / path).read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return ""
 
 
 def visible_cores() -> int:
@@ -42,17 +185,6 @@ def checked_threads(threads: int | None) -> int:
     return threads or default_threads()
 
 
-def host() -> dict[str, Any]:
-    """System, architecture, CPU model, cores, and whether 8-bit products cannot saturate (see `exact_int8`)."""
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
-        "cores": cores(),
-        "exact_int8": exact_int8(),
-    }
-
-
 def exact_int8() -> bool:
     """Whether unsigned times signed 8-bit sums are exact here.
 
@@ -75,8 +207,7 @@ def cpu_flags() -> set[str]:
 
 
 def _cpuinfo(key: str) -> str:
-    path = PROC / "cpuinfo"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = _read("proc/cpuinfo").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
@@ -106,8 +237,8 @@ def _quota(folder: Path) -> float | None:
 def _cgroups() -> Iterator[tuple[Path, Path]]:
     """(this process's cgroup, the topmost one that can be seen) for each hierarchy that counts CPU time."""
     try:
-        mounts = (PROC / "self/mountinfo").read_text().splitlines()
-        groups = (PROC / "self/cgroup").read_text().splitlines()
+        mounts = (ROOT / "proc/self/mountinfo").read_text().splitlines()
+        groups = (ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     paths = {

@@ -10,6 +10,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgekd.errors import ConfigError, EdgekdError, closest, nearest
@@ -75,7 +76,7 @@ def _has_surrogates(text: str) -> bool:
 def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type[EdgekdError] = ConfigError) -> T:
     """Build the frozen dataclass `cls` from a table; `where` names its source in errors.
 
-    Fields may be bool, int, float, str, Literal, tuples, dicts, unions, and nested dataclasses.
+    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -124,6 +125,8 @@ def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
         return _tuple(args, value, at, problems)
     if origin is dict and isinstance(value, Mapping):
         return {str(k): _value(args[1], v, f"{at}.{k}", problems) for k, v in value.items()}
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     if isinstance(hint, type) and _is_scalar(hint, value):
         return float(value) if hint is float else value
     return problems.append(f"{at}: expected {_name(hint)}, found {reprlib.repr(value)}")

@@ -56,7 +56,7 @@ def test_links(page: Path) -> None:
 
 
 def test_messages_that_are_explained() -> None:
-    sources = "\n".join(p.read_text() for p in (ROOT / "edgekd" / "engines").glob("*.py"))
+    sources = "\n".join(p.read_text() for p in (ROOT / "edgekd").rglob("*.py"))
     for part in (
         "is not installed",
         "NVIDIA's driver knows CUDA",

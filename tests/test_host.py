@@ -1,4 +1,4 @@
-"""The cores that a process may use, by fake and, where one can be made, real cgroups; the CPU's 8-bit sums."""
+"""What is read of a machine, real and fake: cores within (fake and real) cgroups, 8-bit sums, boards and drivers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgekd import host
@@ -19,8 +20,8 @@ V2 = "30 23 0:26 {root} {top} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine of 16 cores without limits; its /proc is in the folder that is returned."""
-    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    """A machine of 16 cores without limits; its / is the folder that is returned."""
+    monkeypatch.setattr(host, "ROOT", tmp_path)
     monkeypatch.setattr(host, "visible_cores", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -138,3 +139,65 @@ def test_exact_int8(
     if flags is not None:
         (many / "proc/cpuinfo").write_text(f"model name\t: Some CPU\nflags\t\t: {flags}\n")
     assert host.exact_int8() is exact
+
+
+def test_this_machine() -> None:
+    here = host.host_info(["numpy", "no-such-distribution"], {"some": {"version": "1"}})
+    assert 1 <= here.cores <= (os.cpu_count() or 1)
+    assert here.memory_mib > 100
+    assert here.versions["numpy"] == np.__version__
+    assert "no-such-distribution" not in here.versions
+    assert str(here).startswith(f"{here.cpu}, {here.cores} cores, ")
+    assert str(here).endswith(", some (version 1)")
+
+
+def put(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_facts_of_a_jetson(many: Path) -> None:
+    """Its files as JetPack 6 writes them."""
+    put(
+        many,
+        {
+            "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+            "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+            "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n",
+            "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
+            "sys/class/devfreq/17000000.gpu/max_freq": "1020000000\n",
+            "proc/cpuinfo": "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n",
+        },
+    )
+    here = host.host_info()
+    assert here.cpu == "ARMv8 Processor rev 1 (v8l)"
+    assert here.facts == {
+        "board": "NVIDIA Jetson Orin Nano Developer Kit",
+        "L4T": "36.4.3",
+        "power mode": "2 (MAXN_SUPER)",
+        "GPU max MHz": "1020",
+    }
+    (many / "etc/nvpmodel.conf").unlink()
+    assert host.host_info().facts["power mode"] == "2"
+
+
+def test_facts_of_other_machines(many: Path) -> None:
+    """A Raspberry Pi names its CPU by its board; a desktop has NVIDIA's driver; another has none of it."""
+    assert host.host_info().facts == {}
+    put(
+        many,
+        {
+            "proc/cpuinfo": "processor\t: 0\n\nModel\t\t: Raspberry Pi 5 Model B Rev 1.0\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq": "2400000\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "ondemand\n",
+        },
+    )
+    here = host.host_info()
+    assert (here.cpu, here.max_mhz, here.governor) == ("Raspberry Pi 5 Model B Rev 1.0", "2400", "ondemand")
+    for line in (
+        "NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu",
+        "NVIDIA UNIX Open Kernel Module for x86_64  535.129.03",
+    ):
+        put(many, {"proc/driver/nvidia/version": f"NVRM version: {line}\nGCC version: 12\n"})
+        assert host.host_info().facts == {"NVIDIA driver": "535.129.03"}

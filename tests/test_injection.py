@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.records import sample
 from PIL import Image
-from typer.testing import CliRunner
+from rich.cells import cell_len
 
 import edgekd
 from edgekd import text
@@ -78,7 +78,7 @@ PLACES: dict[str, Callable[[Record, str], Record]] = {
         r, variants=(*r.variants[:-1], dataclasses.replace(r.variants[-1], name=name))
     ),
     "host": lambda r, name: dataclasses.replace(
-        r, host=dataclasses.replace(r.host, cpu=name, os=name, versions={name: name})
+        r, host=dataclasses.replace(r.host, cpu=name, release=name, versions={name: name})
     ),
     "texts": lambda r, name: dataclasses.replace(r, command=name, scenario=name, created=name, warnings=(name,)),
     "targets": lambda r, name: dataclasses.replace(
@@ -204,4 +204,4 @@ def test_commands_print_by_nothing_else() -> None:
         found = re.findall(r"(?m)^.*\b(?:typer\.s?echo|print)\(.*$", source.read_text())
         if source.name == "common.py":
             found = [line for line in found if "terminal(" not in line]
-        assert found == (["        typer.echo(__version__)"] if source.parts[-2:] == ("cli", "__init__.py") else [])
+        assert found == (["        typer.echo(__version__)"] if source.parts[-2:] == ("cli", "main.py") else [])

@@ -104,7 +104,7 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
         "parity": manifest.parity,
         "accuracy": manifest.accuracy,
         "stage_ms": manifest.stage_ms,
-        "host": manifest.host,
+        "host": dataclasses.asdict(manifest.host),
         "backend_version": manifest.backend_version,
         "notes": manifest.notes,
         "bytes": {name: file.bytes for name, file in manifest.files.items()},

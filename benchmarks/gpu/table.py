@@ -34,10 +34,11 @@ def _where(steps: Steps, dry_run: bool) -> str:
     built = _done(steps, "build")
     if not built:
         return said * dry_run + "Nothing was built."
-    host, gpu = built[0]["host"], next(iter(_done(steps, "device")), {})
+    host = built[0]["host"]
+    reported, gpu = next(iter(host["backends"].values())), next(iter(_done(steps, "device")), {})
     facts = [
-        str(host.get("gpu", host["cpu"])),
-        f"SM {host['sm']}" if "sm" in host else "",
+        reported.get("gpu", host["cpu"]),
+        f"SM {reported['sm']}" if "sm" in reported else "",
         f"{built[0]['backend_version']}",
     ]
     facts += (

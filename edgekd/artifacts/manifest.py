@@ -11,6 +11,7 @@ from typing import Any
 from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
+from edgekd.host import HostInfo
 from edgekd.serialization import SCHEMA, read_bytes, read_json, to_json
 
 MANIFEST = "manifest.json"
@@ -40,7 +41,7 @@ class Manifest:
     backend_version: str
     recipe: dict[str, Any]
     precision: dict[str, float]
-    host: dict[str, Any]
+    host: HostInfo
     files: dict[str, EngineFile]
     source_sha256: str
     calibration: dict[str, Any] = field(default_factory=dict)

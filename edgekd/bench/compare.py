@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from edgekd.bench.record import Record
@@ -30,14 +31,26 @@ def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
     return pipe_table((_header(records), _rows(records))) + "\n" + (f"\n{notes}" if notes else "")
 
 
+def differences(records: Mapping[str, Record]) -> list[str]:
+    """List every condition that is not the same in all records, as `threads: a.json 2, b.json 1`.
+
+    Whatever a host or a backend reports is a condition; a backend's facts are compared among the records that use it.
+    """
+    found = _differing({name: conditions(record) for name, record in records.items()})
+    reported = {name: record.host.backends for name, record in records.items()}
+    for backend in dict.fromkeys(backend for backends in reported.values() for backend in backends):
+        using = {name: backends[backend] for name, backends in reported.items() if backend in backends}
+        found += [f"{backend} {line}" for line in _differing(using)]
+    return found
+
+
 def conditions(record: Record) -> dict[str, str]:
-    """Everything that must be equal for two records' numbers to mean the same."""
-    h = record.host
-    host = {k: str(getattr(h, k)) for k in ("cpu", "cores", "memory_mib", "governor", "max_mhz", "os", "machine")}
+    """Everything but the backends' facts that must be equal for two records' numbers to mean the same."""
+    host = dataclasses.asdict(dataclasses.replace(record.host, versions={}, facts={}, backends={}))
     return {
-        **host,
-        "python": h.python,
-        **{f"{name} version": version for name, version in h.versions.items()},
+        **{key: str(value) for key, value in host.items()},
+        **{f"{name} version": version for name, version in record.host.versions.items()},
+        **record.host.facts,
         "threads": str(record.threads),
         "data fingerprint": record.split["fingerprint"],
         "split": f"{record.split['method']}, seed {record.split['seed']}, {record.split['group']}",
@@ -45,9 +58,7 @@ def conditions(record: Record) -> dict[str, str]:
     }
 
 
-def differences(records: Mapping[str, Record]) -> list[str]:
-    """`threads: a.json 2, b.json 1` for every condition that is not the same in all."""
-    found = {name: conditions(record) for name, record in records.items()}
+def _differing(found: Mapping[str, Mapping[str, str]]) -> list[str]:
     keys = dict.fromkeys(key for facts in found.values() for key in facts)
     return [
         f"{key}: " + ", ".join(f"{name} {facts.get(key, 'none')}" for name, facts in found.items())

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from edgekd.artifacts.manifest import MAX_MS, check_curve
 from edgekd.bench.accuracy import Metrics
-from edgekd.bench.host import Host
 from edgekd.bench.latency import Summary, summarise
 from edgekd.data.split import check_classes, is_stray
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write
+from edgekd.host import HostInfo
 from edgekd.policy import Policy
 from edgekd.serialization import SCHEMA, read_json, to_json
 
@@ -158,7 +158,7 @@ class Record:
     classes: tuple[str, ...]
     images: tuple[str, ...]
     labels: tuple[int, ...]
-    host: Host
+    host: HostInfo
     load_before: tuple[float, float, float]
     load_after: tuple[float, float, float]
     idle_watts: float | None

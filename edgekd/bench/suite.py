@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.bench import energy, host, variants
+from edgekd.backends.report import describe_host
+from edgekd.bench import energy, variants
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.record import Record, Timing, Variant
 from edgekd.bench.targets import Limits, targets, warnings
@@ -28,6 +29,7 @@ from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Split
 from edgekd.errors import BackendError, ConfigError
 from edgekd.files import sha256, temporary_folder
+from edgekd.host import load_average
 from edgekd.runtime.engine import Engine, open_engine
 from edgekd.serialization import read_json, to_json
 from edgekd.types import Array
@@ -104,7 +106,7 @@ def bench(
     engine = open_engine(engine_path, threads=suite.threads)
     entries = plan(engine, engine_path, suite, against or {})
     _same_classes(entries, split)
-    before, watts = host.load_average(), energy.idle_watts(energy.domains())
+    before, watts = load_average(), energy.idle_watts(energy.domains())
     items = split.subset("test")
     with temporary_folder("bench") as folder:
         images, labels = _prepare(entries, split, data, folder)
@@ -125,9 +127,9 @@ def bench(
         classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
         labels=tuple(labels.tolist()),
-        host=host.host(),
+        host=describe_host(*(e.engine.backend for e in entries)),
         load_before=before,
-        load_after=host.load_average(),
+        load_after=load_average(),
         idle_watts=watts,
         preprocess_ms=preprocess_ms,
         variants=tuple(measured),

@@ -49,11 +49,9 @@ def start_text(record: Record) -> str:
 
 def host_text(record: Record) -> str:
     """Machine, software, load, split and date."""
-    h, split = record.host, record.split
-    versions = ", ".join(f"{name} {version}" for name, version in h.versions.items())
+    split = record.split
     return (
-        f"{record.created}. {h.cpu}, {h.cores} cores, {h.memory_mib} MiB, governor {h.governor}, {h.os} {h.machine}, "
-        f"Python {h.python}, {versions}. "
+        f"{record.created}. {record.host}. "
         f"Load average {record.load_before[0]:g} before, {record.load_after[0]:g} after. "
         f"Split {split['method']}, seed {split['seed']}, grouped by {split['group']} "
         f"({split['leaking']} of {split['groups']} groups leak), fingerprint {split['fingerprint'][:12]}."

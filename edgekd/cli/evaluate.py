@@ -24,7 +24,7 @@ from edgekd.cli.common import (
     reserve,
     say,
 )
-from edgekd.cli.train import _data
+from edgekd.cli.train import data_folder
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def evaluate(
     """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
+    from edgekd.backends.report import describe_host
     from edgekd.bench import accuracy, plots
-    from edgekd.bench.host import host
     from edgekd.data.images import load_subset
     from edgekd.files import MEASURES, PLOT, atomic_write
     from edgekd.policy import softmax
@@ -58,7 +58,7 @@ def evaluate(
     if plot:
         plots.picture_format(plot)
     metadata, logits_of, device = _answers(target, threads)
-    data = _data(target, data)
+    data = data_folder(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
     if labels and split:
@@ -82,7 +82,7 @@ def evaluate(
         say(f"note: {note}")
     plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if out:
-        made_on = {"device": device, "host": dataclasses.asdict(host())}
+        made_on = {"device": device, "host": dataclasses.asdict(describe_host())}
         atomic_write(out, to_json({"subset": subset, "metrics": plain, **made_on}))
     if as_json:
         echo(json.dumps(plain, indent=1))

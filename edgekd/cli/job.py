@@ -1,4 +1,4 @@
-"""The process of one job: runs edgekd commands in turn and exits when its parent dies."""
+"""The child process of a sweep: carries out the requests of one job and exits when its parent dies."""
 
 from __future__ import annotations
 
@@ -8,24 +8,49 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from edgekd import signals
+from edgekd.schema import from_dict
 from edgekd.training.jobs import GRACE_S
+from edgekd.training.request import Request, TrainRequest
 
 
-def _child(commands: Sequence[Sequence[str]]) -> None:
-    """The commands, up to the first that fails."""
+@dataclass(frozen=True)
+class _Job:
+    requests: tuple[Request, ...]
+
+
+def main(text: str) -> None:
+    """Carry out the requests in turn, up to the first that fails.
+
+    Args:
+        text: The job as `ChildJob.to_json` writes it.
+    """
     signals.heed(ignored=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from edgekd.cli.main import app
+    from edgekd.cli.main import log_to_stderr, reporting_errors  # heavy: after the signals are handled
 
-    for words in commands:
-        try:
-            app(words, prog_name="edgekd")
-        except SystemExit as end:
-            if end.code:
-                raise
+    log_to_stderr()
+    for request in requests_of(text):
+        with reporting_errors():
+            _carry_out(request)
+            sys.stdout.flush()
+
+
+def requests_of(text: str) -> tuple[Request, ...]:
+    """Return the requests that `ChildJob.to_json` wrote."""
+    return from_dict(_Job, json.loads(text), where="job").requests
+
+
+def _carry_out(request: Request) -> None:
+    from edgekd.cli.evaluate import evaluate
+    from edgekd.cli.train import run_training
+
+    if isinstance(request, TrainRequest):
+        run_training(request)
+    else:
+        evaluate(request.run, data=request.data, out=request.out, svm=request.svm)
 
 
 def _end_with_parent() -> None:
@@ -37,4 +62,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _child(json.loads(sys.argv[1]))
+    main(sys.argv[1])

@@ -22,10 +22,11 @@ from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend, installed
+from edgekd.backends.report import describe_host
 from edgekd.compiler.gate import Labels, bounds, check, read_back, stage_times, verdict, worst_drop
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
-from edgekd.host import checked_threads, exact_int8, host
+from edgekd.host import checked_threads, exact_int8
 from edgekd.runtime.engine import Engine, built_engine, open_engine
 from edgekd.types import Array
 
@@ -171,7 +172,6 @@ def _job(
         calibrated = {"images": len(calibration), "method": recipe.calibration_method, "sha256": digest}
     common = {
         "recipe": dataclasses.asdict(recipe),
-        "host": host(),
         "source_sha256": sha256(source),
         "calibration": calibrated,
         "edgekd": edgekd.__version__,
@@ -264,6 +264,12 @@ def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable
         module.build(graph, folder / f"{name}{module.SUFFIX}", recipe=job.recipe, progress=progress)
         for file in sorted(folder.glob(f"{name}.*")):
             files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
-    version, here = str(module.version()), module.here() if hasattr(module, "here") else {}
-    common = {**job.common, "host": {**job.common["host"], **here}}
-    return Manifest(job.metadata, backend, version, precision={}, files=files, **common)
+    return Manifest(
+        job.metadata,
+        backend,
+        str(module.version()),
+        precision={},
+        files=files,
+        host=describe_host(backend),
+        **job.common,
+    )

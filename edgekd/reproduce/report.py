@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.bench.host import Host
 from edgekd.bench.tables import pipe_table
 from edgekd.files import atomic_write
+from edgekd.host import HostInfo
 from edgekd.reproduce import table_spec
 from edgekd.reproduce.table_spec import Row, Table
 from edgekd.serialization import SCHEMA, read_json, to_json
@@ -69,7 +69,7 @@ class Result:
     edgekd: str
     asked: dict[str, Any]
     lines: tuple[Line, ...]
-    hosts: tuple[Host, ...] = ()
+    hosts: tuple[HostInfo, ...] = ()
     schema: int = SCHEMA
 
 
@@ -148,9 +148,7 @@ def _said(result: Result) -> Iterator[str]:
     yield f"Asked for: {asked}"
     for at, host in enumerate(result.hosts):
         devices = sorted({run.device for line in result.lines for run in line.runs if run.host == at})
-        versions = ", ".join(f"{name} {version}" for name, version in host.versions.items())
-        machine = f"{host.cpu}, {host.cores} cores, {host.memory_mib} MiB, {host.os}"
-        yield f"Made on {' and '.join(devices)}; {machine}, Python {host.python}, {versions}"
+        yield f"Run on {' and '.join(devices)}; {host}"
     yield f"edgekd {result.edgekd}, {result.created}"
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 from edgekd import config, schema
 from edgekd._version import __version__
-from edgekd.bench.host import Host
 from edgekd.data.split import read_split
 from edgekd.errors import ArtifactError
+from edgekd.host import HostInfo
 from edgekd.models.cost import Cost, cost
 from edgekd.reproduce.plan import Planned
 from edgekd.reproduce.report import Cell, Line, Result, Run, blank, state_of
 from edgekd.reproduce.table_spec import Row, Table
 from edgekd.training import run_folder, sweep
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.sweep import SweepMember
 
 REPEATS = 3
 """Seeds that make a row of a random split reproduced; of a k-fold it is all folds."""
@@ -41,12 +41,12 @@ class Collection:
     name: str
     table: Table
     planned: Mapping[str, Planned]
-    members: Sequence[Member]
+    members: Sequence[SweepMember]
     asked: Mapping[str, Any]
     differs: Sequence[str]
     classes: int
     reasons: Mapping[str, str] = field(default_factory=dict)
-    hosts: list[Host] = field(default_factory=list)
+    hosts: list[HostInfo] = field(default_factory=list)
 
     def result(self) -> Result:
         """The table as far as its runs are there."""
@@ -85,11 +85,11 @@ class Collection:
         found = dict(cells)
         for title, measure in self.table.columns.items():
             if "cost." not in measure:
-                mean, sd = sweep.spread([_measured(r.scores, measure) for r in runs])
+                mean, sd = sweep.mean_and_sd([_measured(r.scores, measure) for r in runs])
                 found[title] = dataclasses.replace(cells[title], mean=_percent(mean), sd=_percent(sd))
         return found
 
-    def _run(self, one: Planned, member: Member) -> Run:
+    def _run(self, one: Planned, member: SweepMember) -> Run:
         found, host = _read(one.scores(member))
         if host not in self.hosts:
             self.hosts.append(host)
@@ -134,11 +134,11 @@ def _settings(one: Planned) -> dict[str, Any]:
 
 
 @functools.cache
-def _read(path: Path) -> tuple[Run, Host]:
+def _read(path: Path) -> tuple[Run, HostInfo]:
     scores = sweep.scores(path)
     table = schema.parse_json(path.read_text(encoding="utf-8"))
     try:
-        host = schema.from_dict(Host, table["host"], where=str(path), error=ArtifactError)
+        host = schema.from_dict(HostInfo, table["host"], where=str(path), error=ArtifactError)
         images = int(next(iter(table["metrics"].values()))["n"])
         return Run(0, 0, "", scores, images, _train_s(path.parent), str(table["device"]), 0), host
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, StopIteration) as error:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import BACKENDS, find_backend
+from edgekd.backends.report import describe_host
 from edgekd.errors import BackendError
 from edgekd.extras import extras
 from edgekd.files import temporary_folder
-from edgekd.host import host
+from edgekd.host import installed_version
 
 
 def report() -> tuple[list[str], bool]:
     """Lines for `edgekd doctor`, and whether every installed backend works."""
-    lines = [", ".join(f"{k} {v}" for k, v in host().items() if isinstance(v, (str, int)))]
+    lines = [str(describe_host())]
     for extra, packages in extras().items():
-        lines.append(f"[{extra}] " + ", ".join(f"{p} {_version(p) or 'missing'}" for p in packages))
+        lines.append(f"[{extra}] " + ", ".join(f"{p} {installed_version(p) or 'missing'}" for p in packages))
     tried = {name: _try(name) for name in BACKENDS}
     lines += [f"{name}: {said}" for name, (said, _) in tried.items()]
     return lines, all(works for _, works in tried.values())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _try(name: str) -> tuple[str, bool]:

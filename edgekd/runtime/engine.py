@@ -21,7 +21,7 @@ from edgekd.backends.base import Decider, Loaded, Runner, StagedRunner, find_bac
 from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.files import recover
-from edgekd.host import checked_threads, host
+from edgekd.host import checked_threads, host_info
 from edgekd.policy import Policy
 from edgekd.schema import from_dict
 from edgekd.types import Array
@@ -263,10 +263,11 @@ def check_host(manifest: Manifest, path: Path) -> None:
         f"build it again on this machine: edgekd compile student.onnx --recipe {recipe.name} "
         f"--backend {manifest.backend} --out {path}"
     )
-    backend, here, there = find_backend(manifest.backend), host(), manifest.host
+    backend, here, there = find_backend(manifest.backend), host_info(), manifest.host
     for key in ("system", "machine"):
-        if there.get(key) != here[key]:
-            raise ArtifactError(f"{path} was built on {key} {there.get(key)}; here is {here[key]}", fix=rebuild)
+        built_on, found = getattr(there, key), getattr(here, key)
+        if built_on != found:
+            raise ArtifactError(f"{path} was built on {key} {built_on}; here is {found}", fix=rebuild)
     if hasattr(backend, "refusal"):
         if why := backend.refusal(manifest):
             raise ArtifactError(f"{path} {why}", fix=rebuild)
@@ -274,10 +275,10 @@ def check_host(manifest: Manifest, path: Path) -> None:
     if backend.version() != manifest.backend_version:
         what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {backend.version()}"
         raise ArtifactError(what, fix=rebuild)
-    if recipe.precision == "int8" and there.get("exact_int8") and not here["exact_int8"]:
-        what = f"{path} was quantised for a CPU with VNNI; this one ({here['cpu']}) has none"
+    if recipe.precision == "int8" and there.exact_int8 and not here.exact_int8:
+        what = f"{path} was quantised for a CPU with VNNI; this one ({here.cpu}) has none"
         if backend.SATURATES:
             raise ArtifactError(what, fix=rebuild)
         log.warning("%s: it answers the same here, and takes longer", what)
-    if there.get("cpu") != here["cpu"]:
-        log.warning("%s was built on %s; here is %s: its times do not hold", path, there.get("cpu"), here["cpu"])
+    if there.cpu != here.cpu:
+        log.warning("%s was built on %s; here is %s: its times do not hold", path, there.cpu, here.cpu)

@@ -60,7 +60,8 @@ def test_compile_open_and_answer(
     machine = box(family)
     manifest = compiled(small_student, tmp_path / "student.engine", recipe(name))
     assert manifest.backend_version == machine.trt.__version__
-    assert (manifest.host["gpu"], manifest.host["sm"]) == ("Orin", "8.7")
+    reported = manifest.host.backends["tensorrt"]
+    assert (reported["gpu"], reported["sm"]) == ("Orin", "8.7")
     expected = {"fp32": {"fp32": 1}, "fp16": {"fp16": 1}}.get(name)
     assert manifest.precision == expected or (manifest.precision["int8"] == pytest.approx(4 / 7))
     assert ("fp16" in manifest.precision) == ("fp16" in name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from helpers.records import HOST, sample
@@ -39,6 +40,38 @@ def test_refusal_names_every_difference() -> None:
     forced = compare({"a.json": one, "b.json": two}, force=True)
     assert "- differs: threads: a.json 2, b.json 4" in forced
     assert "| cascade |" in forced
+
+
+ORIN = {"version": "8.6.1", "gpu": "Orin", "sm": "8.7", "cuda_runtime": "11.4"}
+H100 = {"version": "10.3.0", "gpu": "NVIDIA H100", "sm": "9.0", "cuda_runtime": "12.6"}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"backends": {"tensorrt": H100}}, "tensorrt gpu: a.json Orin, b.json NVIDIA H100"),
+        ({"backends": {"tensorrt": {**ORIN, "version": "10.3.0"}}}, "tensorrt version: a.json 8.6.1, b.json 10.3.0"),
+        ({"backends": {"tensorrt": {**ORIN, "new fact": "7"}}}, "tensorrt new fact: a.json none, b.json 7"),
+        ({"facts": {"power mode": "0 (MAXN)"}}, "power mode: a.json 2 (15W), b.json 0 (MAXN)"),
+        ({"facts": {"power mode": "2 (15W)", "L4T": "36.4.3"}}, "L4T: a.json none, b.json 36.4.3"),
+        ({"exact_int8": False}, "exact_int8: a.json True, b.json False"),
+    ],
+)
+def test_one_reported_fact_that_differs_is_refused(change: dict[str, Any], line: str) -> None:
+    """No list of facts is kept anywhere: one that a backend reports from tomorrow on is compared, too."""
+    host = dataclasses.replace(HOST, facts={"power mode": "2 (15W)"}, backends={"tensorrt": ORIN})
+    one = dataclasses.replace(sample(), host=host)
+    two = dataclasses.replace(one, host=dataclasses.replace(host, **change))
+    with pytest.raises(ConfigError) as caught:
+        compare({"a.json": one, "b.json": two})
+    assert f"  {line}\n" in f"{caught.value}\n"
+    assert f"- differs: {line}" in compare({"a.json": one, "b.json": two}, force=True)
+
+
+def test_engines_of_different_backends_compare_on_one_machine() -> None:
+    one = sample()
+    two = dataclasses.replace(one, host=dataclasses.replace(HOST, backends={"onnxruntime": {"version": "1.31"}}))
+    assert "differs" not in compare({"a.json": one, "b.json": two})
 
 
 def test_one_record_is_nothing_to_compare() -> None:

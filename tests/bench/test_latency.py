@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 from edgekd.bench import energy
-from edgekd.bench.host import host
 from edgekd.bench.latency import TURN, rotate, summarise, take_turns, variation
 
 
@@ -112,12 +110,3 @@ def test_no_readable_counter_is_not_zero(tmp_path: Path) -> None:
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("nonsense")
     assert energy.domains(tmp_path) == []
     assert energy.idle_watts([]) is None
-
-
-def test_host_names_processor_and_versions() -> None:
-    here = host()
-    assert here.cpu
-    assert 1 <= here.cores <= (os.cpu_count() or 1)
-    assert here.memory_mib > 100
-    assert here.versions["numpy"] == np.__version__
-    assert here.governor

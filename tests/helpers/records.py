@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from edgekd.bench.accuracy import metrics
-from edgekd.bench.host import Host
 from edgekd.bench.record import Record, Timing, Variant
 from edgekd.bench.targets import Limits, targets, warnings
+from edgekd.host import HostInfo
 from edgekd.policy import Policy
 
 CLASSES = ("round <b>", "long | thin", "[ 1, 2 ]")
@@ -21,7 +21,20 @@ LABELS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
 LIMITS = Limits(faster=6, accuracy_drop=0.5, staged=1.1, overhead_ms=0.2)
 
 
-HOST = Host("CPU 9000", 2, 8000, "unreadable", "unreadable", "Linux 6", "x86_64", "3.11.7", {"numpy": "2.0"})
+HOST = HostInfo(
+    system="Linux",
+    release="6",
+    machine="x86_64",
+    cpu="CPU 9000",
+    cores=2,
+    exact_int8=True,
+    memory_mib=8000,
+    governor="unreadable",
+    max_mhz="unreadable",
+    python="3.11.7",
+    versions={"numpy": "2.0"},
+    backends={"openvino": {"version": "2026.4"}},
+)
 
 
 def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, against: bool = False) -> Variant:

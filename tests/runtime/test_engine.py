@@ -201,10 +201,10 @@ def test_built_elsewhere(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_manifest(copy, dataclasses.replace(manifest, backend_version="1.2.3"))
     with pytest.raises(ArtifactError, match=rf"1\.2\.3; here is {version}[\s\S]*edgekd compile"):
         open_engine(copy)
-    write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "machine": "riscv64"}))
+    write_manifest(copy, dataclasses.replace(manifest, host=dataclasses.replace(manifest.host, machine="riscv64")))
     with pytest.raises(ArtifactError, match="machine riscv64; here is"):
         open_engine(copy)
-    write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "cpu": "Other CPU"}))
+    write_manifest(copy, dataclasses.replace(manifest, host=dataclasses.replace(manifest.host, cpu="Other CPU")))
     assert open_engine(copy).logits(IMAGES[:1]).shape == (4, 1, 5)
     assert "Other CPU" in caplog.text
 
@@ -212,7 +212,7 @@ def test_built_elsewhere(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_quantised_for_vnni(copy: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest) -> None:
     """ONNX Runtime answers the same to the bit by slower kernels; OpenVINO's sums would saturate."""
     manifest, before = read_manifest(copy), open_engine(copy).logits(IMAGES)
-    write_manifest(copy, dataclasses.replace(manifest, host={**manifest.host, "exact_int8": True}))
+    write_manifest(copy, dataclasses.replace(manifest, host=dataclasses.replace(manifest.host, exact_int8=True)))
     request.getfixturevalue("without_vnni")
     if manifest.backend == "openvino":
         with pytest.raises(ArtifactError, match="CPU with VNNI"):
@@ -229,7 +229,7 @@ def test_compiled_without_vnni(engine_path: Path, student_onnx: Path, tmp_path: 
     manifest, _ = compile_engine(
         student_onnx, tmp_path / "e", recipe=QUICK, backend=backend, calibration=IMAGES, validation=None
     )
-    assert not manifest.host["exact_int8"]
+    assert not manifest.host.exact_int8
     assert any("without VNNI" in note for note in manifest.notes)
     if backend == "onnxruntime":
         values = [numpy_helper.to_array(i) for i in onnx.load(tmp_path / "e" / "monolithic.onnx").graph.initializer]

@@ -80,7 +80,7 @@ def refusal(manifest: Manifest) -> str:
         BackendError: no driver, GPU or CUDA bindings.
     """
     asked = manifest.recipe.get("tensorrt", {})
-    gpu, there = device(), manifest.host
+    gpu, there = device(), manifest.host.backends.get("tensorrt", {})
     ours, its = str(version()), manifest.backend_version
     if ours != its and not (asked.get("version_compatible") and _follows(ours, its)):
         return f"was built by TensorRT {its}; here is {ours}"
