@@ -15,6 +15,7 @@ import pytest
 from helpers.records import sample
 from PIL import Image
 from rich.cells import cell_len
+from typer.testing import CliRunner
 
 import edgekd
 from edgekd import text
