@@ -125,7 +125,7 @@ def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) ->
         tuned = tune(engine, *validation, max_accuracy_drop=DROP)
     except ConfigError as error:
         return error.what
-    facts = {"asked": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
+    facts = {"goal": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
     save_tuned(out, tuned, facts, digest=engine.manifest.digest if engine.manifest else "")
     return {k: v for k, v in dataclasses.asdict(tuned).items() if k != "curve"}
 
