@@ -156,7 +156,7 @@ def measure(subject: Subject, folder: Path, asked: argparse.Namespace) -> dict[s
 def _engine(subject: Subject, source: Path, backend: str, precision: str, *, threads: int | None) -> Engine:
     """Compiled without a gate: the table is to show what int8 costs."""
     out = source.with_name(f"{backend}-{precision}.engine")
-    recipe = Recipe(precision, batch_sizes=(1,), static_batch_sizes=(1,))  # type: ignore[arg-type]
+    recipe = Recipe(precision, batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1,)}})  # type: ignore[arg-type]
     images = subject.calibration if precision == "int8" else None
     compile_engine(source, out, recipe=recipe, backend=backend, calibration=images, validation=None, threads=threads)
     return open_engine(out, threads=threads)

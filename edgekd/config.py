@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,22 +57,30 @@ def load(
     *,
     overrides: Mapping[str, Any] | None = None,
     flags: Mapping[str, str] | None = None,
+    check: Callable[[T, str], None] = lambda value, where: None,
 ) -> T:
     """Read the protocol, recipe, suite or device called `name` (or the TOML file at that path).
 
     overrides: keys that replace the file's. flags: key to the flag that gave it, where that was not `--set`.
+    check: called with the result and the name of its source; may raise ConfigError with lines as `from_dict` writes.
 
     Raises:
         ConfigError: no such name, no TOML, or keys and values that do not fit `cls`.
     """
     path, table = find(kind, name), read_table(kind, name)
+
+    def read(where: str) -> T:
+        value = from_dict(cls, copy.deepcopy(table), where=where)
+        check(value, where)
+        return value
+
+    found = read(str(path))  # what is wrong in the file itself
     if not overrides:
-        return from_dict(cls, table, where=str(path))
-    from_dict(cls, copy.deepcopy(table), where=str(path))  # what is wrong in the file itself
+        return found
     for key, value in overrides.items():
         _set(table, key, copy.deepcopy(value))
     try:
-        return from_dict(cls, table, where="")
+        return read("")
     except ConfigError as error:
         given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
         problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]

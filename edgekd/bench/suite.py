@@ -304,7 +304,7 @@ def _timing(outcomes: list[Outcome], at: int, size: int) -> Timing:
 def _facts(engine: Engine, path: Path) -> dict[str, Any]:
     """What the manifest says, without the metadata's classes and the curve that the record holds elsewhere."""
     if engine.manifest is None:
-        return {"path": path.name, "name": engine.name, "backend": engine.backend, "source_sha256": sha256(path)}
+        return {"path": path.name, "name": engine.name, "backend": engine.backend.name, "source_sha256": sha256(path)}
     facts = json.loads(to_json(engine.manifest))
     metadata = facts.pop("metadata")
     return {"path": path.name, "name": engine.name, **facts, "curve": [], "provenance": metadata["provenance"]}

@@ -114,7 +114,7 @@ def _open(target: Path, threads: int | None) -> _Target:
     from edgekd.runtime.engine import open_engine
 
     engine = open_engine(target, threads=threads)
-    return _Target(engine.metadata.classes, engine.metadata.preprocess, engine.logits, engine.backend)
+    return _Target(engine.metadata.classes, engine.metadata.preprocess, engine.logits, engine.backend.name)
 
 
 def _validated(target: Path) -> tuple[str, float, int] | None:

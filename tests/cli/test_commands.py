@@ -56,8 +56,6 @@ def test_every_command_has_help() -> None:
         (["export", "nothing", "--out", "{tmp}/s.onnx"], "no run folder"),
         (["compile", "no.onnx"], "no ONNX file at no.onnx"),
         (["compile", "{student}", "--recipe", "int9"], "int8"),
-        (["compile", "{student}", "--device", "orin-nan"], "orin-nano"),
-        (["compile", "{student}", "--device", "orin-nano"], "has to be built on it"),
         (["compile", "{student}", "--backend", "openvinno"], "'openvino'"),
         (["compile", "{student}", "--recipe", "int8"], "calibration images"),
         (["compile", "{student}", "--data", "{cells}"], "go together"),

@@ -220,7 +220,10 @@ def test_tasks_go_seed_by_seed_and_wait_for_what_they_need(tmp_path: Path) -> No
     assert [job.name.rpartition("/")[2] for job in jobs] == ["seed0-fold0"] * 4 + ["seed1-fold0"] * 4
     by_name = {job.name: job for job in jobs}  # without weights fine-tuning and plain training are one run
     student = by_name[planned["student"].task(SweepMember(1, 0))]
-    assert student.after == (planned["teacher"].task(SweepMember(1, 0)), planned["finetuned"].task(SweepMember(1, 0)))
+    assert student.depends_on == (
+        planned["teacher"].task(SweepMember(1, 0)),
+        planned["finetuned"].task(SweepMember(1, 0)),
+    )
     settings = tmp_path / planned["student"].folder.name / "seed1-fold0.toml"
     assert config.load(Protocol, "protocols", str(settings)).teacher == str(planned["teacher"].folder / "seed1-fold0")
     done = planned["teacher"].folder / "seed0-fold0" / "test.json"
