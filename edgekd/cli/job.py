@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
 
 from edgekd import signals
-from edgekd.training.jobs import GRACE_S
+from edgekd.child import end_with_parent
 
 
 def _child(commands: Sequence[Sequence[str]]) -> None:
     """The commands, up to the first that fails."""
     signals.heed(ignored=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     from edgekd.cli.main import app
 
     for words in commands:
@@ -26,14 +22,6 @@ def _child(commands: Sequence[Sequence[str]]) -> None:
         except SystemExit as end:
             if end.code:
                 raise
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(GRACE_S)
-    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,10 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from edgekd.child import start_child
 from edgekd.host import default_threads
 
-GRACE_S = 10
-"""Seconds that a process has to end by itself."""
 State = Literal["done", "failed", "left"]
 
 
@@ -150,9 +148,9 @@ def _process(
 ) -> int:
     """One job in a process whose standard input stays open for as long as it is wanted."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "edgekd.cli.job", json.dumps(job.commands)]
+    words = json.dumps(job.commands)
     with job.log.open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env)
+        process = start_child("edgekd.cli.job", words, stdout=log, stderr=subprocess.STDOUT, env=env)
         started(process)
         return process.wait()
 
