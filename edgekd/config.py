@@ -66,13 +66,7 @@ def load(
     Raises:
         ConfigError: no such name, no TOML, or keys and values that do not fit `cls`.
     """
-    path = find(kind, name)
-    try:
-        table = _parsed(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", fix="check the path and its rights") from None
-    except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
-        raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
+    path, table = find(kind, name), read_table(kind, name)
     if not overrides:
         return from_dict(cls, table, where=str(path))
     from_dict(cls, copy.deepcopy(table), where=str(path))  # what is wrong in the file itself
@@ -84,6 +78,21 @@ def load(
         given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
         problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]
         raise ConfigError("\n".join(problems), fix="mend what was given") from None
+
+
+def read_table(kind: str, name: str) -> dict[str, Any]:
+    """Return the keys and values of a TOML file, unchecked.
+
+    Raises:
+        ConfigError: No such name, or no TOML.
+    """
+    path = find(kind, name)
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", fix="check the path and its rights") from None
+    except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
+        raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
 
 
 def _given(key: str, value: Any, flags: Mapping[str, str]) -> str:

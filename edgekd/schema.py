@@ -10,6 +10,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgekd.errors import ConfigError, EdgekdError, closest, nearest
@@ -75,7 +76,7 @@ def _has_surrogates(text: str) -> bool:
 def from_dict(cls: type[T], table: Mapping[str, Any], *, where: str, error: type[EdgekdError] = ConfigError) -> T:
     """Build the frozen dataclass `cls` from a table; `where` names its source in errors.
 
-    Fields may be bool, int, float, str, Literal, tuples, dicts, unions, and nested dataclasses.
+    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -130,6 +131,8 @@ def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
         return tuple(_value(h, v, f"{at}[{i}]", problems) for i, (h, v) in enumerate(zip(inner, value)))
     if origin is dict and isinstance(value, Mapping):
         return {str(k): _value(args[1], v, f"{at}.{k}", problems) for k, v in value.items()}
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):

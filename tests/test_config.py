@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ import pytest
 from helpers.cli import edgekd
 
 from edgekd import config
-from edgekd.cli.main import train
 from edgekd.data.split import read_split
 from edgekd.training.protocol import Protocol
 
@@ -33,7 +34,7 @@ def mine(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Protocol]:
     """What would be trained, instead of training it."""
     found: list[Protocol] = []
-    monkeypatch.setattr(train, "_train", lambda protocol, given: found.append(protocol))
+    monkeypatch.setattr(sys.modules["edgekd.cli.train"], "_train", lambda request, protocol: found.append(protocol))
     return found
 
 
@@ -111,6 +112,35 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(mine: Path, cells: Path, tm
         (["--precision", "bf16-mixed"], "precision 'bf16-mixed', not '32-true'"),
     ):
         assert said in edgekd(*again, *more, code=1)
+
+
+def test_a_resumed_run_keeps_what_no_flag_and_no_protocol_names(
+    cells: Path, tmp_path: Path, asked: list[Protocol]
+) -> None:
+    """Neither the default student nor any other default replaces what the run was begun with."""
+    (tmp_path / "t").mkdir()
+    words = ["distill", "--data", cells, "--out", tmp_path / "r", "--protocol", "demo"]
+    edgekd(*words, "--student", "msdnet", "--seed", "5", "--teacher", tmp_path / "t", "--lr", "0.01")
+    begun = replace(asked[-1], stem="imagenet", precision="32-true")
+    assert (begun.network, begun.split, begun.epochs) == ("msdnet", f"{tmp_path}/t/split.json", 8)
+    (tmp_path / "r").mkdir()
+    config.write_toml(tmp_path / "r" / "protocol.toml", begun)
+    again = ["distill", "--data", cells, "--out", tmp_path / "r", "--resume"]
+    (tmp_path / "other.toml").write_text("weight_decay = 5e-4\n")
+    for more in ([], ["--protocol", tmp_path / "other.toml"], ["--set", "seed=5"]):
+        edgekd(*again, *more)
+        assert asked[-1] == begun
+    assert "lr 0.05, not 0.01" in edgekd(*again, "--protocol", "demo", code=1)
+    (tmp_path / "other.toml").write_text('network = "resnet18"\n')
+    assert "network 'resnet18', not 'msdnet'" in edgekd(*again, "--protocol", tmp_path / "other.toml", code=1)
+    edgekd("train", *again[1:])
+    assert asked[-1].method == begun.method == "kd+sd"
+
+
+def test_the_protocols_network_is_distilled(cells: Path, tmp_path: Path, asked: list[Protocol]) -> None:
+    (tmp_path / "mine.toml").write_text('network = "msdnet"\n')
+    edgekd("distill", "--data", cells, "--out", tmp_path / "r", "--protocol", tmp_path / "mine.toml")
+    assert asked[-1].network == "msdnet"
 
 
 @pytest.mark.parametrize(

@@ -7,69 +7,46 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import (
-    BadOption,
-    BatchOption,
-    DataOption,
-    DevicesOption,
-    EpochsOption,
-    FoldOption,
-    FoldsOption,
-    GroupOption,
-    JobsOption,
-    LabelsOption,
-    LrOption,
-    OutOption,
-    PrecisionOption,
-    ProtocolOption,
-    ResumeOption,
-    SeedOption,
-    SeedsOption,
-    SetOption,
-    SizeOption,
-    SplitOption,
-    WeightsOption,
-    WorkersOption,
-    next_command,
-)
-from edgekd.cli.train import STUDENT, _exits, _run
+from edgekd.cli.common import next_command
+from edgekd.cli.train import run_training, training_command
+from edgekd.errors import ConfigError
+from edgekd.training.request import TrainRequest
 
 
-def distill(
-    data: DataOption,
-    out: OutOption,
-    teacher: Annotated[Path | None, typer.Option(help="Run folder of the teacher, or its sweep.")] = None,
-    student: Annotated[
+def parse_exits(text: str | None) -> tuple[int | str, ...] | None:
+    """Return the stage numbers and names of feature points in `2,blocks.6,final`.
+
+    Raises:
+        ConfigError: An empty entry.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ConfigError(f"--exits {text}: an exit without a name", fix="for example --exits 1,2,3,4")
+    return tuple(int(name) if name.isdecimal() else name for name in names)
+
+
+@training_command(
+    teacher=Annotated[Path | None, typer.Option(help="Run folder of the teacher, or its sweep.")],
+    network=Annotated[
         str | None,
-        typer.Option(help=f"Multi-exit network; else the protocol's, else {STUDENT}.", show_default=False),
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="Names joined with +: ce, kd, sd, at, …")] = None,
-    exits: Annotated[
-        str | None, typer.Option(help="Stages or feature points that end in an exit: 1,2,3,4 or blocks.2,final.")
-    ] = None,
-    protocol: ProtocolOption = None,
-    weights: WeightsOption = None,
-    epochs: EpochsOption = None,
-    lr: LrOption = None,
-    batch_size: BatchOption = None,
-    image_size: SizeOption = None,
-    seed: SeedOption = None,
-    split: SplitOption = None,
-    fold: FoldOption = None,
-    group: GroupOption = None,
-    precision: PrecisionOption = None,
-    workers: WorkersOption = None,
-    set_: SetOption = None,
-    labels: LabelsOption = None,
-    resume: ResumeOption = False,
-    exclude_bad: BadOption = False,
-    devices: DevicesOption = 1,
-    seeds: SeedsOption = None,
-    folds: FoldsOption = None,
-    jobs: JobsOption = 1,
-) -> None:
+        typer.Option("--student", help="Multi-exit network; else the protocol's, else multi-exit-resnet18."),
+    ],
+    method=Annotated[str | None, typer.Option(help="Names joined with +: ce, kd, sd, at, …")],
+    exits=Annotated[
+        str | None,
+        typer.Option(
+            help="Stages or feature points that end in an exit: 1,2,3,4 or blocks.2,final.", callback=parse_exits
+        ),
+    ],
+)
+def distill(request: TrainRequest) -> None:
     """Train a multi-exit student, with or without a teacher: images to a run folder, or one for each seed and fold."""
-    given = locals()
-    flags = {"network": ("--student", student), "method": ("--method", method), "exits": ("--exits", _exits(exits))}
-    run, _ = _run(given, flags | {"teacher": ("--teacher", teacher and str(teacher.resolve()))})
+    protocol = run_training(request)
+    run = request.out
+    if request.is_sweep:
+        from edgekd.training.sweep import sweep_members
+
+        run /= sweep_members(request.seeds, request.folds, protocol)[0].name
     next_command("export", run, "--out", run.with_name(f"{run.name}.onnx"))

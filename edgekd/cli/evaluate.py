@@ -24,7 +24,7 @@ from edgekd.cli.common import (
     reserve,
     say,
 )
-from edgekd.cli.train import _data
+from edgekd.cli.train import data_folder
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def evaluate(
     if plot:
         plots.picture_format(plot)
     metadata, logits_of, device = _answers(target, threads)
-    data = _data(target, data)
+    data = data_folder(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
     if labels and split:

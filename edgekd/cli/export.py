@@ -14,7 +14,7 @@ from edgekd.cli.common import (
     next_command,
     reserve,
 )
-from edgekd.cli.train import _data
+from edgekd.cli.train import data_folder
 
 
 def export(
@@ -33,7 +33,7 @@ def export(
     from edgekd.training.run_folder import load_model
 
     network, header = load_model(run)
-    split, data = read_split(run), _data(run, data)
+    split, data = read_split(run), data_folder(run, data)
     reserve(out, NETWORK, data=data)
     batch, _ = load_subset(split, "val", data=data, preprocess=header.preprocess, limit=images)
     with torch.no_grad():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -48,18 +50,29 @@ class _Commands(TyperGroup):
                 sys.exit(_failed(error))
 
     def invoke(self, ctx: Any) -> Any:
-        with stopping() as stops:
-            try:
-                with reserved():
-                    return super().invoke(ctx)
-            except (Exception, KeyboardInterrupt) as error:
-                if stops.by and not isinstance(error, KeyboardInterrupt):  # a library took the signal for its own
-                    error = Stopped(stops.by)
-                if isinstance(error, ModuleNotFoundError):
-                    error = extras.missing(error) or error
-                if code := _failed(error):
-                    raise typer.Exit(code) from None
-                raise
+        with reporting_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Turn errors that a user can cause, and signals, into one message and an exit code.
+
+    Raises:
+        SystemExit: Such an error; any other passes.
+    """
+    with stopping() as stops:
+        try:
+            with reserved():
+                yield
+        except (Exception, KeyboardInterrupt) as error:
+            if stops.by and not isinstance(error, KeyboardInterrupt):  # a library took the signal for its own
+                error = Stopped(stops.by)
+            if isinstance(error, ModuleNotFoundError):
+                error = extras.missing(error) or error
+            if code := _failed(error):
+                sys.exit(code)
+            raise
 
 
 def _failed(error: BaseException) -> int:
@@ -114,6 +127,11 @@ def _options(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
+    log_to_stderr(verbose=verbose)
+
+
+def log_to_stderr(*, verbose: bool = False) -> None:
+    """Print edgekd's log messages, and other libraries' warnings, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

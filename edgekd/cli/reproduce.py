@@ -56,7 +56,7 @@ def reproduce(
     from edgekd.reproduce.execute import Asked, stem
     from edgekd.reproduce.execute import reproduce as run
     from edgekd.reproduce.report import text
-    from edgekd.training.jobs import reason
+    from edgekd.training.jobs import failure_reason
 
     asked = Asked(
         data=data,
@@ -66,7 +66,7 @@ def reproduce(
         protocol=protocol,
         overrides=config.parse_overrides(set_ or []),
         substitutes=dict(_pair(text) for text in substitutes or []),
-        group=group or "none",
+        group=group,
         rows=tuple(row or ()),
         seeds=seeds,
         folds=folds,
@@ -84,7 +84,7 @@ def reproduce(
         )
     echo(text(result))
     if failed:
-        lines = [f"  {name}: {reason(log)} ({log})" for name, log in failed.items()]
+        lines = [f"  {name}: {failure_reason(log)} ({log})" for name, log in failed.items()]
         raise TrainingError(
             "\n".join([f"{len(failed)} of the runs failed:", *lines]),
             fix="mend it and run the same command again: what is done is kept",

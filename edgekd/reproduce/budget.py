@@ -21,9 +21,9 @@ from edgekd.reproduce.plan import Planned, Request, plan, tasks
 from edgekd.reproduce.table_spec import Table
 from edgekd.serialization import read_json, to_json
 from edgekd.training import run_folder
-from edgekd.training.jobs import launch
+from edgekd.training.jobs import run_jobs
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.sweep import SweepMember
 
 LADDER = (224, 160, 112, 96, 80)
 """Pixels to go down to. Below, the deepest maps are a pixel or two."""
@@ -154,7 +154,7 @@ def few_images(folder: Folder, out: Path, *, batch_size: int) -> None:
 def decide(
     table: Table,
     planned: Mapping[str, Planned],
-    members: Sequence[Member],
+    members: Sequence[SweepMember],
     request: Request,
     *,
     checked: Checked,
@@ -212,7 +212,7 @@ def _measured(
     cut = dataclasses.replace(request, overrides=two, pixels=PROBE_PIXELS, group="none", weights=None)
     probe = dataclasses.replace(cut, data=data, fingerprint=f"few of {few}", runs=data.parent)
     tried = plan(table, probe)
-    jobs = tasks([each for name in unknown for each in tried[name].needed()], [Member(0, 0)], probe)
+    jobs = tasks([each for name in unknown for each in tried[name].needed()], [SweepMember(0, 0)], probe)
     say(f"measuring speed: {len(jobs)} short runs")
-    launch(jobs, at_once=at_once, deadline=until)
+    run_jobs(jobs, at_once=at_once, deadline=until)
     return known_speeds(request.runs)

@@ -13,12 +13,12 @@ from edgekd.reproduce import budget, report, table_spec
 from edgekd.reproduce.plan import Planned, Request, plan, tasks
 from edgekd.reproduce.results import REPEATS, Collection
 from edgekd.reproduce.table_spec import Table
-from edgekd.training.jobs import Job, State, launch
+from edgekd.training.jobs import ChildJob, JobState, run_jobs
 from edgekd.training.run_folder import RESUME
-from edgekd.training.sweep import Member, members
+from edgekd.training.sweep import SweepMember, sweep_members
 
 Say = Callable[[str], None]
-OnEnd = Callable[[Job, State], None]
+OnEnd = Callable[[ChildJob, JobState], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Work:
     checked: Checked
     asked: Asked
     planned: Mapping[str, Planned]
-    members: list[Member]
+    members: list[SweepMember]
     cut: str = ""
 
     def wanted(self) -> dict[str, Planned]:
@@ -83,7 +83,7 @@ def work_of(name: str, table: Table, asked: Asked, checked: Checked) -> Work:
     protocol = next(iter(planned.values())).protocol
     kfold = protocol.split.startswith("kfold")
     seeds = asked.seeds or ("0" if kfold else ",".join(map(str, range(REPEATS))))
-    of = members(seeds, asked.folds or ("all" if kfold else None), protocol)
+    of = sweep_members(seeds, asked.folds or ("all" if kfold else None), protocol)
     return Work(name=Path(name).stem, table=table, checked=checked, asked=asked, planned=planned, members=of)
 
 
@@ -109,9 +109,9 @@ def within_budget(work: Work, until: float, say: Say) -> Work:
     return dataclasses.replace(work, asked=asked, planned=plan(work.table, asked), members=members, cut=cut)
 
 
-def stem(name: str, group: str) -> str:
+def stem(name: str, group: str | None) -> str:
     """What the files of a table are called, without their suffixes."""
-    return Path(name).stem + ("" if group == "none" else f"-{group}")
+    return Path(name).stem + ("" if group in (None, "none") else f"-{group}")
 
 
 def carry_out(work: Work, until: float, say: Say, on_end: OnEnd) -> tuple[report.Result, dict[str, Path]]:
@@ -129,22 +129,22 @@ def carry_out(work: Work, until: float, say: Say, on_end: OnEnd) -> tuple[report
         classes=len(work.checked.folder.classes),
     )
 
-    def end(job: Job, state: State) -> None:
+    def end(job: ChildJob, state: JobState) -> None:
         if state == "done":  # of what would be needed to go on with a run there are two thirds of its folder
             (asked.runs / job.name / RESUME).unlink(missing_ok=True)
         report.write(asked.out, name, collection.result())
         on_end(job, state)
 
-    states = launch(jobs, at_once=asked.at_once, deadline=until, on_end=end)
+    states = run_jobs(jobs, at_once=asked.at_once, deadline=until, on_end=end)
     late = time.monotonic() >= until
     result = dataclasses.replace(collection, reasons=_reasons(states, late=late)).result()
     report.write(asked.out, name, result)
     return result, {job.name: job.log for job in jobs if states[job.name] == "failed"}
 
 
-def _reasons(states: Mapping[str, State], *, late: bool) -> dict[str, str]:
-    left = "stopped by the budget" if late else "what it needs failed"
-    words = {"failed": "a run failed", "left": left}
+def _reasons(states: Mapping[str, JobState], *, late: bool) -> dict[str, str]:
+    skipped = "stopped by the budget" if late else "what it needs failed"
+    words = {"failed": "a run failed", "skipped": skipped}
     return {name: words[state] for name, state in states.items() if state != "done"}
 
 
@@ -162,7 +162,7 @@ def _in_words(work: Work) -> dict[str, str]:
         "protocol": asked.protocol or work.table.protocol,
         "runs": ", ".join(m.name for m in work.members),
         "rows": "; ".join(asked.rows),
-        "group": asked.group,
+        "group": asked.group or "none",
         "set": ", ".join(f"{k}={v}" for k, v in asked.overrides.items()),
         "instead": ", ".join(f"{k}={v}" for k, v in asked.substitutes.items()),
         "weights": ", ".join(sorted({one.file.name for one in work.planned.values() if one.file})),

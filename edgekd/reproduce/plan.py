@@ -19,7 +19,8 @@ from edgekd.models.networks import hub_name
 from edgekd.reproduce.table_spec import IMAGENET, Job, Table
 from edgekd.training import jobs, sweep
 from edgekd.training.protocol import PLACES, Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.request import EvaluateRequest, TrainRequest
+from edgekd.training.sweep import SweepMember
 
 RECIPE = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "milestones", "gamma"),
@@ -46,7 +47,7 @@ class Request:
     protocol: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     substitutes: Mapping[str, str] = field(default_factory=dict)
-    group: str = "none"
+    group: str | None = None
     exclude_bad: bool = False
     epochs: int = 0
     pixels: int = 0
@@ -82,7 +83,7 @@ class Planned:
         """Where its runs are, one for each member."""
         return self.runs / f"{self.protocol.network}-{self.protocol.method}-{self.digest}"
 
-    def task(self, member: Member) -> str:
+    def task(self, member: SweepMember) -> str:
         """The name of what makes a run's scores."""
         return f"{self.folder.name}/{member.name}" + (f"/svm-{self.job.svm}" if self.job.svm else "")
 
@@ -93,7 +94,7 @@ class Planned:
                 yield from other.needed()
         yield self
 
-    def scores(self, member: Member) -> Path:
+    def scores(self, member: SweepMember) -> Path:
         """The file with a run's test scores."""
         return self.folder / member.name / (f"svm-{self.job.svm}.json" if self.job.svm else sweep.TEST)
 
@@ -147,7 +148,8 @@ def settings(table: Table, job: Job, request: Request) -> Protocol:
         ways["preprocess.image_size"] = recipe.preprocess.image_size
         overrides = ways | overrides | {"anchor_every": cut.anchor_every, "init_epochs": cut.init_epochs}
     asked = {k: v for k, v in request.overrides.items() if k != "epochs"}
-    overrides |= {"network": network, "method": job.method, "group": request.group, "weights": "none"} | asked
+    overrides |= {"network": network, "method": job.method, "weights": "none"}
+    overrides |= ({"group": request.group} if request.group else {}) | asked
     made = config.load(Protocol, "protocols", table.protocol, overrides=overrides)
     epochs = request.overrides.get("epochs", made.epochs)
     made = scaled(made, min(epochs, request.epochs) if request.epochs else epochs, keep=asked)
@@ -210,32 +212,31 @@ def _short(value: Any, other: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def tasks(planned: Collection[Planned], members: Sequence[Member], request: Request) -> list[jobs.Job]:
+def tasks(planned: Collection[Planned], members: Sequence[SweepMember], request: Request) -> list[jobs.ChildJob]:
     """What is missing of each run, seed by seed, so that every row has one number before any has two."""
-    found: dict[str, jobs.Job] = {}
+    found: dict[str, jobs.ChildJob] = {}
     for member in members:
         for one in planned:
             name, folder = f"{one.folder.name}/{member.name}", one.folder / member.name
             if not (folder / sweep.TEST).is_file() and name not in found:
                 found[name] = _train(one, member, request)
             if one.job.svm and not one.scores(member).is_file():
-                words = ("evaluate", folder, "--data", request.data, "--svm", one.job.svm, "--out", one.scores(member))
+                test = EvaluateRequest(run=folder, data=request.data, out=one.scores(member), svm=one.job.svm)
                 log = one.folder / f"{one.scores(member).stem}-{member.name}.log"
-                found[one.task(member)] = jobs.Job(one.task(member), (tuple(map(str, words)),), log, (name,))
+                found[one.task(member)] = jobs.ChildJob(one.task(member), (test,), log, (name,))
     return list(found.values())
 
 
-def _train(one: Planned, member: Member, request: Request) -> jobs.Job:
+def _train(one: Planned, member: SweepMember, request: Request) -> jobs.ChildJob:
     above = [other for other in (one.teacher, one.start) if other]
     first = one.start.folder / member.name if one.start else one.file or "none"
     teacher = str((one.teacher.folder / member.name).resolve()) if one.teacher else ""
     own = {"seed": member.seed, "fold": member.fold, "weights": str(first), "teacher": teacher}
     protocol = dataclasses.replace(one.protocol, **own)  # type: ignore[arg-type]
-    return sweep.job(
+    folder = one.folder / member.name
+    return sweep.train_job(
         f"{one.folder.name}/{member.name}",
-        one.folder / member.name,
         protocol,
-        data=request.data,
-        exclude_bad=request.exclude_bad,
-        after=tuple(f"{other.folder.name}/{member.name}" for other in above),
+        TrainRequest(command="distill", data=request.data, out=folder, exclude_bad=request.exclude_bad),
+        depends_on=tuple(f"{other.folder.name}/{member.name}" for other in above),
     )

@@ -22,7 +22,7 @@ from edgekd.reproduce.report import Cell, Line, Result, Run, blank, state_of
 from edgekd.reproduce.table_spec import Row, Table
 from edgekd.training import run_folder, sweep
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.sweep import SweepMember
 
 REPEATS = 3
 """Seeds that make a row of a random split reproduced; of a k-fold it is all folds."""
@@ -41,7 +41,7 @@ class Collection:
     name: str
     table: Table
     planned: Mapping[str, Planned]
-    members: Sequence[Member]
+    members: Sequence[SweepMember]
     asked: Mapping[str, Any]
     differs: Sequence[str]
     classes: int
@@ -85,11 +85,11 @@ class Collection:
         found = dict(cells)
         for title, measure in self.table.columns.items():
             if "cost." not in measure:
-                mean, sd = sweep.spread([_measured(r.scores, measure) for r in runs])
+                mean, sd = sweep.mean_and_sd([_measured(r.scores, measure) for r in runs])
                 found[title] = dataclasses.replace(cells[title], mean=_percent(mean), sd=_percent(sd))
         return found
 
-    def _run(self, one: Planned, member: Member) -> Run:
+    def _run(self, one: Planned, member: SweepMember) -> Run:
         found, host = _read(one.scores(member))
         if host not in self.hosts:
             self.hosts.append(host)

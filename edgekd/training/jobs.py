@@ -1,10 +1,11 @@
-"""Many edgekd commands side by side, each job in a process of its own: through Ray if it is installed, else here.
+"""Jobs that train and evaluate in child processes, several at a time: through Ray if it is installed, else locally.
 
-`python -m edgekd.cli.job JSON` is that process. It exits when its parent dies, so a restart never runs a job twice.
+The child is `python -m edgekd.cli.job JSON`. It exits when its parent dies, so a restart never runs a job twice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import queue
@@ -19,47 +20,62 @@ from typing import Any, Literal, Protocol
 
 from edgekd.child import start_child
 from edgekd.host import default_threads
+from edgekd.training.request import Request
 
-State = Literal["done", "failed", "left"]
+JobState = Literal["done", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """edgekd commands (without the word `edgekd`) to run one after another. log: what they print, appended.
+class ChildJob:
+    """Requests that one child process carries out in turn, up to the first that fails.
 
-    after: names of the jobs that must be done before.
+    Attributes:
+        name: Name of the job.
+        requests: What to train and evaluate.
+        log: File that the child's output is appended to.
+        depends_on: Names of the jobs that must be done before.
     """
 
     name: str
-    commands: tuple[tuple[str, ...], ...]
+    requests: tuple[Request, ...]
     log: Path
-    after: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the requests as the JSON that the child process reads."""
+        return json.dumps({"requests": [dataclasses.asdict(request) for request in self.requests]}, default=str)
 
 
-def launch(
-    jobs: Sequence[Job],
+def run_jobs(
+    jobs: Sequence[ChildJob],
     *,
     at_once: int = 1,
     deadline: float = float("inf"),
-    on_end: Callable[[Job, State], None] | None = None,
-) -> dict[str, State]:
-    """Run the jobs, `at_once` of them at a time, early ones first; what became of each.
+    on_end: Callable[[ChildJob, JobState], None] | None = None,
+) -> dict[str, JobState]:
+    """Run the jobs in their order, `at_once` at a time; when interrupted, stop all that are running.
 
-    A job that fails takes along only those that wait for it: they are `left`, as are those that were not begun by the
-    deadline (on `time.monotonic`). When this is interrupted, all that is running is stopped.
+    Args:
+        jobs: The jobs; a dependency that is none of them counts as done.
+        at_once: Number of child processes.
+        deadline: Time on `time.monotonic` after which no job is started.
+        on_end: Called with each job that ended and its state.
+
+    Returns:
+        Job name to state; `skipped` if a dependency failed or the deadline came first.
     """
-    states: dict[str, State] = {}
-    ours = {job.name for job in jobs}
-    waiting, running = list(jobs), dict[Future[int], Job]()
-    runner: _Runner = _Ray(at_once) if at_once > 1 and find_spec("ray") else _Processes(at_once)
+    states: dict[str, JobState] = {}
+    names = {job.name for job in jobs}
+    waiting, running = list(jobs), dict[Future[int], ChildJob]()
+    executor: _Executor = _RayCluster(at_once) if at_once > 1 and find_spec("ray") else _LocalProcesses(at_once)
     with ThreadPoolExecutor(at_once) as pool:
         try:
             while waiting or running:
-                ready = [job for job in waiting if _ready(job, ours, states)] if time.monotonic() < deadline else []
+                ready = [job for job in waiting if _is_ready(job, names, states)] if time.monotonic() < deadline else []
                 for job in ready[: at_once - len(running)]:
                     waiting.remove(job)
-                    running[pool.submit(runner.run, job)] = job
-                if not running:  # out of time, or all that is left waits for what failed
+                    running[pool.submit(executor.run, job)] = job
+                if not running:  # the deadline has passed, or every job left depends on one that failed
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
@@ -67,31 +83,30 @@ def launch(
                     if on_end:
                         on_end(job, states[job.name])
         finally:
-            runner.stop()
-    return states | {job.name: "left" for job in waiting}
+            executor.stop()
+    return states | {job.name: "skipped" for job in waiting}
 
 
-def _ready(job: Job, ours: Collection[str], states: dict[str, State]) -> bool:
-    """Whether all that it waits for is done; what is none of ours was done before."""
-    return all(states.get(name) == "done" for name in job.after if name in ours)
+def _is_ready(job: ChildJob, names: Collection[str], states: dict[str, JobState]) -> bool:
+    return all(states.get(name) == "done" for name in job.depends_on if name in names)
 
 
-class _Runner(Protocol):
-    def run(self, job: Job) -> int:
-        """Run one job to its end; its exit code."""
+class _Executor(Protocol):
+    def run(self, job: ChildJob) -> int:
+        """Run one job to its end and return its exit code."""
 
     def stop(self) -> None:
-        """End whatever is still running."""
+        """Stop the jobs that are running."""
 
 
-class _Processes:
-    """Processes of this machine, which share its processors; with several GPUs each has one of them."""
+class _LocalProcesses:
+    """Child processes of this one, with an equal share of its processors and one of its GPUs each."""
 
     def __init__(self, at_once: int) -> None:
         threads = {"OMP_NUM_THREADS": str(max(1, default_threads() // at_once))} if at_once > 1 else {}
         self.env = threads | os.environ
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
-        import torch  # not above: the process of a job would spend seconds in it before it heeds signals
+        import torch  # not above: the child imports this module before it handles signals, and torch takes seconds
 
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = list(map(str, range(torch.cuda.device_count()))) if named is None else named.split(",")
@@ -100,7 +115,7 @@ class _Processes:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
 
-    def run(self, job: Job) -> int:
+    def run(self, job: ChildJob) -> int:
         gpu = self.gpus.get()
         try:
             return _process(job, self.env | {"CUDA_VISIBLE_DEVICES": gpu}, self._started)
@@ -119,8 +134,8 @@ class _Processes:
             process.stdin.close()
 
 
-class _Ray:
-    """Workers of a Ray cluster (the one at RAY_ADDRESS, else one of this machine); run folders are on shared disks."""
+class _RayCluster:
+    """Workers of the Ray cluster at RAY_ADDRESS, else of a local one; run folders must be on a shared file system."""
 
     def __init__(self, at_once: int) -> None:
         import ray
@@ -131,7 +146,7 @@ class _Ray:
         cpus, gpus = max(1, int(have["CPU"]) // at_once), min(1.0, have.get("GPU", 0) / at_once)
         self.remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_process)
 
-    def run(self, job: Job) -> int:
+    def run(self, job: ChildJob) -> int:
         try:
             return int(self.ray.get(self.remote.remote(job)))
         except self.ray.exceptions.RayError as error:
@@ -144,19 +159,20 @@ class _Ray:
 
 
 def _process(
-    job: Job, env: dict[str, str] | None = None, started: Callable[[subprocess.Popen[bytes]], None] = lambda p: None
+    job: ChildJob,
+    env: dict[str, str] | None = None,
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda p: None,
 ) -> int:
-    """One job in a process whose standard input stays open for as long as it is wanted."""
+    """Run one job in a child process, which stops when its standard input is closed."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    words = json.dumps(job.commands)
     with job.log.open("ab") as log:
-        process = start_child("edgekd.cli.job", words, stdout=log, stderr=subprocess.STDOUT, env=env)
+        process = start_child("edgekd.cli.job", job.to_json(), stdout=log, stderr=subprocess.STDOUT, env=env)
         started(process)
         return process.wait()
 
 
-def reason(log: Path) -> str:
-    """Why a job failed: the last error in its log, else the log's last line."""
+def failure_reason(log: Path) -> str:
+    """Return the last error in a failed job's log, else the log's last line."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"it was killed, and {log} is empty"])[-1]

@@ -1,4 +1,4 @@
-"""The same run with several seeds and folds, side by side; mean and standard deviation of what they score."""
+"""Sweeps: one run for each seed and fold, several at a time; mean and standard deviation of their test metrics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from edgekd.schema import parse_json
 from edgekd.serialization import to_json
 from edgekd.text import aligned, plus_minus
 from edgekd.training import run_folder
-from edgekd.training.jobs import Job, State, launch
+from edgekd.training.jobs import ChildJob, JobState, run_jobs
 from edgekd.training.protocol import Protocol, refuse_other_settings
+from edgekd.training.request import EvaluateRequest, TrainRequest
+from edgekd.training.resolve import has_teachers_split
 
 TEST, SUMMARY = "test.json", "summary.json"
 METRICS = ("accuracy", "sensitivity", "specificity", "precision", "f1")
@@ -26,22 +28,86 @@ Scores = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
-class Member:
-    """One run of a sweep."""
+class SweepMember:
+    """The run of one seed and fold."""
 
     seed: int
     fold: int
 
     @property
     def name(self) -> str:
+        """Name of its run folder in the sweep's folder."""
         return f"seed{self.seed}-fold{self.fold}"
 
 
-def members(seeds: str | None, folds: str | None, protocol: Protocol) -> list[Member]:
-    """Each of `seeds` (`0,1,2`) with each of `folds` (`all`, or `0,1`); the protocol's own where one is not given.
+def run_sweep(
+    request: TrainRequest, protocol: Protocol, *, on_end: Callable[[ChildJob, JobState], None] | None = None
+) -> dict[str, JobState]:
+    """Train and test each member in `request.out / member.name`, a normal run folder, and write summary.json.
+
+    A teacher, or first weights, may be one run folder for all members, or a sweep in which each member has its own.
+    Members that are trained and tested are kept. A run's output is appended to `request.out / f"{member.name}.log"`.
+
+    Args:
+        request: The sweep; its `seeds` and `folds` name the members.
+        protocol: The settings that the members share (see `resolve`).
+        on_end: Called after each run.
+
+    Returns:
+        SweepMember name to state, in the order of the members.
 
     Raises:
-        ConfigError: no numbers, or folds that the protocol's split does not have.
+        ArtifactError: A run that exists and is not resumed, or was made under other settings.
+        ConfigError: Flags that exclude each other; one teacher for several folds; a sweep that lacks a member.
+    """
+    _refuse_conflicts(request)
+    files.refuse_other(request.out / SUMMARY, files.SUMMARY)
+    members = sweep_members(request.seeds, request.folds, protocol)
+    like_teacher = has_teachers_split(protocol, request)
+    if like_teacher:
+        _refuse_one_teacher_for_many_folds(Path(protocol.teacher), members)
+    jobs = []
+    for member in members:
+        folder = request.out / member.name
+        run_folder.start(folder, resume=request.resume)
+        own = _member_protocol(protocol, member, like_teacher=like_teacher)
+        if not is_finished(folder, own):
+            jobs.append(train_job(member.name, own, dataclasses.replace(request, out=folder)))
+    states = run_jobs(jobs, at_once=request.jobs, on_end=on_end)
+    tested = {m.name: scores(path) for m in members if (path := request.out / m.name / TEST).is_file()}
+    atomic_write(request.out / SUMMARY, to_json(summary(tested)))
+    return {member.name: states.get(member.name, "done") for member in members}
+
+
+def _refuse_conflicts(request: TrainRequest) -> None:
+    conflicts = {
+        "--seed does not go with --seeds": request.seed is not None and request.seeds,
+        "--fold does not go with --folds": request.fold is not None and request.folds,
+        "--devices does not go with --seeds and --folds": request.devices != 1,
+    }
+    for conflict, found in conflicts.items():
+        if found:
+            raise ConfigError(conflict, fix="give one of them")
+
+
+def _refuse_one_teacher_for_many_folds(teacher: Path, members: Sequence[SweepMember]) -> None:
+    if len({member.fold for member in members}) > 1 and member_folder(teacher, members[0]) == teacher:
+        raise ConfigError(
+            f"{teacher} is one teacher, so every fold would have its split",
+            fix="train the teacher with the same --seeds and --folds",
+        )
+
+
+def sweep_members(seeds: str | None, folds: str | None, protocol: Protocol) -> list[SweepMember]:
+    """Return each of `seeds` with each of `folds`; the protocol's own where one is not given.
+
+    Args:
+        seeds: Numbers, `0,1,2`.
+        folds: `all`, or numbers, `0,1`.
+        protocol: Has the number of folds in its split.
+
+    Raises:
+        ConfigError: No numbers, or folds that the protocol's split does not have.
     """
     kind, _, count = protocol.split.partition(":")
     if folds is not None and (kind != "kfold" or not count.isdecimal()):
@@ -54,7 +120,7 @@ def members(seeds: str | None, folds: str | None, protocol: Protocol) -> list[Me
         raise ConfigError(
             f"--folds {folds}: {protocol.split} has no fold {min(strange)}", fix=f"from 0 to {len(known) - 1}"
         )
-    return [Member(seed, fold) for seed in _numbers("seeds", seeds, [protocol.seed]) for fold in chosen]
+    return [SweepMember(seed, fold) for seed in _numbers("seeds", seeds, [protocol.seed]) for fold in chosen]
 
 
 def _numbers(flag: str, text: str | None, default: list[int]) -> list[int]:
@@ -66,65 +132,24 @@ def _numbers(flag: str, text: str | None, default: list[int]) -> list[int]:
     return list(map(int, words))
 
 
-def sweep(
-    data: Path,
-    out: Path,
-    *,
-    protocol: Protocol,
-    of: Sequence[Member],
-    teacher: Path | None = None,
-    keep_split: bool = True,
-    labels: Path | None = None,
-    resume: bool = False,
-    exclude_bad: bool = False,
-    at_once: int = 1,
-    on_end: Callable[[Job, State], None] | None = None,
-) -> dict[str, State]:
-    """Train and test each member in out/<its name>, a normal run folder; write out/summary.json.
-
-    teacher: a run folder for all, or a sweep in which each member finds its own; so for `protocol.weights`.
-    keep_split: divide the images as the protocol says, not as the teacher's were. labels: a CSV file instead of class
-    folders. resume: keep the runs that are finished, go on with those that were begun. What a run prints is in
-    out/<its name>.log.
-
-    Raises:
-        ArtifactError: runs that are there already, or were made under other settings.
-        ConfigError: one teacher for several folds; a sweep that lacks a member.
-    """
-    files.refuse_other(out / SUMMARY, files.SUMMARY)
-    jobs = []
-    for member in of:
-        folder = out / member.name
-        run_folder.start(folder, resume=resume)
-        own_teacher = teacher and of_member(teacher, member)
-        asked = dataclasses.replace(
-            protocol,
-            seed=member.seed,
-            fold=member.fold,
-            weights=_weights(protocol.weights, member),
-            teacher=str(own_teacher.resolve()) if own_teacher else "",
-        )
-        if own_teacher and not keep_split:
-            if own_teacher == teacher and len({m.fold for m in of}) > 1:
-                raise ConfigError(
-                    f"{teacher} is one teacher, so every fold would have its split",
-                    fix="train the teacher with the same --seeds and --folds",
-                )
-            asked = dataclasses.replace(asked, split=str(own_teacher / run_folder.SPLIT))
-        if not finished(folder, asked):
-            jobs.append(job(member.name, folder, asked, data=data, labels=labels, exclude_bad=exclude_bad))
-    states = launch(jobs, at_once=at_once, on_end=on_end)
-    atomic_write(
-        out / SUMMARY, to_json(summary({m.name: scores(f) for m in of if (f := out / m.name / TEST).is_file()}))
+def _member_protocol(protocol: Protocol, member: SweepMember, *, like_teacher: bool) -> Protocol:
+    weights, teacher, split = protocol.weights, protocol.teacher, protocol.split
+    if teacher:
+        teacher = str(member_folder(Path(teacher), member).resolve())
+    if like_teacher:
+        split = f"{teacher}/{run_folder.SPLIT}"
+    if Path(weights).is_dir():
+        weights = str(member_folder(Path(weights), member))
+    return dataclasses.replace(
+        protocol, seed=member.seed, fold=member.fold, weights=weights, teacher=teacher, split=split
     )
-    return {m.name: states.get(m.name, "done") for m in of}
 
 
-def of_member(folder: Path, member: Member) -> Path:
-    """A member's run in a sweep, or the one run that `folder` is.
+def member_folder(folder: Path, member: SweepMember) -> Path:
+    """Return the member's run folder in the sweep `folder`, or `folder` itself if it is one run.
 
     Raises:
-        ConfigError: a sweep without that member.
+        ConfigError: A sweep without that member.
     """
     own = folder / member.name
     if own.is_dir() or not any(folder.glob("seed*-fold*/")):
@@ -132,77 +157,83 @@ def of_member(folder: Path, member: Member) -> Path:
     raise ConfigError(f"{folder} is a sweep without {member.name}", fix="train it there too")
 
 
-def _weights(weights: str, member: Member) -> str:
-    return str(of_member(path, member)) if (path := Path(weights)).is_dir() else weights
+def train_job(name: str, protocol: Protocol, request: TrainRequest, *, depends_on: tuple[str, ...] = ()) -> ChildJob:
+    """Return the job that trains the run folder `request.out`, or continues it, and tests it.
 
+    The settings are written beside the folder, as `request.out` with `.toml`.
 
-def job(
-    name: str,
-    folder: Path,
-    protocol: Protocol,
-    *,
-    data: Path,
-    labels: Path | None = None,
-    exclude_bad: bool = False,
-    after: tuple[str, ...] = (),
-) -> Job:
-    """The commands that train `folder` under `protocol`, or go on with it, and test it; settings are written beside."""
+    Args:
+        name: Name of the job.
+        protocol: All settings of the run.
+        request: Has the run folder, the images and how to read them; nothing else of it counts.
+        depends_on: Names of the jobs that must be done before.
+    """
+    folder = request.out
     settings = folder.parent / f"{folder.name}.toml"
     config.write_toml(settings, protocol)
-    words = ["distill", "--data", data, "--out", folder, "--protocol", settings, "--split", protocol.split, "--resume"]
-    words += ["--labels", labels] if labels else []
-    words += ["--exclude-bad"] if exclude_bad else []
-    test = ["evaluate", folder, "--data", data, "--out", folder / TEST]
-    commands = tuple(tuple(map(str, command)) for command in (words, test))
-    return Job(name, commands, folder.parent / f"{folder.name}.log", after)
+    train = TrainRequest(
+        command="distill",
+        data=request.data,
+        out=folder,
+        protocol=str(settings),
+        split=protocol.split,
+        labels=request.labels,
+        exclude_bad=request.exclude_bad,
+        resume=True,
+    )
+    test = EvaluateRequest(run=folder, data=request.data, out=folder / TEST)
+    return ChildJob(name, (train, test), folder.parent / f"{folder.name}.log", depends_on)
 
 
-def finished(folder: Path, asked: Protocol) -> bool:
-    """Whether a run is trained and tested.
+def is_finished(folder: Path, protocol: Protocol) -> bool:
+    """Return True if a run is trained and tested.
 
     Raises:
-        ArtifactError: it was begun under other settings than `asked`; they are named.
+        ArtifactError: It was begun under other settings than `protocol`; they are named.
     """
     if not (folder / run_folder.PROTOCOL).is_file():
         return False
     made = config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL))
-    refuse_other_settings(folder, made, asked)
+    refuse_other_settings(folder, made, protocol)
     return (folder / TEST).is_file()
 
 
 def scores(path: Path) -> Scores:
-    """Accuracy and macro rates of each exit and the ensemble, from what `edgekd evaluate --out` wrote.
+    """Read accuracy and macro-averaged rates of each exit and the ensemble, as `edgekd evaluate --out` writes them.
 
     Raises:
-        ArtifactError: it is no such file.
+        ArtifactError: The file is missing or damaged.
     """
     try:
         table = parse_json(path.read_text(encoding="utf-8"))["metrics"]
         found = {name: {m: ({**row, **row["macro"]})[m] for m in METRICS} for name, row in table.items()}
         if not all(v is None or 0 <= v <= 1 for row in found.values() for v in row.values()):
-            raise ValueError("a measure that is no fraction")
+            raise ValueError("a metric outside 0..1")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r})", fix="remove it and run the same command again") from None
 
 
 def summary(runs: Mapping[str, Scores]) -> dict[str, Any]:
-    """Each run's scores, and their mean and standard deviation (n - 1; none of one run)."""
-    exits = list(next(iter(runs.values()), {}))
-    both = {e: {m: spread([one[e][m] for one in runs.values()]) for m in METRICS} for e in exits}
-    mean, sd = ({e: {m: pair[k] for m, pair in row.items()} for e, row in both.items()} for k in range(2))
+    """Return the scores of each run, with their mean and standard deviation (see `mean_and_sd`) by exit and metric."""
+    mean: Scores = {}
+    sd: Scores = {}
+    for name in next(iter(runs.values()), {}):
+        mean[name], sd[name] = {}, {}
+        for metric in METRICS:
+            mean[name][metric], sd[name][metric] = mean_and_sd([run[name][metric] for run in runs.values()])
     return {"n": len(runs), "mean": mean, "sd": sd, "runs": dict(runs)}
 
 
-def spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (n - 1) of the values that are defined."""
+def mean_and_sd(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return mean and sample standard deviation (n - 1) of the defined values; None of too few."""
     known = [v for v in values if v is not None]
     return statistics.mean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None
 
 
 def summary_text(found: Mapping[str, Any]) -> str:
-    """Percent, as aligned text: a row for each exit."""
+    """Format a summary as an aligned table in percent, one row an exit."""
     rows = [[f"test, {found['n']} runs", *METRICS]]
-    for e, row in found["mean"].items():
-        rows.append([e, *(plus_minus(row[m], found["sd"][e][m]) or "–" for m in METRICS)])
+    for name, row in found["mean"].items():
+        rows.append([name, *(plus_minus(row[m], found["sd"][name][m]) or "–" for m in METRICS)])
     return aligned(rows)

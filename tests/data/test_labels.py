@@ -18,7 +18,8 @@ from edgekd.errors import DataError
 from edgekd.files import atomic_write
 from edgekd.serialization import to_json
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import job
+from edgekd.training.request import TrainRequest
+from edgekd.training.sweep import train_job
 
 NAMES = [f"{n:02d}.png" for n in range(20)]
 
@@ -176,5 +177,7 @@ def test_trained_distilled_and_evaluated_with_labels(cells: Path, tmp_path: Path
     edgekd("evaluate", student, "--data", data, code=1)
     Image.new("RGB", (24, 24), "blue").save(data / seen)
     edgekd("distill", "--data", data, "--out", student, "--resume", code=1)
-    training = job("seed0", tmp_path / "seed0", Protocol(), data=data, labels=file).commands[0]
-    assert training[training.index("--labels") + 1] == str(file)
+    request = TrainRequest(command="distill", data=data, out=tmp_path / "seed0", labels=file)
+    training = train_job("seed0", Protocol(), request).requests[0]
+    assert isinstance(training, TrainRequest)
+    assert training.labels == file

@@ -14,7 +14,7 @@ from torchvision.models import resnet18, resnet50, squeezenet1_1
 
 from edgekd import config, schema
 from edgekd.artifacts.metadata import ModelMetadata
-from edgekd.cli.train import _exits
+from edgekd.cli.distill import parse_exits
 from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.export import export
@@ -169,9 +169,9 @@ def test_an_exit_behind_the_last_stage() -> None:
 
 
 def test_exits_from_flags_and_files(tmp_path: Path) -> None:
-    assert _exits("2, blocks.6,final") == [2, "blocks.6", "final"]
+    assert parse_exits("2, blocks.6,final") == (2, "blocks.6", "final")
     with pytest.raises(ConfigError, match="an exit without a name"):
-        _exits("1,,4")
+        parse_exits("1,,4")
     protocol = Protocol(exits=(2, "blocks.6", "final"))
     config.write_toml(tmp_path / "p.toml", protocol)
     assert config.load(Protocol, "protocols", str(tmp_path / "p.toml")).exits == protocol.exits

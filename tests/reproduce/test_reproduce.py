@@ -28,7 +28,7 @@ from edgekd.reproduce.plan import Request, plan, scaled, tasks
 from edgekd.reproduce.report import Cell, Line, Result, state_of, states, write
 from edgekd.reproduce.results import _cost, _measured, counted
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.sweep import SweepMember
 
 PRINTED = {
     "gao2022-table2": [
@@ -142,7 +142,7 @@ def test_equal_jobs_of_several_tables_are_one_run() -> None:
     assert two["student"].folder == three["student"].folder != four["student"].folder
     assert three["plain"].folder == five["plain"].folder
     assert two["vgg19"].folder == two["fully-connected-svm"].folder
-    assert two["vgg19"].scores(Member(0, 0)) != two["fully-connected-svm"].scores(Member(0, 0))
+    assert two["vgg19"].scores(SweepMember(0, 0)) != two["fully-connected-svm"].scores(SweepMember(0, 0))
     chen = (plan(table_spec.read(f"chen2022-table{k}"), request()) for k in (2, 3))
     assert len({p["ghostnet-hybrid"].folder for p in chen}) == 1
 
@@ -216,17 +216,17 @@ def test_differences_are_said(tmp_path: Path) -> None:
 def test_tasks_go_seed_by_seed_and_wait_for_what_they_need(tmp_path: Path) -> None:
     asked = request(runs=tmp_path)
     planned = plan(table_spec.read("gao2022-table3"), asked)
-    jobs = tasks(list(planned.values()), [Member(0, 0), Member(1, 0)], asked)
+    jobs = tasks(list(planned.values()), [SweepMember(0, 0), SweepMember(1, 0)], asked)
     assert [job.name.rpartition("/")[2] for job in jobs] == ["seed0-fold0"] * 4 + ["seed1-fold0"] * 4
     by_name = {job.name: job for job in jobs}  # without weights fine-tuning and plain training are one run
-    student = by_name[planned["student"].task(Member(1, 0))]
-    assert student.after == (planned["teacher"].task(Member(1, 0)), planned["finetuned"].task(Member(1, 0)))
+    student = by_name[planned["student"].task(SweepMember(1, 0))]
+    assert student.after == (planned["teacher"].task(SweepMember(1, 0)), planned["finetuned"].task(SweepMember(1, 0)))
     settings = tmp_path / planned["student"].folder.name / "seed1-fold0.toml"
     assert config.load(Protocol, "protocols", str(settings)).teacher == str(planned["teacher"].folder / "seed1-fold0")
     done = planned["teacher"].folder / "seed0-fold0" / "test.json"
     done.parent.mkdir(parents=True)
     done.touch()
-    assert len(tasks(list(planned.values()), [Member(0, 0), Member(1, 0)], asked)) == 7
+    assert len(tasks(list(planned.values()), [SweepMember(0, 0), SweepMember(1, 0)], asked)) == 7
 
 
 def test_budget_by_hand() -> None:

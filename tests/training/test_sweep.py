@@ -15,12 +15,14 @@ from helpers.cli import edgekd
 from helpers.processes import heed_ctrl_c, wait_for_end_of
 
 from edgekd import config
+from edgekd.cli.job import requests_of
 from edgekd.data.split import read_split
 from edgekd.errors import ConfigError
 from edgekd.training import sweep
-from edgekd.training.jobs import Job, launch
+from edgekd.training.jobs import ChildJob, failure_reason, run_jobs
 from edgekd.training.protocol import Protocol
-from edgekd.training.sweep import Member
+from edgekd.training.request import EvaluateRequest, TrainRequest
+from edgekd.training.sweep import SweepMember
 
 FLAGS = [
     *("--weights", "none", "--epochs", "1", "--image-size", "16", "--batch-size", "8", "--workers", "0"),
@@ -53,14 +55,14 @@ def test_garg2022_is_the_papers() -> None:
 
 def test_members() -> None:
     protocol = Protocol(split="kfold:3", seed=4)
-    assert sweep.members("0,7", "all", protocol) == [Member(s, f) for s in (0, 7) for f in (0, 1, 2)]
-    assert sweep.members(None, "2", protocol) == [Member(4, 2)]
-    assert sweep.members("1", None, replace(protocol, split="ratio:3,1,1")) == [Member(1, 0)]
+    assert sweep.sweep_members("0,7", "all", protocol) == [SweepMember(s, f) for s in (0, 7) for f in (0, 1, 2)]
+    assert sweep.sweep_members(None, "2", protocol) == [SweepMember(4, 2)]
+    assert sweep.sweep_members("1", None, replace(protocol, split="ratio:3,1,1")) == [SweepMember(1, 0)]
     for seeds, folds, said in (("0,0", None, "different"), ("a", None, "0,1,2"), ("0", "3", "no fold 3")):
         with pytest.raises(ConfigError, match=said):
-            sweep.members(seeds, folds, protocol)
+            sweep.sweep_members(seeds, folds, protocol)
     with pytest.raises(ConfigError, match="has no folds"):
-        sweep.members("0", "all", replace(protocol, split="ratio:3,1,1"))
+        sweep.sweep_members("0", "all", replace(protocol, split="ratio:3,1,1"))
 
 
 def test_summary_by_hand() -> None:
@@ -71,7 +73,7 @@ def test_summary_by_hand() -> None:
     assert found["mean"]["exit_0"]["accuracy"] == pytest.approx(0.7)
     assert found["sd"]["exit_0"]["f1"] == pytest.approx(0.2)
     assert "70.00 ± 20.00" in sweep.summary_text(found)
-    assert sweep.spread([0.5, None]) == (0.5, None)
+    assert sweep.mean_and_sd([0.5, None]) == (0.5, None)
 
 
 def test_teacher_and_student_over_two_folds(cells: Path, tmp_path: Path) -> None:
@@ -105,6 +107,38 @@ def test_teacher_and_student_over_two_folds(cells: Path, tmp_path: Path) -> None
     assert "resume.pt is damaged" in text
     assert json.loads((teacher / "summary.json").read_text())["n"] == 1
     assert (teacher / "seed0-fold0/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_a_sweep_asks_its_child_processes_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder, settings and log for each member; the requests reach the child process as they are."""
+    jobs: list[ChildJob] = []
+    monkeypatch.setattr(sweep, "run_jobs", lambda made, **_: jobs.extend(made) or {})
+    data, out = tmp_path / "data", tmp_path / "out"
+    for seed in (0, 7):
+        (tmp_path / f"t/seed{seed}-fold0").mkdir(parents=True)
+    request = TrainRequest(command="distill", data=data, out=out, seeds="0,7", labels=tmp_path / "l.csv", jobs=2)
+    sweep.run_sweep(request, Protocol(network="msdnet", teacher=str(tmp_path / "t"), weights=str(tmp_path / "t")))
+    for job, seed in zip(jobs, (0, 7), strict=True):
+        folder, teacher = out / f"seed{seed}-fold0", f"{tmp_path}/t/seed{seed}-fold0"
+        settings = config.load(Protocol, "protocols", f"{folder}.toml")
+        assert (settings.network, settings.seed, settings.teacher, settings.weights) == (
+            "msdnet",
+            seed,
+            teacher,
+            teacher,
+        )
+        assert (job.name, job.log) == (folder.name, Path(f"{folder}.log"))
+        train = TrainRequest(
+            command="distill",
+            data=data,
+            out=folder,
+            protocol=f"{folder}.toml",
+            split=f"{teacher}/split.json",
+            labels=tmp_path / "l.csv",
+            resume=True,
+        )
+        assert job.requests == (train, EvaluateRequest(run=folder, data=data, out=folder / "test.json"))
+        assert requests_of(job.to_json()) == job.requests
 
 
 def start(cells: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -148,28 +182,29 @@ def test_ctrl_c_stops_all_children(cells: Path, tmp_path: Path) -> None:
     assert not list(out.glob("*/test.json"))
 
 
-def test_launch_keeps_order_and_deadline(tmp_path: Path) -> None:
-    """b waits for a; d waits for c, which fails; nothing begins after the deadline."""
+def failing(name: str, folder: Path) -> ChildJob:
+    """A job that tests a run that does not exist."""
+    request = EvaluateRequest(run=folder / "nothing", data=folder, out=folder / "test.json")
+    return ChildJob(name, (request,), folder / f"{name}.log")
 
-    def job(name: str, *words: str, after: tuple[str, ...] = ()) -> Job:
-        return Job(name, (words,), tmp_path / f"{name}.log", after)
+
+def test_jobs_keep_their_order_and_the_deadline(tmp_path: Path) -> None:
+    """b depends on a; d depends on c, which fails; nothing starts after the deadline."""
+
+    def job(name: str, *depends_on: str) -> ChildJob:
+        return ChildJob(name, (), tmp_path / f"{name}.log", depends_on)
 
     ended: list[str] = []
-    jobs = [
-        job("b", "--version", after=("a", "done before")),
-        job("a", "--version"),
-        job("c", "evaluate", "nothing"),
-        job("d", "--version", after=("c",)),
-    ]
-    states = launch(jobs, at_once=2, on_end=lambda job, state: ended.append(job.name))
-    assert states == {"a": "done", "b": "done", "c": "failed", "d": "left"}
+    jobs = [job("b", "a", "done before"), job("a"), failing("c", tmp_path), job("d", "c")]
+    states = run_jobs(jobs, at_once=2, on_end=lambda job, state: ended.append(job.name))
+    assert states == {"a": "done", "b": "done", "c": "failed", "d": "skipped"}
     assert ended.index("a") < ended.index("b")
-    assert "error: " in (tmp_path / "c.log").read_text()
-    assert launch(jobs[1:2], deadline=time.monotonic()) == {"a": "left"}
+    assert failure_reason(tmp_path / "c.log").startswith("error: ")
+    assert run_jobs(jobs[1:2], deadline=time.monotonic()) == {"a": "skipped"}
 
 
 def test_ray_if_it_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    jobs = [Job(f"j{k}", (("--version",),), tmp_path / f"{k}.log") for k in range(3)]
-    assert set(launch(jobs, at_once=2).values()) == {"done"}
-    assert all((tmp_path / f"{k}.log").read_text().strip() for k in range(3))
+    jobs = [ChildJob(f"j{k}", (), tmp_path / f"{k}.log") for k in range(3)] + [failing("c", tmp_path)]
+    assert list(run_jobs(jobs, at_once=2).values()) == ["done"] * 3 + ["failed"]
+    assert "error: " in (tmp_path / "c.log").read_text()

@@ -1,0 +1,91 @@
+"""From a request to the protocol that is trained: defaults, protocol file, flags, teacher, and the resumed run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgekd import config
+from edgekd.errors import ConfigError
+from edgekd.training.protocol import Protocol, refuse_other_settings
+from edgekd.training.request import TrainRequest
+from edgekd.training.run_folder import PROTOCOL, SPLIT
+
+DEFAULT_PROTOCOL, DEFAULT_STUDENT = "finetune", "multi-exit-resnet18"
+log = logging.getLogger(__name__)
+
+
+def resolve(request: TrainRequest) -> Protocol:
+    """Return the settings that a request trains under; of a sweep, those that its runs share.
+
+    A new run has the protocol file's settings, then what flags give. A resumed run has its own: what a named protocol
+    file or a flag says otherwise is refused, and what they do not say changes nothing.
+
+    Raises:
+        ConfigError: Settings that cannot be, or no network.
+        ArtifactError: Other settings than the resumed run's.
+    """
+    begun = request.out / PROTOCOL
+    if request.resume and not request.is_sweep and begun.is_file():
+        return _resumed(request, begun)
+    protocol = _load(request.protocol or DEFAULT_PROTOCOL, request)
+    if request.command == "train":
+        protocol = _on_labels_alone(protocol, request)
+        if not protocol.network:
+            raise ConfigError("no network is named", fix="give one with --model, or as the protocol's network")
+    elif not protocol.network:
+        protocol = dataclasses.replace(protocol, network=DEFAULT_STUDENT)
+    return protocol if request.is_sweep else _split_like_teacher(protocol, request)
+
+
+def has_teachers_split(protocol: Protocol, request: TrainRequest) -> bool:
+    """Return True if a new run divides the images as its teacher's: no flag names another split or grouping."""
+    own_split = bool({"split", "group"} & request.protocol_values().keys()) or Path(protocol.split).is_file()
+    return bool(protocol.teacher) and not own_split
+
+
+def _resumed(request: TrainRequest, begun: Path) -> Protocol:
+    made = config.load(Protocol, "protocols", str(begun))
+    named: dict[str, Any] = {}
+    if request.protocol:
+        config.load(Protocol, "protocols", request.protocol)  # its own mistakes are reported as its own
+        named = _flattened(config.read_table("protocols", request.protocol))
+    wanted = _load(str(begun), request, named)
+    if "method" in named and request.command == "train":
+        wanted = _on_labels_alone(wanted, request)
+    if {"split", "group"} & named.keys():
+        wanted = _split_like_teacher(wanted, request)
+    refuse_other_settings(request.out, made, wanted)
+    return dataclasses.replace(made, data=wanted.data, workers=wanted.workers)
+
+
+def _load(name: str, request: TrainRequest, below: Mapping[str, Any] | None = None) -> Protocol:
+    """Read a protocol, with the values of the request over those of `below` over its own."""
+    values = {**(below or {}), **request.protocol_values()}
+    return config.load(Protocol, "protocols", name, overrides=values, flags=request.flags())
+
+
+def _on_labels_alone(protocol: Protocol, request: TrainRequest) -> Protocol:
+    if "method" in request.protocol_values():
+        return protocol
+    if protocol.method != "ce" and Path(request.protocol or "").suffix:
+        unused = f"the method {protocol.method} in {request.protocol} is for edgekd distill"
+        log.warning("train learns from labels alone; %s", unused)
+    return dataclasses.replace(protocol, method="ce")
+
+
+def _split_like_teacher(protocol: Protocol, request: TrainRequest) -> Protocol:
+    if not has_teachers_split(protocol, request):
+        return protocol
+    return dataclasses.replace(protocol, split=f"{protocol.teacher}/{SPLIT}")
+
+
+def _flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested tables under dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        leaves |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
