@@ -24,7 +24,7 @@ from edgekd.bench.compare import compare
 from edgekd.bench.record import Record
 from edgekd.cli import common
 from edgekd.cli.main import app
-from edgekd.reproduce.report import Cell, Line, Result
+from edgekd.reproduce.report import Cell, Result, RowResult
 from edgekd.reproduce.report import markdown as paper_page
 from edgekd.reproduce.report import text as paper_text
 
@@ -181,7 +181,7 @@ def test_aligned_text(kind: str) -> None:
 @pytest.mark.parametrize("kind", NAMES)
 def test_tables_of_papers(kind: str) -> None:
     name = NAMES[kind]
-    line = Line(name, "partly", name, {"accuracy": Cell(1.0, None)}, (name,))
+    line = RowResult(name, "partly", name, {"accuracy": Cell(1.0, None)}, (name,))
     result = Result("t", name, name, (name,), name, name, {name: name}, (line, line), (sample().host,))
     check_markdown(paper_page(result), "")
     assert len(paper_page(result).splitlines()) == len(

@@ -7,11 +7,10 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from edgekd.backends.report import describe_host
 from edgekd.bench import energy, variants
 from edgekd.bench.accuracy import metrics
-from edgekd.bench.record import CurvePoint, EngineFacts, Fact, Record, SplitFacts, Timing, Variant
+from edgekd.bench.record import CurvePoint, EngineFacts, Record, SplitFacts, Timing, Variant
 from edgekd.bench.suite import Suite
 from edgekd.bench.targets import targets, warnings
 from edgekd.bench.worker import OVERHEAD_QUERIES, WorkerResult, WorkerTask
@@ -31,7 +30,7 @@ from edgekd.errors import BackendError, ConfigError
 from edgekd.files import sha256, temporary_folder
 from edgekd.host import load_average
 from edgekd.runtime.engine import Engine, open_engine
-from edgekd.serialization import read_json, to_json
+from edgekd.serialization import flat, read_json, to_json
 from edgekd.types import Array, Progress
 
 log = logging.getLogger(__name__)
@@ -325,17 +324,8 @@ def engine_facts(engine: Engine, path: Path) -> EngineFacts:
         precision=manifest.precision,
         final_accuracy=final.get("engine"),
         validation_images=final.get("images", 0),
-        facts=dict(_flat(facts)),
+        facts=flat(facts),
     )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Fact]]:
-    """Flatten nested tables: keys joined by dots to their values."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", tuple(value) if isinstance(value, list) else value
 
 
 def _scenario(suite: Suite, threads: int) -> str:

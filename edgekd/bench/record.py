@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from edgekd.artifacts.manifest import MAX_MS
 from edgekd.bench.accuracy import Metrics
@@ -19,12 +19,10 @@ from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write
 from edgekd.host import HostInfo
 from edgekd.policy import Policy
-from edgekd.serialization import SCHEMA, read_json, to_json
+from edgekd.serialization import SCHEMA, Fact, read_json, to_json
 
 MAX_EXITS = 1000
 """More exits than any network has; the number of exits of `--against` models is not in a record."""
-Fact: TypeAlias = str | bool | int | float | tuple[str | bool | int | float | None, ...] | None
-"""A value that a manifest holds."""
 
 
 @dataclass(frozen=True)
