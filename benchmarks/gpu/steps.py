@@ -13,7 +13,7 @@ import numpy as np
 from gpu import Meter, NotMeasured, facts, gaps, spans
 
 from edgekd.artifacts.metadata import read_onnx
-from edgekd.artifacts.recipe import Recipe, TensorRT
+from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
 from edgekd.bench.latency import time_queries
@@ -51,7 +51,12 @@ def recipe_of(asked: argparse.Namespace, *, method: str = "minmax") -> Recipe:
         max_accuracy_drop=DROP,
         calibration_method=method,  # type: ignore[arg-type]
         batch_sizes=sizes,
-        tensorrt=TensorRT(library_tactics=not asked.no_library_tactics, optimization_level=asked.optimization_level),
+        options={
+            "tensorrt": {
+                "library_tactics": not asked.no_library_tactics,
+                "optimization_level": asked.optimization_level,
+            }
+        },
     )
 
 
@@ -121,7 +126,7 @@ def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) ->
         tuned = tune(engine, *validation, max_accuracy_drop=DROP)
     except ConfigError as error:
         return error.what
-    facts = {"asked": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
+    facts = {"goal": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
     save_tuned(out, tuned, facts, digest=engine.manifest.digest if engine.manifest else "")
     return {k: v for k, v in dataclasses.asdict(tuned).items() if k != "curve"}
 

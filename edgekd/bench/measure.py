@@ -111,7 +111,7 @@ def bench(
         classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
         labels=tuple(labels.tolist()),
-        host=describe_host(*(e.engine.backend for e in entries)),
+        host=describe_host(*(e.engine.backend.name for e in entries)),
         load_before=before,
         load_after=load_average(),
         idle_watts=watts,
@@ -310,7 +310,7 @@ def engine_facts(engine: Engine, path: Path) -> EngineFacts:
     """Return what the manifest says, without what a record holds elsewhere: classes, policy, curve."""
     manifest = engine.manifest
     if manifest is None:
-        return EngineFacts(path.name, engine.name, engine.backend, sha256(path))
+        return EngineFacts(path.name, engine.name, engine.backend.name, sha256(path))
     table = json.loads(to_json(manifest))
     facts = {**table, "provenance": manifest.metadata.provenance}
     for key in ("metadata", "curve", "backend", "source_sha256", "precision"):
