@@ -31,8 +31,8 @@ from torch import nn
 
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Runner
 from edgekd.backends.report import describe_host
+from edgekd.backends.runner import Runner
 from edgekd.bench.latency import summarise, time_queries
 from edgekd.bench.record import refuse_existing, write_record
 from edgekd.bench.tables import pipe_table

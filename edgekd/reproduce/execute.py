@@ -53,7 +53,7 @@ class Workload:
         table: The table.
         checked: The images.
         options: Options of the command.
-        planned: JobSpec to its run.
+        planned: Job name to its run.
         members: Seeds and folds.
         cut: What the budget made of it, as text.
     """

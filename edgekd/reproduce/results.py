@@ -51,7 +51,7 @@ class TableBuilder:
     Attributes:
         name: Name of the table.
         table: Its rows as printed.
-        planned: JobSpec to its run.
+        planned: Job name to its run.
         members: Seeds and folds.
         options: Options of the command, as text.
         differences: Differences of the images from the paper's.
