@@ -103,20 +103,26 @@ def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
     Raises:
         BackendError: the inspector says nothing that can be read.
     """
-    trt = library()
-    with device():
-        opened = Opened(path, recipe)
-        inspector = opened.engine.create_engine_inspector()
-        inspector.execution_context = opened.context(opened.sizes[0])  # without one, formats are unknown
-        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    try:  # names are joined by control characters, which strict JSON forbids
-        layers = [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise failed(f"TensorRT's inspector gives no layers of {path}: {error}") from error
-    found = shares([_type(layer) for layer in layers if _is_weighted(layer)])
+    found = shares([_type(layer) for layer in layers(Opened(path, recipe)) if _is_weighted(layer)])
     if not found:
         raise BackendError(f"TensorRT's inspector names no layer of {path} with weights", fix="report this network")
     return found
+
+
+def layers(opened: Opened) -> list[dict[str, Any]]:
+    """What TensorRT's engine inspector tells of each layer; of an engine for several batch sizes, below 10, of all.
+
+    Raises:
+        BackendError: the inspector says nothing that can be read.
+    """
+    with device():
+        inspector = opened.engine.create_engine_inspector()
+        inspector.execution_context = opened.context(opened.sizes[0])  # without one, formats are unknown
+        text = inspector.get_engine_information(library().LayerInformationFormat.JSON)
+    try:  # names are joined by control characters, which strict JSON forbids
+        return [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise failed(f"TensorRT's inspector gives no layers of {opened.name}: {error}") from error
 
 
 def _is_weighted(layer: dict[str, Any]) -> bool:

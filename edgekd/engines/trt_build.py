@@ -13,7 +13,7 @@ import onnx
 from edgekd.engines.cuda import device
 from edgekd.engines.recipe import Recipe, TensorRT
 from edgekd.engines.trt_graphs import is_seam, to_fp16, without_qdq
-from edgekd.engines.trt_library import failed, library, logger, make, strongly_typed
+from edgekd.engines.trt_library import failed, forget_messages, library, make, strongly_typed
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write, cache_folder, locked
 
@@ -53,7 +53,7 @@ def build_plan(
         raise monitor.error
     if plan is None:
         raise failed(f"TensorRT cannot build {name} as {recipe.name}")
-    logger().errors.clear()
+    forget_messages()
     return bytes(plan), graph
 
 

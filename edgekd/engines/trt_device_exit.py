@@ -5,8 +5,7 @@ confidence as `runtime.policy.step` does, and sets the condition of the IF node 
 host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
 their images want different depths.
 
-What could be checked without a GPU: the kernel compiles with NVRTC and links (the driver itself provides
-cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
+What could be checked without a GPU: the kernel compiles (the driver itself provides cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
 What only a GPU tells: whether a body accepts what TensorRT enqueues (CUDA allows kernels, copies, memsets and child
 graphs in it), and whether it is faster.
 """
@@ -17,6 +16,7 @@ import ctypes
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from edgekd.runtime.policy import Policy
 
 NEEDED = (12, 4)
 """The first CUDA with conditional nodes."""
+PTX = Path(__file__).with_name("decide.ptx")
+"""`SOURCE` as NVRTC compiles it, under a version that the drivers of CUDA 12.4 read (see tests/test_device_exit.py)."""
 MEASURES = ("max_probability", "margin", "entropy")
 SOURCE = r"""
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
@@ -40,9 +42,12 @@ extern "C" __global__ void decide(
     int measure, int mean, unsigned long long handle)
 {
     float largest = logits[0] / temperature, sum = 0;
+    #pragma unroll 1
     for (int i = 1; i < classes; ++i) largest = fmaxf(largest, logits[i] / temperature);
+    #pragma unroll 1
     for (int i = 0; i < classes; ++i) sum += expf(logits[i] / temperature - largest);
     float first = 0, second = 0, negative_entropy = 0;
+    #pragma unroll 1
     for (int i = 0; i < classes; ++i) {
         float p = expf(logits[i] / temperature - largest) / sum;
         if (mean) {
@@ -160,28 +165,10 @@ def _driver() -> Any:
 
 
 def _compiled(gpu: CudaPython) -> Any:
-    """The kernel for this GPU, loaded."""
-    module = gpu.do(_driver().cuModuleLoadData(ptx(gpu.sm)))
-    return gpu.do(_driver().cuModuleGetFunction(module, b"decide"))
-
-
-def ptx(sm: str) -> bytes:
-    """The kernel compiled for "8.7", which needs no GPU.
-
-    Raises:
-        BackendError: with the compiler's words.
-    """
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    _, program = nvrtc.nvrtcCreateProgram(SOURCE.encode(), b"decide.cu", 0, [], [])
-    options = [f"--gpu-architecture=compute_{sm.replace('.', '')}".encode(), b"--relocatable-device-code=true"]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if int(error):
-        said = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
-        nvrtc.nvrtcGetProgramLog(program, said)
-        raise BackendError(f"NVRTC cannot compile the decision: {said.decode()}", fix="leave out --device-side-exit")
-    code: bytes = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
-    nvrtc.nvrtcGetPTX(program, code)
-    return code
+    """The kernel for this GPU, loaded: the driver compiles the text, so nobody needs NVRTC."""
+    driver, text = _driver(), PTX.read_bytes() + b"\0"
+    module = gpu.do(driver.cuModuleLoadData(text), fix="update NVIDIA's driver, or leave out --device-side-exit")
+    return gpu.do(driver.cuModuleGetFunction(module, b"decide"))
 
 
 def decider(stages: Sequence[Opened], policy: Policy) -> Callable[[Any], tuple[Any, float, int]]:

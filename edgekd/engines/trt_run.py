@@ -18,7 +18,7 @@ from edgekd.engines.cuda import Graph, Memory, device
 from edgekd.engines.recipe import Recipe
 from edgekd.engines.rows import Tensor
 from edgekd.engines.trt_graphs import is_seam
-from edgekd.engines.trt_library import failed, library, logger, make
+from edgekd.engines.trt_library import failed, forget_messages, library, make
 from edgekd.errors import BackendError, DataError
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Opened:
             raise failed(f"TensorRT cannot open {path}", fix="compile it again on this machine with edgekd compile")
         if recipe.tensorrt.strip_weights:
             _refit(engine, path.with_suffix(".onnx"), read)
-        logger().errors.clear()
+        forget_messages()
         return engine
 
     def _dtype(self, name: str) -> npt.DTypeLike:
