@@ -82,7 +82,12 @@ def compiled() -> bytes:
 def test_the_shipped_ptx_is_the_kernel() -> None:
     """Written by `compiled`; another NVRTC than the one that wrote it translates a little differently."""
     shipped, now = PTX.read_bytes(), compiled()
-    for words in (b".version 7.0", b".target sm_75", b".visible .entry decide(", b".extern .func cudaGraphSetConditional"):
+    for words in (
+        b".version 7.0",
+        b".target sm_75",
+        b".visible .entry decide(",
+        b".extern .func cudaGraphSetConditional",
+    ):
         assert words in shipped
     compiler = re.compile(rb"Cuda compilation tools, release .*")
     if compiler.findall(shipped) == compiler.findall(now):

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes.box import Box
+from fakes.cuda import Cuda
 from PIL import Image
+from test_device_exit import Kernel, kernel
 
 from edgekd.artifact import Item, Split, read_split
 from edgekd.bench.record import read_record
@@ -25,6 +27,7 @@ from edgekd.errors import GateError
 from edgekd.files import atomic_write, sha256, to_json
 from edgekd.runtime.images import load_part
 
+__all__ = ["kernel"]
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
 
 
@@ -33,7 +36,7 @@ def scripts() -> Iterator[None]:
     sys.path.insert(0, str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))
-    for name in ("gpu", "measure", "prepare", "steps", "table"):
+    for name in ("golden", "gpu", "measure", "prepare", "probe", "steps", "table"):
         sys.modules.pop(name, None)
 
 
@@ -117,7 +120,7 @@ def test_steps_on_a_fake_gpu(
         return [1.0]
 
     monkeypatch.setattr(steps, "spans", spans)
-    monkeypatch.setattr(steps, "gaps", lambda gpu, stages, walk, *, seconds: [walk() or 0.01 for _ in stages])
+    monkeypatch.setattr(steps, "gaps", lambda gpu, stages, walk, *, seconds: [(walk(), 0.01)[1] for _ in stages])
     monkeypatch.setattr(steps, "Meter", lambda gpu: (_ for _ in ()).throw(steps.NotMeasured("no NVML here")))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # a machine that cannot install anything
     box("8.6")
@@ -133,6 +136,34 @@ def test_steps_on_a_fake_gpu(
     assert clocks["energy"] == {"not measured": "no NVML here"}
     assert clocks["gpu"] == "Orin"
     assert steps.short(asked(prepared, tmp_path, "fp16")) == {}
+    told = steps.layers(asked(prepared, tmp_path, "fp16"))
+    kept = json.loads((tmp_path / told["file"]).read_text())
+    assert set(kept) == set(clocks["device_ms"])
+    assert {layer["LayerType"] for layer in kept["stage_0"]["layers"]} >= {"CaskConvolution", "Reformat"}
+    assert kept["stage_1"]["ends"]["stage_0"]["dtype"].endswith("HALF")
+    assert set(steps.build_times(asked(prepared, tmp_path, "fp16"))["seconds"]) == {
+        "no cache",
+        "empty cache",
+        "full cache",
+    }
+
+
+def test_probe_on_a_fake_gpu(box: Callable[..., Box], kernel: Kernel) -> None:
+    """What needs neither NVRTC nor mapped memory."""
+    import probe
+
+    cuda = Cuda()
+    cuda.limit = 1 << 30
+    box("8.6", cuda=cuda, kernel=kernel)
+    kernel.conditions = cuda.graphs.conditions if cuda.graphs else {}
+    found = probe.layer(argparse.Namespace())
+    assert found["zeroed"] and found["copied"] and found["replayed"] and found["after_a_failed_capture"]
+    assert "cudaErrorMemoryAllocation" in found["too_much_memory"]
+    assert "cudaErrorStreamCapture" in found["capture_refused"]
+    kernel.conditions = cuda.graphs.conditions
+    found = probe.cascade(argparse.Namespace(seconds=0.01))
+    assert all(row["same_exits"] == 1 and row["off_by"] < 1e-5 for row in found.values())
+    assert found["never"]["left_at"] == [0, 0, 0, 200]
 
 
 def test_int8_on_a_fake_gpu_needs_no_onnxruntime(
@@ -212,7 +243,13 @@ def test_gaps_and_spans_by_a_clock_of_its_own() -> None:
         def cudaEventCreate(self) -> object:
             return object()
 
+        cudaEventRecordExternal = 1
+
         def cudaEventRecord(self, event: object, stream: int) -> None:
+            self.marks[event] = self.now
+
+        def cudaEventRecordWithFlags(self, event: object, stream: int, flags: int) -> None:
+            assert flags == self.cudaEventRecordExternal
             self.marks[event] = self.now
 
         def cudaEventElapsedTime(self, start: object, stop: object) -> float:
@@ -220,17 +257,28 @@ def test_gaps_and_spans_by_a_clock_of_its_own() -> None:
 
     class Stage:
         def launch(self, count: int) -> None:
+            self.enqueue()
+
+        def batch(self, count: int) -> Stage:
+            return self
+
+        def enqueue(self) -> None:
             runtime.now += 2
+
+    def launch(graph: Callable[[], None]) -> None:
+        runtime.now += 0.25  # before the graph begins: a part of the gap
+        graph()
 
     runtime, stages = Runtime(), [Stage(), Stage(), Stage()]
     device = argparse.Namespace(runtime=runtime, stream=0, do=lambda value: value, synchronize=lambda: None)
+    device.capture, device.launch = lambda work: work, launch
 
     def walk() -> None:
         for stage in stages:
             runtime.now += 0.5
             stage.launch(1)
 
-    assert set(module.gaps(device, stages, walk, seconds=0.01)) == {0.5}
+    assert set(module.gaps(device, stages, walk, seconds=0.01)) == {0.75}
     assert set(module.spans(device, walk, seconds=0.0)) == {7.5}
     assert "launch" not in vars(stages[0])
     with pytest.raises(module.NotMeasured, match="use cuda-python"):

@@ -44,7 +44,7 @@ class Opened:
             self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
             self.outputs = [n for n in names if n not in self.inputs]
             self._contexts: dict[int, Any] = {}
-            self._batches: dict[int, _Batch] = {}
+            self._batches: dict[int, Batch] = {}
             shapes = self.context(self.sizes[-1])
             self.tensors = {
                 n: Tensor(tuple(shapes.get_tensor_shape(n))[1:], self._dtype(n), self.sizes[-1]) for n in names
@@ -123,10 +123,14 @@ class Opened:
 
     def launch(self, count: int) -> None:
         """Enqueue the graph for the first `count` rows and the copy of its logits to the host."""
+        self.batch(count).launch()
+
+    def batch(self, count: int) -> Batch:
+        """The engine for the batch size that `count` rows take."""
         size = self.size_for(count)
         if size not in self._batches:
-            self._batches[size] = _Batch(self, size)
-        self._batches[size].launch()
+            self._batches[size] = Batch(self, size)
+        return self._batches[size]
 
     def size_for(self, count: int) -> int:
         """The smallest batch size that was built for and holds `count` rows."""
@@ -190,7 +194,7 @@ def _refit(engine: Any, path: Path, read: Read) -> None:
         raise failed(f"the weights of {path} do not fit the engine beside it", fix="compile it again")
 
 
-class _Batch:
+class Batch:
     """An engine for batches of one size: one launch of a CUDA graph where that can be, else TensorRT's own."""
 
     def __init__(self, opened: Opened, size: int) -> None:
@@ -198,11 +202,12 @@ class _Batch:
         self._name = opened.name
         self._answers = [opened.tensors[name] for name in opened.answers]
         self._size = size
-        self._enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
+        self.enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
         device().synchronize()
         self._graph = self._captured()
 
-    def _enqueue(self) -> None:
+    def enqueue(self) -> None:
+        """Enqueue the run and the copy of its logits, without a graph."""
         enqueue(self._context, name=self._name)
         for tensor in self._answers:
             tensor.fetch(self._size)
@@ -212,7 +217,7 @@ class _Batch:
             say_once(f"{device().bindings} has no CUDA graphs: every stage is launched by TensorRT, which is slower")
             return None
         try:
-            return device().capture(self._enqueue)
+            return device().capture(self.enqueue)
         except BackendError as error:
             say_once(f"no CUDA graphs, stages are launched by TensorRT, which is slower: {error.what}")
             return None
@@ -221,7 +226,7 @@ class _Batch:
         if self._graph:
             device().launch(self._graph)
         else:
-            self._enqueue()
+            self.enqueue()
 
 
 class Walk:

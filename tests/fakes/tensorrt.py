@@ -56,6 +56,8 @@ class Trouble:
     damaged_information: bool = False
     dla_cores: int = 0
     cannot_run: bool = False
+    wrong_profile: int = -1  # whose kernels answer wrongly
+    forgets: bool = False  # a context answers wrongly once one of another profile has run since it did
 
 
 class _Enum(enum.Enum):
