@@ -157,7 +157,7 @@ def test_probe_on_a_fake_gpu(box: Callable[..., Box], kernel: Kernel) -> None:
     box("8.6", cuda=cuda, kernel=kernel)
     kernel.conditions = cuda.graphs.conditions if cuda.graphs else {}
     found = probe.layer(argparse.Namespace())
-    assert found["zeroed"] and found["copied"] and found["replayed"] and found["after_a_failed_capture"]
+    assert all(found[key] for key in ("zeroed", "copied", "replayed", "after_a_failed_capture"))
     assert "cudaErrorMemoryAllocation" in found["too_much_memory"]
     assert "cudaErrorStreamCapture" in found["capture_refused"]
     kernel.conditions = cuda.graphs.conditions

@@ -108,7 +108,7 @@ def _wall(work: Callable[[], object], *, seconds: float, after: Callable[[], obj
 
 
 def one_launch(engine: Path, images: Any, *, seconds: float) -> dict[str, Any]:
-    """Milliseconds an image at batch 1: the host decides, or the GPU does; by tuned thresholds, and if nobody leaves."""
+    """Milliseconds an image at batch 1 where the host decides and where the GPU does; tuned, never, at once."""
     opened, found = open_engine(engine), {}
     never = dataclasses.replace(opened.card.policy, thresholds=(NEVER,) * (len(opened.card.exits) - 1))
     at_once = dataclasses.replace(never, thresholds=(0.0,) * len(never.thresholds))

@@ -134,7 +134,7 @@ def _run(
     before: Sequence[str] | None = (),
     limit: float = math.inf,
 ) -> dict[str, Any]:
-    """One step in a process of its own, begun by the words `before` and ended after `limit` seconds; what came of it."""
+    """One step in a process of its own, begun by the words `before`, `limit` seconds at most; what came of it."""
     began = time.monotonic()
     fact = {"step": step, "network": network, "recipe": recipe, "seconds": 0.0}
     if before is None:

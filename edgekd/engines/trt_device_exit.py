@@ -5,7 +5,8 @@ confidence as `runtime.policy.step` does, and sets the condition of the IF node 
 host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
 their images want different depths.
 
-What could be checked without a GPU: the kernel compiles (the driver itself provides cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
+What could be checked without a GPU: the kernel compiles (the driver itself provides cudaGraphSetConditional), its
+arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
 What only a GPU tells: whether a body accepts what TensorRT enqueues (CUDA allows kernels, copies, memsets and child
 graphs in it), and whether it is faster.
 """
