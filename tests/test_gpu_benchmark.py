@@ -325,7 +325,7 @@ def test_verdicts_by_hand() -> None:
         "cascade": row(0.5, 0.95),
         "no-leaving": row(1.2, 0.96),
         "full": row(1.0, 0.96),
-        "plain": row(1.0, 0.953),
+        "plain": row(1.0, 0.955),
     }
     host = {"gpu": "Orin", "sm": "8.7", "cpu": "x"}
     build = {
@@ -361,7 +361,7 @@ def test_verdicts_by_hand() -> None:
     text = table(steps, Path(), dry_run=False)
     for line in (
         "network's, batch 1: 0.5 (asked: at most 0.6): met",
-        "below the plain network's, points: 0.3 (asked: at most 0.5): met",
+        "below the plain network's, points: 0.5 (asked: at most 0.5): met",  # and in binary a little more
         "monolithic, fp16, batch 1: 1.2 (asked: at most 1.15): NOT met",
         "between stages, fp16, microseconds: 30 (asked: at most 25): NOT met",
         "int8-fp16 / fp16, cascade, batch 1: not measured (asked: at most 1)",

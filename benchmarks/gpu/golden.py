@@ -54,23 +54,15 @@ def _graph(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _end(opened: Opened, name: str) -> dict[str, Any]:
-    """Type and memory layout of an input or output, for each batch size where TensorRT tells that."""
-    engine, profiles = opened.engine, range(opened.engine.num_optimization_profiles)
-    asked: dict[str, Callable[[int], Any]] = {
-        "format": lambda i: engine.get_tensor_format(name, i),
-        "described": lambda i: engine.get_tensor_format_desc(name, i),
-        "vectorized_dim": lambda i: engine.get_tensor_vectorized_dim(name, i),
-        "components": lambda i: engine.get_tensor_components_per_element(name, i),
+    """Type and memory layout of an input or output."""
+    engine = opened.engine
+    return {
+        "dtype": str(engine.get_tensor_dtype(name)),
+        "shape": list(engine.get_tensor_shape(name)),
+        "format": str(engine.get_tensor_format(name)),
+        "described": str(engine.get_tensor_format_desc(name)),
+        "components": engine.get_tensor_components_per_element(name),
     }
-    told = {key: [_said(ask, i) for i in profiles] for key, ask in asked.items()}
-    return {"dtype": str(engine.get_tensor_dtype(name)), "shape": list(engine.get_tensor_shape(name)), **told}
-
-
-def _said(ask: Callable[[int], Any], profile: int) -> str:
-    try:
-        return str(ask(profile))
-    except (TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def launches(engine: Path, *, seconds: float) -> dict[str, Any]:

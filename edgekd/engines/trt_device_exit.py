@@ -1,14 +1,12 @@
-"""Research, never run on a GPU so far: the cascade of one image as one launch, which the GPU itself ends early.
+"""The cascade of one image as one launch, which the GPU itself ends early.
 
 A CUDA graph holds each stage as a child graph that ends in a small kernel. The kernel computes probabilities and
 confidence as `runtime.policy.step` does, and sets the condition of the IF node that holds all later stages. So the
 host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
 their images want different depths.
 
-What could be checked without a GPU: the kernel compiles (the driver itself provides cudaGraphSetConditional), its
-arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
-What only a GPU tells: whether a body accepts what TensorRT enqueues (CUDA allows kernels, copies, memsets and child
-graphs in it), and whether it is faster.
+Seen on an H100 with TensorRT 8.6 (benchmarks/results/gpu): the bodies accept what TensorRT enqueues, the answers are
+the host's, and where nobody leaves it takes 0.88 of the time; where most leave at the first exit it gains nothing.
 """
 
 from __future__ import annotations

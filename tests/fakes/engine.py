@@ -93,6 +93,15 @@ def offer_engine(world: World) -> None:
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return self._shapes[name]
 
+        def get_tensor_format(self, name: str) -> Any:
+            return "TensorFormat.LINEAR"
+
+        def get_tensor_format_desc(self, name: str) -> str:
+            return "Row major linear " + {"FLOAT": "FP32", "HALF": "FP16 format"}[self._content["dtypes"][name]]
+
+        def get_tensor_components_per_element(self, name: str) -> int:
+            return 1
+
         def create_engine_inspector(self) -> Any:
             return EngineInspector(self)
 
