@@ -234,7 +234,7 @@ def _own_differences(planned: PlannedRun) -> Iterator[str]:
         yield f"{ours.epochs} epochs, not {paper.epochs}"
     if ours.preprocess.image_size != paper.preprocess.image_size:
         yield f"{ours.preprocess.image_size} pixels, not {paper.preprocess.image_size}"
-    if ours.group != "none":
+    if ours.group != paper.group:
         yield f"split grouped by {ours.group}"
     size = dataclasses.replace(paper.preprocess, image_size=ours.preprocess.image_size)
     same = dataclasses.replace(scaled(paper, ours.epochs), preprocess=size, group=ours.group)

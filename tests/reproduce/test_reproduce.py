@@ -213,6 +213,13 @@ def test_differences_are_said(tmp_path: Path) -> None:
     assert grouped.differences() == ["split grouped by cluster"]
 
 
+def test_a_tables_group_holds_unless_another_is_given() -> None:
+    table = table_spec.read("gao2022-table3")
+    table = dataclasses.replace(table, settings={**table.settings, "group": "cluster"})
+    assert plan(table, request())["plain"].protocol.group == "cluster"
+    assert plan(table, request(group="none"))["plain"].differs() == ["split grouped by none"]
+
+
 def test_tasks_go_seed_by_seed_and_wait_for_what_they_need(tmp_path: Path) -> None:
     asked = request(runs=tmp_path)
     planned = plan(table_spec.read("gao2022-table3"), asked)
