@@ -41,7 +41,7 @@ Path(f"{stem}.svg").write_text(trade_off(read_record(Path(f"{stem}.json"))))
 PY
 }
 
-# ResNet50 beside it: with these few epochs it is the weaker network, so it teaches nobody.
+# ResNet50 beside it: with these few epochs it is the weaker network, so it is no teacher.
 edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safetensors" --epochs 12 --set lr=0.01 \
     --out "$out/resnet50-random" --resume
 edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"

@@ -169,10 +169,10 @@ def _percent(fraction: float | None) -> float | None:
 def _measured(scores: sweep.Scores, measure: str) -> float | None:
     """Look up `exit_0.accuracy` in a run's scores; None if it has no such exit.
 
-    `answer` is the ensemble, or the only exit, which has no other name.
+    `prediction` is the ensemble, or the only exit, which has no other name.
     """
     exit_, _, metric = measure.partition(".")
-    if exit_ == "answer":
+    if exit_ == "prediction":
         return list(scores.values())[-1][metric]
     return scores[exit_][metric] if len(scores) > 1 and exit_ in scores else None
 

@@ -73,9 +73,9 @@ class Table:
         source: Where it is printed.
         protocol: Name of the protocol that all jobs use.
         data: The paper's images.
-        columns: Title to measure: `EXIT.METRIC` on the test images, where EXIT is exit_0 …, ensemble, or answer (the
-            ensemble, or the only exit); `cost.FIELD` of the network; `NETWORK/cost.FIELD`, how many times smaller than
-            NETWORK's it is.
+        columns: Title to measure: `EXIT.METRIC` on the test images, where EXIT is exit_0 …, ensemble, or
+            prediction (the ensemble, or the only exit); `cost.FIELD` of the network; `NETWORK/cost.FIELD`, how many
+            times smaller than NETWORK's it is.
         rows: The rows.
         jobs: Name to job.
         settings: Protocol keys of all jobs.

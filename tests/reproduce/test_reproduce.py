@@ -121,7 +121,7 @@ def test_tables_name_what_edgekd_has() -> None:
 
 def test_wrong_tables(tmp_path: Path) -> None:
     text = 'caption = "c"\nsource = "s"\nprotocol = "demo"\ndata = { name = "d", images = 1 }\n'
-    text += 'columns = { a = "answer.f1" }\n'
+    text += 'columns = { a = "prediction.f1" }\n'
     wrong = {
         "no job": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "b"\n',
         "is no column": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "a"\nprinted = { x = 1.0 }\n',
@@ -272,9 +272,9 @@ def test_no_times() -> None:
 
 def test_measures_by_hand() -> None:
     exits = {"exit_0": {"accuracy": 0.5}, "exit_1": {"accuracy": 0.7}, "ensemble": {"accuracy": 0.6}}
-    assert _measured(exits, "answer.accuracy") == 0.6
+    assert _measured(exits, "prediction.accuracy") == 0.6
     assert _measured(exits, "exit_1.accuracy") == 0.7
-    assert _measured({"exit_0": {"accuracy": 0.5}}, "answer.accuracy") == 0.5
+    assert _measured({"exit_0": {"accuracy": 0.5}}, "prediction.accuracy") == 0.5
     assert _measured({"exit_0": {"accuracy": 0.5}}, "ensemble.accuracy") is None
     assert _measured({"exit_0": {"accuracy": 0.5}}, "exit_0.accuracy") is None
     assert _measured(exits, "exit_2.accuracy") is None
@@ -315,7 +315,7 @@ caption = "Two networks"
 source = "none"
 protocol = "demo"
 data = { name = "cells", images = 60 }
-columns = { accuracy = "answer.accuracy", parameters = "cost.parameters" }
+columns = { accuracy = "prediction.accuracy", parameters = "cost.parameters" }
 [jobs.teacher]
 network = "resnet18"
 weights = "imagenet"
