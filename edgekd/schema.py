@@ -1,4 +1,4 @@
-"""Frozen dataclasses from parsed TOML and JSON: unknown keys, wrong types and bad values are errors, all at once."""
+"""Frozen dataclasses from parsed TOML and JSON; every unknown key, wrong type and bad value is reported at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import reprlib
 import types
 import typing
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,19 +17,19 @@ from edgekd.errors import ConfigError, EdgekdError, closest, nearest
 
 T = TypeVar("T")
 MANY = 20
-"""Problems that an error lists."""
+"""Largest number of problems that an error lists."""
 DEPTH = 50
-"""Lists and tables inside each other that are read, far more than any file has and far fewer than Python can."""
+"""Largest nesting depth of lists and tables: more than any artefact has, less than Python's recursion limit."""
 _TABLES = "tables"
 TABLES = {_TABLES: None}
 """Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass, as they are."""
 
 
 def parse_json(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no key twice, nothing that `plain` refuses.
+    """Parse JSON strictly: no NaN, no duplicate keys, nothing that `plain` rejects.
 
     Raises:
-        ValueError: it is not.
+        ValueError: The text is not valid JSON in this sense.
     """
     try:
         return plain(json.loads(text, object_pairs_hook=_unique))
@@ -41,15 +41,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
+        raise ValueError(f"the key {reprlib.repr(twice)} occurs twice")
     return table
 
 
 def plain(tree: Any) -> Any:
-    """The tree, if a program that trusts what it reads can take it.
+    """Return parsed TOML or JSON unchanged after checking that it contains only ordinary values.
 
     Raises:
-        ValueError: NaN, an infinity, an integer beyond 64 bits, text that is no Unicode or holds NUL, or deep nesting.
+        ValueError: NaN, an infinity, an integer of more than 64 bits, text with surrogates or NUL, or deep nesting.
     """
     level = [tree]
     for _ in range(DEPTH):
@@ -61,11 +61,11 @@ def plain(tree: Any) -> Any:
             elif isinstance(value, (list, tuple)):
                 below += value
             elif isinstance(value, str) and ("\0" in value or (not value.isascii() and _has_surrogates(value))):
-                raise ValueError(f"{reprlib.repr(value)} is no text")
+                raise ValueError(f"{reprlib.repr(value)} is not valid text")
             elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{value} is no number")
+                raise ValueError(f"{value} is not a finite number")
             elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ValueError("a number of more than 64 bits")
+                raise ValueError("an integer of more than 64 bits")
         if not below:
             return tree
         level = below
@@ -160,46 +160,60 @@ def _options(registry: Mapping[str, Any], tables: Any, known: Collection[str], a
 
 
 def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
+    """Convert a parsed value to the type `hint`; what does not fit is added to `problems`, with its key `at`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _any_of(args, value, at, problems)
+        return _union(args, value, at, problems)
     if origin is Literal:
-        if value in args:
-            return value
-        near = closest(value, map(str, args)) if isinstance(value, str) else ""
-        known = ", ".join(map(str, args)) + (f". {near}" if near else "")
-        return problems.append(f"{at}: {reprlib.repr(value)} is none of {known}")
+        return _literal(args, value, at, problems)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, f"{at}.", problems)
     if origin is tuple and isinstance(value, (list, tuple)):
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(inner) != len(value):
-            return problems.append(f"{at}: expected {len(inner)} values, found {len(value)}")
-        return tuple(_value(h, v, f"{at}[{i}]", problems) for i, (h, v) in enumerate(zip(inner, value)))
+        return _tuple(args, value, at, problems)
     if origin is dict and isinstance(value, Mapping):
         return {str(k): _value(args[1], v, f"{at}.{k}", problems) for k, v in value.items()}
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
+    if isinstance(hint, type) and _is_scalar(hint, value):
+        return float(value) if hint is float else value
     return problems.append(f"{at}: expected {_name(hint)}, found {reprlib.repr(value)}")
 
 
-def _any_of(arms: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
-    """The value as the first of a union's types that takes it."""
-    arms = tuple(arm for arm in arms if arm is not type(None) or value is None)
-    for arm in arms:
-        found: list[str] = []
-        fitting = _value(arm, value, at, found)
-        if not found:
-            return fitting
-    if len(arms) == 1:  # an optional value: what is wrong inside it
-        return problems.extend(found)
-    return problems.append(f"{at}: expected {' or '.join(map(_name, arms))}, found {reprlib.repr(value)}")
+def _is_scalar(hint: type, value: Any) -> bool:
+    """Return True if `value` is a `hint`. An integer is also a float; a bool is nothing but a bool."""
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _literal(known: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
+    if value in known:
+        return value
+    near = closest(value, map(str, known)) if isinstance(value, str) else ""
+    names = ", ".join(map(str, known)) + (f". {near}" if near else "")
+    return problems.append(f"{at}: {reprlib.repr(value)} is none of {names}")
+
+
+def _tuple(hints: tuple[Any, ...], values: Sequence[Any], at: str, problems: list[str]) -> Any:
+    each = [hints[0]] * len(values) if hints[-1] is Ellipsis else list(hints)
+    if len(each) != len(values):
+        return problems.append(f"{at}: expected {len(each)} values, found {len(values)}")
+    return tuple(_value(h, v, f"{at}[{i}]", problems) for i, (h, v) in enumerate(zip(each, values)))
+
+
+def _union(hints: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
+    """Convert to the first type of a union that accepts the value."""
+    hints = tuple(hint for hint in hints if hint is not type(None) or value is None)
+    for hint in hints:
+        unfit: list[str] = []
+        converted = _value(hint, value, at, unfit)
+        if not unfit:
+            return converted
+    if len(hints) == 1:  # an optional value: report what is wrong inside it
+        return problems.extend(unfit)
+    return problems.append(f"{at}: expected {' or '.join(map(_name, hints))}, found {reprlib.repr(value)}")
 
 
 def _name(hint: Any) -> str:

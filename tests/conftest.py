@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fakes.machine import box, small_student  # noqa: F401  # fixtures
 from faults.base import make_base
+from helpers.light import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401  # hooks
 
 if TYPE_CHECKING:
     pass
@@ -39,6 +40,7 @@ def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the fault tests work on: see tests/faults/base.py."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("faults") / "base"
     make_base(folder)
     return folder

@@ -16,7 +16,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from typer.testing import CliRunner
 
 from edgekd import config
 from edgekd.artifacts.manifest import MANIFEST, EngineFile, read_manifest, write_manifest
@@ -24,7 +23,6 @@ from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.bench.record import read_record
-from edgekd.cli.main import app
 from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load
 from edgekd.data.preprocess import Preprocess
@@ -109,7 +107,7 @@ def test_files_without_a_digest(trained: Path, small_student: Path, tmp_path: Pa
     metadata = next(p for p in model.metadata_props if p.key == "edgekd")
     metadata.value = json.dumps({k: v for k, v in json.loads(metadata.value).items() if k != "sha256"})
     onnx.save(model, str(tmp_path / "student.onnx"))
-    with pytest.raises(ArtifactError, match="carries no SHA-256"):
+    with pytest.raises(ArtifactError, match="has no SHA-256"):
         read_onnx(tmp_path / "student.onnx")
     torch.save(torch.load(trained / run_folder.RESUME, weights_only=True), tmp_path / run_folder.RESUME)
     with pytest.raises(ArtifactError, match="SHA-256 differs"):
@@ -182,7 +180,7 @@ def test_what_is_open_stays_what_it_was(how: str, engine: Path, small_student: P
             np.testing.assert_allclose(found.probabilities, wanted.probabilities[start : start + size], atol=1e-5)
     with pytest.raises(ArtifactError, match="monolithic"):  # not loaded before
         Classifier(opened, strategy="full")
-    with pytest.raises(ArtifactError, match=r"was replaced since|no ONNX file|no engine manifest|is not the file"):
+    with pytest.raises(ArtifactError, match=r"was replaced since|no ONNX file|not a valid|is not the file"):
         open_engine(engine, digest=opened.digest)
 
 
@@ -322,7 +320,7 @@ JSONS = {
     "no number ": '{"seed": 1e999}',
     "no text": '{"classes": ["\\ud800"]}',
     "no text ": '{"classes": ["a\\u0000"]}',
-    "is there twice": '{"classes": [], "classes": []}',
+    "occurs twice": '{"classes": [], "classes": []}',
     "expected a table": "[]",
     "utf-8": b"\xff\xfe",
     "": "",
@@ -397,28 +395,6 @@ def test_toml_is_written_so_that_it_reads_the_same(tmp_path: Path) -> None:
     odd = Protocol(source='"\\\r\n\t\x7f\x1b é', loss_weights={"a.b": 1.0, "": 2.0})
     config.write_toml(tmp_path / "p.toml", odd)
     assert config.load(Protocol, "protocols", str(tmp_path / "p.toml")) == odd
-
-
-@pytest.mark.parametrize(
-    ("words", "near"),
-    [
-        ("tune x --data d --split s --confidence margn", "margin"),
-        ("tune x --data d --split s --average meen", "mean"),
-        ("evaluate x --subset tset", "test"),
-        ("compile x --backend openvin", "openvino"),
-        ("compile x --recipe int88", "int8"),
-        ("predict x y --strategy casade", "cascade"),
-        ("bench x --data d --out o --suite quik", "quick"),
-        ("distill --data d --out o --method kdd", "kd"),
-        ("train --data d --out o --model resnet18 --protocol finetun", "finetune"),
-    ],
-)
-def test_words_that_are_almost_right(words: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "d").mkdir()
-    done = CliRunner().invoke(app, words.split())
-    assert done.exit_code == 1, done.output
-    assert f"Did you mean '{near}'" in done.stderr
 
 
 def test_a_student_runs_elsewhere_by_its_metadata(small_student: Path, tmp_path: Path) -> None:

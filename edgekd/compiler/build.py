@@ -131,7 +131,7 @@ def refuse_other_folder(out: Path) -> None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out.is_dir() and ENGINE.has(out / MANIFEST)):
+    if not (out.is_dir() and ENGINE.matches(out / MANIFEST)):
         raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
     own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
     for path in out.iterdir():
