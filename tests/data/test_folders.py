@@ -165,7 +165,7 @@ def test_real_sets_are_found_whole(shared: Path) -> None:
     [
         ([], "no folder at"),
         (["README.md"], "has no class folders"),
-        (["a/0.png"], "one class only: a"),
+        (["a/0.png"], "only one class: a"),
         (["a/0.png", "b/notes.txt"], r"no images in .*/b\n"),
         (["train/a/0.png", "train/b/0.png", "test/bb/0.png"], r"(?s)unknown class 'bb' in .*Did you mean 'b'"),
     ],
@@ -226,7 +226,7 @@ def test_every_kind_of_bad_file_is_named_at_once(tmp_path: Path, shared: Path) -
         "a/lost.png": "no such file",
         "loose.png": "in no class folder",
     }
-    with pytest.raises(DataError, match=r"10 of the files .* cannot be used") as caught:
+    with pytest.raises(DataError, match=r"10 files in .* cannot be used") as caught:
         check(scan(data))
     assert "--exclude-bad" in caught.value.fix
     excluded = check(scan(data), exclude_bad=True).excluded
@@ -252,9 +252,9 @@ def test_copies(tmp_path: Path) -> None:
     first.save(data / "a" / "again.bmp")  # other bytes, same pixels
     Image.open(data / "a" / "2.png").save(data / "b" / "other.png")
     assert check(scan(data), exclude_bad=True).excluded == {
-        "a/again.bmp": "same picture as a/0.png",
-        "a/2.png": "same picture as b/other.png, labelled b",
-        "b/other.png": "same picture as a/2.png, labelled a",
+        "a/again.bmp": "duplicate of a/0.png",
+        "a/2.png": "duplicate of b/other.png, labelled b",
+        "b/other.png": "duplicate of a/2.png, labelled a",
     }
 
 
@@ -265,7 +265,7 @@ def test_a_copy_across_parts_stays_in_test(tmp_path: Path) -> None:
     picture(tmp_path / "test" / "a" / "copy.png", 0)
     picture(tmp_path / "train" / "a" / "1.png", 50)
     excluded = check(scan(tmp_path), exclude_bad=True).excluded
-    assert excluded == {"train/a/0.png": "same picture as test/a/copy.png"}
+    assert excluded == {"train/a/0.png": "duplicate of test/a/copy.png"}
 
 
 def test_long_lists_are_cut_and_empty_classes_refused(tmp_path: Path) -> None:

@@ -99,25 +99,25 @@ def test_a_split_of_a_csv_needs_the_csv_no_more(data: Path) -> None:
 
 
 WRONG = {
-    "no file": (None, r"no file of labels at .*labels\.csv"),
-    "nothing": ("", "line 1: there is not one column path, label"),
+    "no file": (None, r"no labels file at .*labels\.csv"),
+    "nothing": ("", "line 1: not exactly one column path, label"),
     "header alone": ("path,label\n", "lists no images"),
-    "no header": ("00.png,cell\n01.png,nucleus\n", "line 1: there is not one column path, label"),
-    "a column twice": ("path,label,label\n00.png,cell,cell\n", "line 1: there is not one column label"),
+    "no header": ("00.png,cell\n01.png,nucleus\n", "line 1: not exactly one column path, label"),
+    "a column twice": ("path,label,label\n00.png,cell,cell\n", "line 1: not exactly one column label"),
     "no label": (plain() + "99.png,\n", "line 22: no label"),
     "no path": (plain() + ",cell\n", "line 22: no path"),
     "too few": (plain() + "99.png\n", "line 22: 1 values in 2 columns"),
     "too many": (plain() + "99.png,cell,2\n", "line 22: 3 values in 2 columns"),
-    "twice": (plain() + "03.png,nucleus\n", r"line 22: 03\.png is in line 5 already"),
-    "absolute": (plain() + "/03.png,nucleus\n", r"line 22: .*'/03\.png' is no plain path"),
-    "upwards": (plain() + "../03.png,nucleus\n", r"line 22: .*'\.\./03\.png' is no plain path"),
+    "twice": (plain() + "03.png,nucleus\n", r"line 22: 03\.png is already in line 5"),
+    "absolute": (plain() + "/03.png,nucleus\n", r"line 22: .*'/03\.png' is not a normalised path"),
+    "upwards": (plain() + "../03.png,nucleus\n", r"line 22: .*'\.\./03\.png' is not a normalised path"),
     "unknown subset": (
         "path,label,subset\n00.png,cell,tset\n",
         r"(?s)line 2: unknown subset 'tset'.*Did you mean 'test'",
     ),
     "part of some": ("path,label,subset\n00.png,cell,test\n01.png,nucleus,\n", "line 3: subset is given for some"),
     "group of some": ("path,label,group\n00.png,cell,\n01.png,nucleus,3\n", "line 3: group is given for some"),
-    "one class": ("path,label\n00.png,cell\n", "one class only: cell"),
+    "one class": ("path,label\n00.png,cell\n", "only one class: cell"),
     "quote without end": (plain() + '"99.png,cell\n', "line 22: "),
     "Latin-1": (plain().replace("nucleus", "Kerné").encode("latin-1"), "is not UTF-8"),
     "UTF-16": (plain().encode("utf-16"), "is not UTF-8"),
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_said_with_its_line(kind: str, data: Path) -> None:
 def test_images_that_cannot_be_used_are_named_as_in_folders(data: Path) -> None:
     (data / "04.png").write_bytes(b"")
     file = written(data, plain() + "lost.png,cell\n" + f"{'x' * 300}.png,cell\n")
-    with pytest.raises(DataError, match=r"(?s)3 of the files .* 04\.png: empty.* lost\.png: no such file"):
+    with pytest.raises(DataError, match=r"(?s)3 files in .* 04\.png: empty.* lost\.png: no such file"):
         check(read_labels(data, file))
     with pytest.raises(DataError, match=r"(?s)line 2: unknown class 'cell'.*Did you mean 'cells'"):
         read_labels(data, file, classes=("cells", "nucleus"))

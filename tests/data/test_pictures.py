@@ -406,7 +406,7 @@ def test_every_mode_is_converted_or_refused_by_name() -> None:
     for mode in Image.MODES:
         image = Image.new(mode, (8, 8))
         if mode in ("I", "F"):
-            with pytest.raises(DataError, match="whose range is not known"):
+            with pytest.raises(DataError, match="whose range is unknown"):
                 to_rgb(image)
         else:
             assert to_rgb(image).mode == "RGB"
@@ -422,11 +422,11 @@ REFUSED = {
     "planes of 16 bits": (lambda: tiff(np.dstack([WHOLE] * 3), kind=2, planar=True), "separate planes"),
     "16-bit colour that is transparent": (
         lambda: png(np.dstack([WHOLE] * 3), kind=2, extra=chunk(b"tRNS", bytes(6))),
-        "means transparent",
+        "marked as transparent",
     ),
     "other primaries": (
         lambda: png(np.dstack([WHOLE] * 3), kind=2, extra=chunk(b"cHRM", struct.pack(">8I", *range(8)))),
-        "primary colours",
+        "has primaries",
     ),
     "animated PNG": (lambda: animated("PNG"), "several frames"),
     "animated GIF": (lambda: animated("GIF"), "several frames"),

@@ -102,7 +102,7 @@ def test_nothing_of_another_kind_is_replaced(line: str, said: str, work: Path) -
 )
 def test_no_output_lies_among_the_images(line: str, work: Path) -> None:
     (work / "link").symlink_to("cells")
-    refused(line, "lies in the folder of the images", work)
+    refused(line, "is in the data folder", work)
 
 
 @pytest.mark.parametrize("where", ["notes.md/x", "/proc/x"])
@@ -194,8 +194,8 @@ PRINT = "\"from edgekd import signals; signals.streams(); print('caf\\u00e9 \\u2
         (f"{PREDICT} <&-", 0, 151, ""),
         (f"{PREDICT} >&- 2>&- <&-", 0, 0, ""),
         (f"{PREDICT} > /dev/full", 1, 0, "error: No space left on device: standard output"),
-        ("python -m edgekd devices > /dev/full", 1, 0, "what was printed is cut short"),
-        ("python -m edgekd --help > /dev/full", 1, 0, "what was printed is cut short"),
+        ("python -m edgekd devices > /dev/full", 1, 0, "the printed output is truncated"),
+        ("python -m edgekd --help > /dev/full", 1, 0, "the printed output is truncated"),
         ("python -m edgekd predict none cells 2> /dev/full", 1, 0, ""),
         (f"PYTHONIOENCODING=ascii python -c {PRINT}", 0, 1, ""),
         (f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 python -c {PRINT}", 0, 1, ""),
