@@ -426,7 +426,7 @@ REFUSED = {
     ),
     "other primaries": (
         lambda: png(np.dstack([WHOLE] * 3), kind=2, extra=chunk(b"cHRM", struct.pack(">8I", *range(8)))),
-        "has primaries",
+        "primaries other than",
     ),
     "animated PNG": (lambda: animated("PNG"), "several frames"),
     "animated GIF": (lambda: animated("GIF"), "several frames"),
