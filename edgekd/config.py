@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edgekd.errors import ConfigError, nearest
 from edgekd.files import atomic_write
-from edgekd.schema import from_dict, plain
+from edgekd.schema import from_dict, plain, to_table
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSIDE = {"protocols": "training/protocols", "papers": "reproduce/tables"}
@@ -64,6 +63,7 @@ def load(
     *,
     overrides: Mapping[str, Any] | None = None,
     flags: Mapping[str, str] | None = None,
+    check: Callable[[T, str], None] = lambda value, where: None,
 ) -> T:
     """Read the protocol, recipe, suite or device called `name` (or the TOML file at that path).
 
@@ -73,18 +73,25 @@ def load(
         name: Shipped name or path.
         overrides: Values that replace the file's, by dotted key.
         flags: The flag that gave each of them, where that was not `--set`.
+        check: Called with the result and the name of its source; may raise ConfigError in the form of `from_dict`.
 
     Raises:
         ConfigError: Unknown name, invalid TOML, or keys and values that do not fit `cls`.
     """
     path, table = find(kind, name), read_table(kind, name)
+
+    def read(where: str) -> T:
+        value = from_dict(cls, copy.deepcopy(table), where=where)
+        check(value, where)
+        return value
+
+    found = read(str(path))  # what is wrong in the file itself
     if not overrides:
-        return from_dict(cls, table, where=str(path))
-    from_dict(cls, copy.deepcopy(table), where=str(path))  # what is wrong in the file itself
+        return found
     for key, value in overrides.items():
-        _set(table, key, value)
+        _set(table, key, copy.deepcopy(value))
     try:
-        return from_dict(cls, table, where="")
+        return read("")
     except ConfigError as error:
         given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
         problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]
@@ -171,7 +178,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 def write_toml(path: Path, spec: Any) -> None:
     """Write a dataclass as TOML that `load` can read; nested dataclasses become tables."""
-    values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    values = to_table(spec)
     lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
     for name, table in values.items():
         if isinstance(table, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgekd import config
-from edgekd.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -26,19 +25,6 @@ class DeviceProfile:
         for key in ("sm", "memory_gb", "bandwidth_gb_s", "fp16_tflops", "int8_tops", "dla"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
-
-
-def require_local(name: str) -> None:
-    """Engines are built on the machine that will run them.
-
-    Raises:
-        ConfigError: another device, or an unknown one.
-    """
-    if name != "local":
-        title = config.load(DeviceProfile, "devices", name).title
-        raise ConfigError(
-            f"an engine for {title} has to be built on it", fix="run this command there with --device local"
-        )
 
 
 def table() -> list[tuple[str, ...]]:

@@ -20,7 +20,7 @@ def extras() -> dict[str, tuple[str, ...]]:
         wanted = []
     for line in wanted:
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"](.+?)['\"]", line)
-        if name and extra and extra[1] != "dev":
+        if name and extra and extra[1] not in ("dev", "docs"):
             found.setdefault(extra[1], []).append(name[0])
     return {extra: tuple(names) for extra, names in found.items()}
 

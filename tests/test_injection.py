@@ -154,6 +154,7 @@ class Seen(html.parser.HTMLParser):
 @pytest.mark.parametrize("kind", PAGES)
 def test_pages(kind: str, data: Path, recwarn: pytest.WarningsRecorder) -> None:
     """Every place at once."""
+    pytest.importorskip("matplotlib")
     record = sample()
     for put in PLACES.values():
         record = put(record, NAMES[kind])

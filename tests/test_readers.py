@@ -21,14 +21,14 @@ from edgekd import config
 from edgekd.artifacts.manifest import MANIFEST, EngineFile, read_manifest, write_manifest
 from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends import onnxruntime
+from edgekd.backends.base import find_backend
 from edgekd.bench.record import read_record
 from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import read_split
 from edgekd.errors import ArtifactError, ConfigError, EdgekdError, GateError
-from edgekd.export import export
+from edgekd.export import export, model_metadata
 from edgekd.models.networks import build
 from edgekd.models.weights import read_state
 from edgekd.policy import Policy
@@ -46,9 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder's model.safetensors, an anchor and resume.pt."""
     folder = tmp_path_factory.mktemp("trained")
     network = build("multi-exit-test_resnet", classes=3, image_size=32)
-    header = run_folder.Header("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
+    metadata = run_folder.RunMetadata("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
     for path in (folder / run_folder.MODEL, run_folder.anchor(folder, 1)):
-        run_folder.save_model(path, network, header)
+        run_folder.save_model(path, network, metadata)
     state = {"network": network.state_dict(), "criterion": {}, "optimizer": {}, "epoch": 1, "history": [], "best": 0.5}
     run_folder.save_resume(folder, {**state, "digest": "d"})
     return folder
@@ -124,14 +124,15 @@ def test_weights_that_are_no_numbers(bad: float, small_student: Path, tmp_path: 
     with torch.no_grad():
         weight.view(-1)[7] = bad
         out = network(torch.zeros(1, 3, 32, 32))
-    header = run_folder.Header("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
-    run_folder.save_model(tmp_path / run_folder.MODEL, network, header)
+    metadata = run_folder.RunMetadata("multi-exit-test_resnet", tuple("abc"), Preprocess(32), (1, 2, 3, 4))
+    run_folder.save_model(tmp_path / run_folder.MODEL, network, metadata)
     torch.save(network.state_dict(), tmp_path / "w.pth")
     for read in (lambda: run_folder.load_model(tmp_path), lambda: read_state(tmp_path / "w.pth")):
         with pytest.raises(ArtifactError, match=f"{name} holds values that are not finite"):
             read()
+    described = model_metadata("net", tuple("abc"), Preprocess(32), out)
     with pytest.raises(GateError, match=r"weights of .* are not finite"):
-        export(network, header.metadata(out), out=tmp_path / "n.onnx", images=IMAGES, names=[""] * 5)
+        export(network, described, out=tmp_path / "n.onnx", images=IMAGES, names=[""] * 5)
     model, metadata = read_onnx(small_student)
     tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
     values = numpy_helper.to_array(tensor).copy()
@@ -240,7 +241,7 @@ def test_weights_in_another_file(place: str, small_student: Path, tmp_path: Path
     with pytest.raises(ArtifactError, match="in another file"):
         read_onnx(path)
     with pytest.raises(ArtifactError, match="in another file"):
-        onnxruntime.load(path, recipe=Recipe("fp32"), threads=1)
+        find_backend("onnxruntime").load(path, recipe=Recipe("fp32"), threads=1)
 
 
 def loop(model: onnx.ModelProto) -> None:
@@ -327,7 +328,7 @@ JSONS = {
 
 
 @pytest.mark.parametrize("said", JSONS)
-@pytest.mark.parametrize("reader", ["split", "record", "manifest", "metadata", "header"])
+@pytest.mark.parametrize("reader", ["split", "record", "manifest", "metadata", "run metadata"])
 def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, tmp_path: Path) -> None:
     content = JSONS[said]
     data = content if isinstance(content, bytes) else content.encode()
@@ -339,7 +340,7 @@ def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, t
         model = onnx.load(str(small_student))
         next(p for p in model.metadata_props if p.key == "edgekd").value = content
         onnx.save(model, str(path))
-    if reader == "header":
+    if reader == "run metadata":
         if isinstance(content, bytes):
             return
         from safetensors.torch import save_file
@@ -351,7 +352,7 @@ def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, t
         "record": lambda: read_record(path),
         "manifest": lambda: read_manifest(tmp_path),
         "metadata": lambda: read_onnx(path),
-        "header": lambda: run_folder.load_model(tmp_path),
+        "run metadata": lambda: run_folder.load_model(tmp_path),
     }
     with pytest.raises(ArtifactError, match=str(tmp_path)):
         read[reader]()

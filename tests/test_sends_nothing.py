@@ -52,7 +52,7 @@ train --data cells --model multi-exit-test_resnet --protocol demo --weights none
 --set workers=0 --set batch_size=16 --set precision=32-true --out run
 export run --data cells --out student.onnx
 compile student.onnx --recipe int8 --data cells --split run/split.json --set batch_sizes=[1] \
---set static_batch_sizes=[1] --out student.engine
+--set openvino.static_batch_sizes=[1] --out student.engine
 bench student.engine --data cells --split run/split.json --suite tiny.toml --set rounds=1 --set variants=["final"] \
 --no-report --out record.json
 predict student.engine cells
@@ -90,6 +90,7 @@ def test_libraries_send_nothing_once_edgekd_is_imported(student_onnx: Path, tmp_
 
 @pytest.mark.slow
 def test_commands_open_no_socket(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     env = private(tmp_path / "home")
     (tmp_path / "tiny.toml").write_text(SUITE)
     script = WATCH + "from edgekd.__main__ import main\nmain()"

@@ -13,7 +13,7 @@ import numpy as np
 from gpu import Meter, NotMeasured, facts, gaps, spans
 
 from edgekd.artifacts.metadata import read_onnx
-from edgekd.artifacts.recipe import Recipe, TensorRT
+from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
 from edgekd.bench.latency import rotate
@@ -50,7 +50,12 @@ def recipe_of(asked: argparse.Namespace, *, method: str = "minmax") -> Recipe:
         max_accuracy_drop=DROP,
         calibration_method=method,  # type: ignore[arg-type]
         batch_sizes=sizes,
-        tensorrt=TensorRT(library_tactics=not asked.no_library_tactics, optimization_level=asked.optimization_level),
+        options={
+            "tensorrt": {
+                "library_tactics": not asked.no_library_tactics,
+                "optimization_level": asked.optimization_level,
+            }
+        },
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.artifacts.metadata import ModelMetadata, read_onnx
+from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
 from edgekd.host import HostInfo
@@ -39,7 +40,7 @@ class Manifest:
     metadata: ModelMetadata
     backend: str
     backend_version: str
-    recipe: dict[str, Any]
+    recipe: Recipe
     precision: dict[str, float]
     host: HostInfo
     files: dict[str, EngineFile]

@@ -1,1 +1,8 @@
-"""Backends: what compiles and runs a graph on a device."""
+"""Backends: compiling and running ONNX graphs on a device."""
+
+BUILTIN = {
+    "onnxruntime": "edgekd.backends.onnxruntime:OnnxRuntimeBackend",
+    "openvino": "edgekd.backends.openvino:OpenVinoBackend",
+    "tensorrt": "edgekd.backends.tensorrt.backend:TensorRTBackend",
+}
+"""edgekd's own backends for `edgekd.backends.base.BACKENDS`; here, their names cost no import."""

@@ -1,4 +1,4 @@
-"""Batches on their way through stages whose tensors lie in host memory."""
+"""Staged runs whose boundary tensors are in host memory."""
 
 from __future__ import annotations
 
@@ -6,66 +6,86 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.backends.base import Runner, StagedRun, StagedRunner
+from edgekd.backends.runner import Runner, StagedRun, StagedRunner
 from edgekd.types import Array
 
-Row = TypeVar("Row", bound=np.generic)
-Arrays = list[npt.NDArray[np.generic]]
-
-
-def resized(rows: npt.NDArray[Row], size: int) -> npt.NDArray[Row]:
-    """The first `size` rows, repeated from the start where there are fewer."""
-    return rows[np.arange(size) % len(rows)]
-
-
-class HostStagedRun:
-    """What lies between stages as arrays, which every stage returns and the next one is given."""
-
-    def __init__(self, stages: Sequence[Runner], xs: Arrays) -> None:
-        self._ahead = iter(stages)
-        self._xs = xs
-
-    def run_stage(self) -> Array:
-        logits, *self._xs = next(self._ahead)(*self._xs)
-        return logits  # type: ignore[return-value]  # every backend gives float32
-
-    def compact(self, indices: npt.NDArray[np.int64], size: int) -> None:
-        kept = resized(indices, size)
-        self._xs = [x[kept] for x in self._xs]
+Scalar = TypeVar("Scalar", bound=np.generic)
+Arrays: TypeAlias = list[npt.NDArray[np.generic]]
 
 
 def host_staged_runner(stages: Sequence[Runner]) -> StagedRunner:
-    """A walker for any backend and batch."""
-
+    """Return a staged runner for any backend and batch size: each stage's outputs are given to the next."""
     return lambda images: nullcontext(HostStagedRun(stages, [images]))
+
+
+def bound_staged_runner(
+    stages: Sequence[Runner], bind: Callable[[Array], BoundStages], fits: Callable[[int], bool]
+) -> StagedRunner:
+    """Return a staged runner that runs some batch sizes through bound stages, the others as `host_staged_runner`.
+
+    Args:
+        stages: Runners of the stages.
+        bind: Makes bound stages for batches like the given images (N, 3, H, W).
+        fits: Returns True for batch sizes that have bound stages. A thread runs one batch at a time.
+    """
+    own = _ThreadStages()
+
+    def start(images: Array) -> AbstractContextManager[StagedRun]:
+        size = len(images)
+        if not fits(size):
+            return nullcontext(HostStagedRun(stages, [images]))
+        if size not in own.by_size:
+            own.by_size[size] = bind(images)
+        return nullcontext(_BoundRun(stages, own.by_size[size], images))
+
+    return start
 
 
 @dataclass(frozen=True)
 class BoundStages:
-    """Stages for one batch size, each of which reads where the one before it writes: nothing is moved or set between.
+    """Stages for one batch size, each of which reads where the one before it writes, so nothing is copied or set.
 
-    start: gives the first stage images (N, 3, H, W). read: what each of the others reads.
-    run: a call for each stage, which leaves its logits (N, C) in `logits`.
+    Attributes:
+        start: Gives images (N, 3, H, W) to the first stage.
+        inputs: Inputs of each of the other stages.
+        run: Runs each stage, which leaves its logits (N, C) in `logits`.
+        logits: Logits of each stage.
     """
 
     start: Callable[[Array], object]
-    read: list[Arrays]
+    inputs: list[Arrays]
     run: list[Callable[[], object]]
     logits: list[Array]
 
 
-class _BoundRun:
-    """Through linked stages until rows are left out; from there on as arrays."""
+class HostStagedRun:
+    """A staged run whose boundary tensors are arrays that each stage returns."""
 
-    def __init__(self, stages: Sequence[Runner], linked: BoundStages, images: Array) -> None:
-        linked.start(images)
+    def __init__(self, stages: Sequence[Runner], xs: Arrays) -> None:
+        self._remaining = iter(stages)
+        self._xs = xs
+
+    def run_stage(self) -> Array:
+        logits, *self._xs = next(self._remaining)(*self._xs)
+        return cast(Array, logits)
+
+    def compact(self, indices: npt.NDArray[np.int64], size: int) -> None:
+        padded = resized(indices, size)
+        self._xs = [x[padded] for x in self._xs]
+
+
+class _BoundRun:
+    """A run through bound stages until the batch is compacted; from there on as arrays."""
+
+    def __init__(self, stages: Sequence[Runner], bound: BoundStages, images: Array) -> None:
+        bound.start(images)
         self._stages = stages
-        self._linked = linked
+        self._bound = bound
         self._images = images
         self._at = 0
         self._rest: HostStagedRun | None = None
@@ -73,40 +93,25 @@ class _BoundRun:
     def run_stage(self) -> Array:
         if self._rest:
             return self._rest.run_stage()
-        self._linked.run[self._at]()
+        self._bound.run[self._at]()
         self._at += 1
-        logits: Array = self._linked.logits[self._at - 1].copy()
+        logits: Array = self._bound.logits[self._at - 1].copy()
         return logits
 
     def compact(self, indices: npt.NDArray[np.int64], size: int) -> None:
         if not self._rest:
-            xs: Arrays = self._linked.read[self._at - 1] if self._at else [self._images]
+            xs: Arrays = self._bound.inputs[self._at - 1] if self._at else [self._images]
             self._rest = HostStagedRun(self._stages[self._at :], xs)
         self._rest.compact(indices, size)
 
 
-class _Own(threading.local):
-    """Each thread's own linked stages, by batch size."""
+class _ThreadStages(threading.local):
+    """Each thread's own bound stages, by batch size."""
 
     def __init__(self) -> None:
-        self.sizes: dict[int, BoundStages] = {}
+        self.by_size: dict[int, BoundStages] = {}
 
 
-def bound_staged_runner(
-    stages: Sequence[Runner], link: Callable[[Array], BoundStages], fits: Callable[[int], bool]
-) -> StagedRunner:
-    """Batches of a size that `fits` go through linked stages, others as arrays. A thread walks one batch at a time.
-
-    link: makes linked stages for batches like the given images.
-    """
-    own = _Own()
-
-    def start(images: Array) -> AbstractContextManager[StagedRun]:
-        size = len(images)
-        if not fits(size):
-            return nullcontext(HostStagedRun(stages, [images]))
-        if size not in own.sizes:
-            own.sizes[size] = link(images)
-        return nullcontext(_BoundRun(stages, own.sizes[size], images))
-
-    return start
+def resized(rows: npt.NDArray[Scalar], size: int) -> npt.NDArray[Scalar]:
+    """Return the first `size` rows, repeated from the start where there are fewer."""
+    return rows[np.arange(size) % len(rows)]

@@ -127,7 +127,7 @@ def bench(
         classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
         labels=tuple(labels.tolist()),
-        host=describe_host(*(e.engine.backend for e in entries)),
+        host=describe_host(*(e.engine.backend.name for e in entries)),
         load_before=before,
         load_after=load_average(),
         idle_watts=watts,
@@ -304,7 +304,7 @@ def _timing(outcomes: list[Outcome], at: int, size: int) -> Timing:
 def _facts(engine: Engine, path: Path) -> dict[str, Any]:
     """What the manifest says, without the metadata's classes and the curve that the record holds elsewhere."""
     if engine.manifest is None:
-        return {"path": path.name, "name": engine.name, "backend": engine.backend, "source_sha256": sha256(path)}
+        return {"path": path.name, "name": engine.name, "backend": engine.backend.name, "source_sha256": sha256(path)}
     facts = json.loads(to_json(engine.manifest))
     metadata = facts.pop("metadata")
     return {"path": path.name, "name": engine.name, **facts, "curve": [], "provenance": metadata["provenance"]}

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts.metadata import ModelMetadata
-from edgekd.backends.base import Runner, StagedRun, StagedRunner
+from edgekd.backends.runner import Runner, StagedRun, StagedRunner
 from edgekd.policy import NEVER_EXIT, Decision, confidence, softmax
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import Engine

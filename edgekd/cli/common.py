@@ -36,25 +36,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the protocol, recipe or suite."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine; default: all cores.")]
-ProtocolOption = Annotated[
-    str | None, typer.Option(help="Shipped protocol or a .toml file; default: finetune.", show_default=False)
-]
-WeightsOption = Annotated[str | None, typer.Option(help="Initial weights: hub, none, a file or a run folder.")]
-EpochsOption = Annotated[int | None, typer.Option(help="Number of epochs.")]
-LrOption = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Batch size of each process.")]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", help="Data loader processes; 0 loads in the main process.")
-]
-PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", help="auto (the fastest on this machine), 32-true, bf16-mixed or 16-mixed.")
-]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the network's input in pixels.")]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Seed of the split, the random initialisation and the augmentation.")
-]
-SplitOption = Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")]
-FoldOption = Annotated[int | None, typer.Option(help="Index of the test fold of kfold.")]
 GroupOption = Annotated[
     str | None, typer.Option(help="none, a data layout (cluster, slide, …), or a regular expression.")
 ]
@@ -63,9 +45,7 @@ SeedsOption = Annotated[
 ]
 FoldsOption = Annotated[str | None, typer.Option(metavar="all|0,1", help="Sweep: one run per fold of --split kfold:K.")]
 JobsOption = Annotated[int, typer.Option(min=1, help="Parallel runs of a sweep.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Leave out unusable images.")]
-DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
 
 
 FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgekd.backends import BUILTIN
 from edgekd.cli.common import (
     SetOption,
     SplitFile,
@@ -27,17 +28,22 @@ if TYPE_CHECKING:
 OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, for calibration and the accuracy gate.")]
 
 
+def _known_backend(option: typer.CallbackParam, value: str) -> str:
+    from edgekd.backends.base import AUTO, BACKENDS  # onnx takes long to import
+
+    return one_of(AUTO, *BACKENDS)(option, value) or AUTO
+
+
 def compile_(
     source: Annotated[Path, typer.Argument(metavar="STUDENT.ONNX")],
     recipe: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-fp16, dla-int8, or a .toml file.")] = "fp32",
     backend: Annotated[
         str,
         typer.Option(
-            help="auto, onnxruntime, openvino or tensorrt.",
-            callback=one_of("auto", "onnxruntime", "openvino", "tensorrt"),
+            help=f"auto (the fastest engine of those installed), {', '.join(BUILTIN)}, or one of another package.",
+            callback=_known_backend,
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="local, or a device of `edgekd devices`.")] = "local",
     data: OptionalData = None,
     split: SplitFile = None,
     out: Annotated[Path | None, typer.Option(help="Engine folder; STUDENT.engine if not given.")] = None,
@@ -47,15 +53,13 @@ def compile_(
     """student.onnx to student.engine/: built, checked on the validation split and timed on this machine."""
     from edgekd import config
     from edgekd.artifacts.metadata import read_onnx
-    from edgekd.artifacts.recipe import Recipe
+    from edgekd.backends.base import load_recipe
     from edgekd.compiler.build import compile_engine, refuse_other_folder
     from edgekd.data.images import load_subset
     from edgekd.data.split import read_split
-    from edgekd.device_profiles import require_local
 
-    require_local(device)
     out = out or source.with_suffix(".engine")
-    asked = config.load(Recipe, "compile", recipe, overrides=config.parse_overrides(set_ or []))
+    asked = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
     if (data is None) != (split is None):
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
     refuse_other_folder(out)

@@ -21,12 +21,12 @@ from edgekd.artifacts.manifest import MANIFEST, EngineFile, Manifest, write_mani
 from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import find_backend, installed
+from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
 from edgekd.backends.report import describe_host
 from edgekd.compiler.gate import Labels, bounds, check, read_back, stage_times, verdict, worst_drop
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
-from edgekd.host import checked_threads, exact_int8
+from edgekd.host import checked_threads
 from edgekd.runtime.engine import Engine, built_engine, open_engine
 from edgekd.types import Array
 
@@ -74,7 +74,7 @@ def compile_engine(
     out: Path,
     *,
     recipe: Recipe,
-    backend: str = "auto",
+    backend: str = AUTO,
     calibration: Array | None,
     validation: tuple[Array, Labels] | None,
     reference: Array | None = None,
@@ -98,7 +98,7 @@ def compile_engine(
     """
     refuse_other_folder(out)
     threads = checked_threads(threads)
-    names = installed() if backend == "auto" else [backend]
+    backends = installed() if backend == AUTO else [find_backend(backend)]
     if validation and reference is None:
         reference = open_engine(source, threads=threads).logits(validation[0])
     job = _job(source, recipe, calibration, validation, reference, threads)
@@ -106,20 +106,20 @@ def compile_engine(
     attempts: list[Attempt] = []
     errors: list[EdgekdError] = []
     with atomic_folder(out) as part:
-        for i, name in enumerate(names):
-            step = functools.partial(_step, progress, before=i * STEPS, total=len(names) * STEPS)
+        for i, one in enumerate(backends):
+            step = functools.partial(_step, progress, before=i * STEPS, total=len(backends) * STEPS)
             try:
-                manifest, folder, attempt = _build(job, part / name, backend=name, step=step)
-                built[name] = manifest, folder
+                manifest, folder, attempt = _build(job, part / one.name, backend=one, step=step)
+                built[one.name] = manifest, folder
                 attempts.append(attempt)
             except (BackendError, GateError) as error:
-                if backend != "auto":
+                if backend != AUTO:
                     raise
                 errors.append(error)
-                attempts.append(Attempt(name, ok=False, note=error.what))
+                attempts.append(Attempt(one.name, ok=False, note=error.what))
             step(STEPS)
         manifest, folder = built[_fastest(attempts, errors)]
-        _keep(part, manifest, folder, others=names)
+        _keep(part, manifest, folder, others=[b.name for b in backends])
     return manifest, attempts
 
 
@@ -158,7 +158,7 @@ def _job(
 
     @functools.cache
     def quantised(target: str, heads: bool, reduce_range: bool) -> onnx.ModelProto:
-        from edgekd.quantization.cpu import quantize  # it reads this package's graphs
+        from edgekd.quantization import quantize
 
         assert calibration is not None  # asked for above
         method = recipe.calibration_method
@@ -171,7 +171,7 @@ def _job(
         digest = hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
         calibrated = {"images": len(calibration), "method": recipe.calibration_method, "sha256": digest}
     common = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe,
         "source_sha256": sha256(source),
         "calibration": calibrated,
         "edgekd": edgekd.__version__,
@@ -195,16 +195,18 @@ def _keep(folder: Path, manifest: Manifest, built: Path, *, others: list[str]) -
     write_manifest(folder, manifest)
 
 
-def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]) -> tuple[Manifest, Path, Attempt]:
+def _build(
+    job: _Job, folder: Path, *, backend: AnyBackend, step: Callable[[float], None]
+) -> tuple[Manifest, Path, Attempt]:
     """Write, check and time one backend's engine, somewhere in `folder`."""
     manifest, engine, folder = _exact_enough(job, folder, backend=backend, step=step)
     step(2)
-    precision = read_back(folder, backend=backend, recipe=job.recipe)
+    precision = read_back(folder, backend, recipe=job.recipe)
     step(3)
     images = job.validation[0] if job.validation else None
     stage_ms, monolithic_ms = stage_times(engine, images, sizes=job.recipe.batch_sizes)
     note = "; ".join([f"in one piece {monolithic_ms:.2f} ms", *manifest.notes])
-    attempt = Attempt(backend, True, sum(stage_ms["1"]), precision, note=note)
+    attempt = Attempt(backend.name, True, sum(stage_ms["1"]), precision, note=note)
     notes = manifest.notes
     if accuracy := manifest.accuracy:
         worst = worst_drop(accuracy)
@@ -214,7 +216,7 @@ def _build(job: _Job, folder: Path, *, backend: str, step: Callable[[float], Non
 
 
 def _exact_enough(
-    job: _Job, folder: Path, *, backend: str, step: Callable[[float], None]
+    job: _Job, folder: Path, *, backend: AnyBackend, step: Callable[[float], None]
 ) -> tuple[Manifest, Engine, Path]:
     """Write and check. int8 heads, which are faster than float ones, are kept if they seem to lose no more than is
     allowed; else both are built, and the one that loses less is kept.
@@ -224,8 +226,7 @@ def _exact_enough(
     """
     int8 = job.recipe.precision == "int8"
     notes = [] if job.validation else ["no validation images were given: accuracy and parity are unchecked"]
-    if int8 and not exact_int8():
-        notes += [note] if (note := getattr(find_backend(backend), "WITHOUT_VNNI", "")) else []
+    notes += backend.build_notes(job.recipe)
     passed: list[tuple[float, Manifest, Engine, Path]] = []
     for heads in (True, False) if int8 and len(job.metadata.exits) > 1 else (True,):
         part = folder / ("int8-heads" if heads else "float-heads")
@@ -249,27 +250,17 @@ def _exact_enough(
     return min(passed, key=lambda found: found[0])[1:]
 
 
-def _write(job: _Job, folder: Path, *, backend: str, heads: bool, step: Callable[[float], None]) -> Manifest:
+def _write(job: _Job, folder: Path, *, backend: AnyBackend, heads: bool, step: Callable[[float], None]) -> Manifest:
     """Every graph's files, and the manifest as far as it is known by then."""
-    module = find_backend(backend)
-    if job.recipe.tensorrt.dla_core is not None and backend != "tensorrt":
-        raise BackendError(f"{backend} builds for no DLA", fix="use --backend tensorrt, or another --recipe")
-    target = module.TARGET if job.recipe.tensorrt.dla_core is None else "dla"
-    reduce_range = module.SATURATES and not exact_int8()
-    model = job.quantised(target, heads, reduce_range) if job.recipe.precision == "int8" else job.model
+    backend.check_supports(job.recipe)
+    target = backend.quantization_target(job.recipe)
+    model = job.quantised(target, heads, backend.reduces_range()) if job.recipe.precision == "int8" else job.model
     folder.mkdir(parents=True)
     files, parts = {}, graphs(model, job.metadata)
     for i, (name, graph) in enumerate(parts.items()):
         progress = functools.partial(lambda i, share: step(2 * (i + share) / len(parts)), i)
-        module.build(graph, folder / f"{name}{module.SUFFIX}", recipe=job.recipe, progress=progress)
+        backend.build(graph, folder / f"{name}{backend.suffix}", recipe=job.recipe, progress=progress)
         for file in sorted(folder.glob(f"{name}.*")):
             files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
-    return Manifest(
-        job.metadata,
-        backend,
-        str(module.version()),
-        precision={},
-        files=files,
-        host=describe_host(backend),
-        **job.common,
-    )
+    common = {**job.common, "host": describe_host(backend.name)}
+    return Manifest(job.metadata, backend.name, str(backend.version()), precision={}, files=files, **common)

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import StagedRunner, find_backend
+from edgekd.backends.base import AnyBackend
+from edgekd.backends.runner import StagedRunner
 from edgekd.compiler.mcnemar import Drop
 from edgekd.errors import BackendError, GateError
 from edgekd.policy import ensemble
@@ -145,21 +146,20 @@ def _more_images(engine: Engine, recipe: Recipe) -> str:
     return f"calibrate on more images if the training split has more than {used} (--set calibration_images=…), "
 
 
-def read_back(folder: Path, *, backend: str, recipe: Recipe) -> dict[str, float]:
+def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str, float]:
     """What runs, by the backend's own account: precision to share of layers.
 
     Raises:
         BackendError: not what the recipe asked for.
     """
-    module = find_backend(backend)
-    precision = module.precisions(folder / f"monolithic{module.SUFFIX}", recipe=recipe)
+    precision = backend.precisions(folder / f"monolithic{backend.suffix}", recipe=recipe)
     # int8 leaves linear layers and perhaps the heads in float; fp16 leaves to float32 what is faster so.
     least = {"fp32": 0.9, "fp16": 0.5, "int8": 0.2}[recipe.precision]
     names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
     share = sum(precision.get(name, 0.0) for name in names)
-    if share < least or (recipe.halves and precision.get("fp32", 0.0) > 0.5):
+    if share < least or (recipe.uses_fp16 and precision.get("fp32", 0.0) > 0.5):
         ran = ", ".join(f"{part:.0%} {name}" for name, part in precision.items())
-        what = f"{backend} was asked for {recipe.name} and runs {ran}"
+        what = f"{backend.name} was asked for {backend.recipe_name(recipe)} and runs {ran}"
         raise BackendError(what, fix="use another --recipe or --backend")
     return precision
 

@@ -114,14 +114,14 @@ class Classifier:
         exits = range(len(self.metadata.exits))
         if device_side_exit and self.strategy != "cascade":
             raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
-        self._decider = engine.decider(self.policy) if device_side_exit else None
+        self._decider = engine.device_cascade(self.policy) if device_side_exit else None
         if self.strategy == "cascade":
             self._staged_runner = engine.staged_runner()
         else:
             self._graph = engine.monolithic if self.strategy == "full" else engine.final
         times = engine.manifest.stage_ms if engine.manifest else {}
         self._stage_ms = [{int(size): stages[k] for size, stages in times.items()} for k in exits]
-        self._buckets = sorted(self._stage_ms[0]) if engine.backend in ("openvino", "tensorrt") else []
+        self._buckets = sorted(self._stage_ms[0]) if engine.backend.pads_batches else []
         self.batch_size = max(self._stage_ms[0], default=BATCH)
 
     @property

@@ -1,4 +1,4 @@
-"""Opening what was compiled, with the checks that it may run here."""
+"""Opening compiled engines, with the checks that they can run on this machine."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import onnx
 
 from edgekd.artifacts.manifest import Manifest, read_file, read_manifest
 from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graph, graph_names, with_shapes
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends import onnxruntime
-from edgekd.backends.base import Decider, Loaded, Runner, StagedRunner, find_backend
-from edgekd.backends.staged import host_staged_runner
-from edgekd.errors import ArtifactError, BackendError
+from edgekd.backends.base import REFERENCE, AnyBackend, find_backend
+from edgekd.backends.runner import CompiledGraph, DeviceCascade, Runner, StagedRunner
+from edgekd.errors import ArtifactError, BackendError, ConfigError
 from edgekd.files import recover
 from edgekd.host import checked_threads, host_info
 from edgekd.policy import Policy
-from edgekd.schema import from_dict
 from edgekd.types import Array
 
 log = logging.getLogger(__name__)
 
 _alive: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: list[tuple[str, list[Runner]]] = []
-"""Backends and graphs of the process that this one was forked from. Their threads stayed there, so that to use or free
-them here may never end."""
+"""Backends and graphs of the process that this one was forked from. Their threads are not in this process, so using or
+freeing them here may hang."""
 
 
 def _forked() -> None:
-    _inherited.extend((engine.backend, list(engine._runners.values())) for engine in _alive)
+    _inherited.extend((engine.backend.name, list(engine._runners.values())) for engine in _alive)
 
 
 if hasattr(os, "register_at_fork"):
@@ -43,39 +43,43 @@ if hasattr(os, "register_at_fork"):
 
 
 class Engine:
-    """The graphs of one compiled network, each loaded when first asked for. Threads may share it and its runners.
+    """The graphs of one compiled network, each loaded when first used. Threads may share it and its runners.
 
     It belongs to the process that opened it: a process forked from that one cannot use it.
 
-    metadata: classes, preprocessing, exits and policy. manifest: None when opened from student.onnx.
-    digest: SHA-256 of what was opened, of the manifest or of student.onnx.
-    name: backend and precision, for tables. largest_batch: that walkers take; None for any.
+    Args:
+        metadata: Classes, preprocessing, exits and policy.
+        load: Loads the graph called `stage_0`, …, `monolithic` or `final`.
+        backend: The backend that loads them.
+        recipe: The recipe that they were compiled with.
+        threads: CPU threads to use.
+        manifest: None when opened from student.onnx.
+
+    Attributes:
+        digest: SHA-256 of what was opened, of the manifest or of student.onnx.
+        name: Backend and precision, for tables.
+        largest_batch: Largest batch of a staged run; None for any.
     """
 
     def __init__(
         self,
         metadata: ModelMetadata,
-        load: Callable[[str], Runner],
+        load: Callable[[str], CompiledGraph],
         *,
-        backend: str,
-        precision: str,
+        backend: AnyBackend,
+        recipe: Recipe,
         threads: int,
         manifest: Manifest | None = None,
-        make_staged_runner: Callable[[Sequence[Runner]], StagedRunner] | None = None,
-        make_decider: Callable[[Sequence[Runner], Policy], Decider] | None = None,
-        largest_batch: int | None = None,
     ) -> None:
         self.metadata = metadata
         self.manifest = manifest
         self.digest = manifest.digest if manifest else metadata.sha256
         self.backend = backend
-        self.name = f"{backend} {precision}"
+        self.name = f"{backend.name} {backend.recipe_name(recipe)}"
         self.threads = threads
-        self.largest_batch = largest_batch
+        self.largest_batch = max(recipe.batch_sizes) if backend.fixed_batch_sizes else None
         self._load = load
-        self._make_staged_runner = make_staged_runner or host_staged_runner
-        self._make_decider = make_decider
-        self._runners: dict[str, Runner] = {}
+        self._runners: dict[str, CompiledGraph] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._is_closed = False
@@ -87,10 +91,10 @@ class Engine:
         self._runners.clear()
 
     def check_usable(self) -> None:
-        """Whether it can be used here.
+        """Check that the engine can be used in this process.
 
         Raises:
-            BackendError: closed, or this process was forked from the one that opened it.
+            BackendError: It is closed, or this process was forked from the one that opened it.
         """
         if self._is_closed:
             raise BackendError(f"{self.name} is closed", fix="open it again")
@@ -101,41 +105,42 @@ class Engine:
             )
 
     def stage(self, k: int) -> Runner:
-        """Images (k = 0) or the tensors of boundary k-1 to [logits (N, C)] and, but for the last, boundary k."""
+        """Return stage k: images (k = 0) or boundary k-1 to [logits (N, C)] and, but for the last, boundary k."""
         return self._runner(f"stage_{k}")
 
     def staged_runner(self, exits: int | None = None) -> StagedRunner:
-        """Load the stages up to so many exits, all if None; `with walker(images) as walk` sends a batch along."""
-        return self._make_staged_runner([self.stage(k) for k in range(exits or len(self.metadata.exits))])
+        """Load the stages of the first `exits` exits (None: all); `with runner(images) as run` starts a staged run."""
+        return self.backend.staged_runner(self._stages(exits))
 
-    def decider(self, policy: Policy) -> Decider:
-        """The cascade of one image, with nobody but the device deciding when it ends.
+    def device_cascade(self, policy: Policy) -> DeviceCascade:
+        """Return a cascade for one image in which the device itself applies the exit policy.
 
         Raises:
-            BackendError: the backend, or CUDA here, has no such thing.
+            BackendError: The backend, or CUDA on this machine, does not support it.
         """
-        if self._make_decider is None:
-            what = f"{self.backend} cannot decide on the device when to stop"
-            raise BackendError(what, fix="leave out --device-side-exit")
-        return self._make_decider([self.stage(k) for k in range(len(self.metadata.exits))], policy)
+        return self.backend.device_cascade(self._stages(), policy)
 
     @property
     def monolithic(self) -> Runner:
-        """Images (N, 3, H, W) to the logits (N, C) of every exit."""
+        """The graph from images (N, 3, H, W) to the logits (N, C) of every exit."""
         return self._runner("monolithic")
 
     @property
     def final(self) -> Runner:
-        """Images (N, 3, H, W) to [the last exit's logits (N, C)]: the network without its shallow exits."""
+        """The graph from images (N, 3, H, W) to [the last exit's logits (N, C)], without the earlier exit heads."""
         return self._runner("final")
 
     def logits(self, images: Array, *, batch_size: int = 32) -> Array:
-        """Images (N, 3, H, W) to the logits of all exits, (E, N, C)."""
+        """Run the monolithic graph on images (N, 3, H, W).
+
+        Returns:
+            The logits of all exits, (E, N, C).
+        """
         batches = [self.monolithic(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
 
     def staged_logits(self, images: Array, *, batch_size: int = 32) -> Array:
-        """The same through the stages one after the other, as a cascade in which nobody leaves."""
+        """Return the logits of all exits, (E, N, C), by a staged run without early exit."""
         batches = []
         staged_runner, size = self.staged_runner(), min(batch_size, self.largest_batch or batch_size)
         for start in range(0, len(images), size):
@@ -143,26 +148,35 @@ class Engine:
                 batches.append([run.run_stage() for _ in self.metadata.exits])
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
 
-    def _runner(self, name: str) -> Runner:
+    def _stages(self, exits: int | None = None) -> list[CompiledGraph]:
+        return [self._runner(f"stage_{k}") for k in range(exits or len(self.metadata.exits))]
+
+    def _runner(self, name: str) -> CompiledGraph:
         self.check_usable()
         name = name if len(self.metadata.exits) > 1 else "monolithic"
         with self._lock:
             if name not in self._runners:
-                self._runners[name] = self._load(name)
+                graph = self._load(name)
+                _check_shapes(graph, name, self.metadata)
+                self._runners[name] = graph
             return self._runners[name]
 
 
 def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
-    What is open stays what it was: a graph that is loaded later is checked against the manifest as it was read here.
-    threads: cores to use; all that the process may use if None. digest: of the engine that it has to be, if any.
+    The engine stays what it was when opened: a graph that is loaded later is checked against the manifest read here.
+
+    Args:
+        path: Engine folder or ONNX file.
+        threads: CPU threads to use; all that the process may use if None.
+        digest: Digest that the engine must have, if not empty.
 
     Raises:
-        ArtifactError: missing, damaged or edited; built by another backend version or for another kind of machine; not
-            the one of this digest.
-        BackendError: the backend is not installed.
-        ConfigError: fewer threads than one.
+        ArtifactError: Missing, damaged or edited; built by another backend version or for another kind of machine; of
+            another digest.
+        BackendError: The backend is not installed.
+        ConfigError: Fewer threads than one.
     """
     engine = _open(path, threads=checked_threads(threads))
     if digest and engine.digest != digest:
@@ -172,113 +186,96 @@ def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> 
 
 def _open(path: Path, *, threads: int) -> Engine:
     recover(path)
-    if path.is_dir():
-        manifest = read_manifest(path)
-        check_host(manifest, path)
-        _check_files(manifest, path)
-        return built_engine(path, manifest, threads=threads)
-    find_backend("onnxruntime")
-    model, metadata = read_onnx(path)
+    if not path.is_dir():
+        return reference_engine(*read_onnx(path), threads=threads)
+    manifest = read_manifest(path)
+    check_host(manifest, path)
+    _check_files(manifest, path)
+    return built_engine(path, manifest, threads=threads)
+
+
+def reference_engine(model: onnx.ModelProto, metadata: ModelMetadata, *, threads: int) -> Engine:
+    """Open student.onnx in FP32, as the reference that engines are compared with.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed.
+    """
+    backend, recipe = find_backend(REFERENCE), Recipe("fp32")
     model = with_shapes(model)
 
-    def load(name: str) -> Runner:
+    def load(name: str) -> CompiledGraph:
         data = graph(model, metadata, name=name).SerializeToString()
-        return _checked(onnxruntime.load(data, recipe=Recipe("fp32"), threads=threads), name, metadata)
+        return cast(CompiledGraph, backend.load(Path(name), recipe=recipe, threads=threads, read=lambda _: data))
 
-    staged_runner = onnxruntime.staged_runner
-    return Engine(
-        metadata, load, backend="onnxruntime", precision="fp32", threads=threads, make_staged_runner=staged_runner
-    )
+    return Engine(metadata, load, backend=backend, recipe=recipe, threads=threads)
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
-    """The engine whose files lie in `folder`; they are checked when they are loaded."""
-    backend = find_backend(manifest.backend)
-    recipe = from_dict(Recipe, manifest.recipe, where=f"{folder}: recipe", error=ArtifactError)
-    if manifest.backend != "onnxruntime" and manifest.backend in dict(_inherited):
+    """Open the engine whose files are in `folder`; they are checked when they are loaded."""
+    backend, recipe = find_backend(manifest.backend), manifest.recipe
+    if not backend.works_after_fork and backend.name in dict(_inherited):
         raise BackendError(
-            f"{manifest.backend} was in use when this process was forked, and cannot be used here",
+            f"{backend.name} was in use when this process was forked, and cannot be used here",
             fix="start processes by multiprocessing's spawn method, or close engines before the fork",
         )
 
-    def load(name: str) -> Runner:
-        path = folder / f"{name}{backend.SUFFIX}"
+    def load(name: str) -> CompiledGraph:
         read = functools.partial(read_file, manifest=manifest)
-        return _checked(backend.load(path, recipe=recipe, threads=threads, read=read), name, manifest.metadata)
+        path = folder / f"{name}{backend.suffix}"
+        return cast(CompiledGraph, backend.load(path, recipe=recipe, threads=threads, read=read))
 
-    return Engine(
-        manifest.metadata,
-        load,
-        backend=manifest.backend,
-        precision=recipe.name,
-        threads=threads,
-        manifest=manifest,
-        make_staged_runner=getattr(backend, "staged_runner", None),
-        make_decider=getattr(backend, "decider", None),
-        largest_batch=None if backend.ANY_BATCH else max(recipe.batch_sizes),
-    )
+    return Engine(manifest.metadata, load, backend=backend, recipe=recipe, threads=threads, manifest=manifest)
 
 
-def _checked(runner: Loaded, name: str, metadata: ModelMetadata) -> Runner:
-    """A graph that reads and answers what the metadata says.
+def _check_shapes(graph: CompiledGraph, name: str, metadata: ModelMetadata) -> None:
+    """Check the shapes of a graph's input and logits against the metadata.
 
     Raises:
-        ArtifactError: it does not.
+        ArtifactError: They differ.
     """
     image = (3, metadata.preprocess.image_size, metadata.preprocess.image_size)
-    read, answered = runner.ends
+    read, logits = graph.row_shapes
     if name in ("stage_0", "monolithic", "final") and read != image:
         raise ArtifactError(f"{name} reads {read}, its metadata says {image}", fix="compile again")
-    if answered != (len(metadata.classes),):
+    if logits != (len(metadata.classes),):
         raise ArtifactError(
-            f"{name} answers {answered}, its metadata has {len(metadata.classes)} classes", fix="compile again"
+            f"{name} gives {logits}, its metadata has {len(metadata.classes)} classes", fix="compile again"
         )
-    return runner
 
 
 def _check_files(manifest: Manifest, path: Path) -> None:
-    """Whether the files are the graphs of this metadata, as this backend writes them, and no others.
+    """Check that the manifest lists the files of these graphs, as this backend writes them, and no others.
 
     Raises:
-        ArtifactError: they are not.
+        ArtifactError: It does not.
     """
-    recipe = from_dict(Recipe, manifest.recipe, where=f"{path}: recipe", error=ArtifactError)
-    suffixes = find_backend(manifest.backend).suffixes(recipe)
-    asked = {f"{name}{suffix}": name for name in graph_names(manifest.metadata) for suffix in suffixes}
+    suffixes = find_backend(manifest.backend).suffixes(manifest.recipe)
+    expected = {f"{name}{suffix}": name for name in graph_names(manifest.metadata) for suffix in suffixes}
     found = {name: file.graph for name, file in manifest.files.items()}
-    if found != asked:
-        odd = min(found.items() ^ asked.items())[0]
+    if found != expected:
+        odd = min(found.items() ^ expected.items())[0]
         what = f"{path}: its manifest lists other files than the graphs of {manifest.backend}: {odd}"
         raise ArtifactError(what, fix="compile again")
 
 
 def check_host(manifest: Manifest, path: Path) -> None:
-    """Whether an engine built there may run here; another CPU of the same kind is only said in the log.
+    """Check that an engine can run on this machine; another CPU of the same kind is logged only.
 
     Raises:
-        ArtifactError: another backend version, system or architecture, or a CPU whose 8-bit sums would saturate.
+        ArtifactError: Damaged options, another system or architecture, or one of `Backend.incompatibility`.
     """
-    recipe = from_dict(Recipe, manifest.recipe, where=f"{path}: recipe", error=ArtifactError)
+    backend, here, there = find_backend(manifest.backend), host_info(), manifest.host
+    try:
+        backend.parse_options(manifest.recipe, where=f"{path}: recipe")
+    except ConfigError as error:
+        raise ArtifactError(error.what, fix="compile again") from None
     rebuild = (
-        f"build it again on this machine: edgekd compile student.onnx --recipe {recipe.name} "
+        f"build it again on this machine: edgekd compile student.onnx --recipe {backend.recipe_name(manifest.recipe)} "
         f"--backend {manifest.backend} --out {path}"
     )
-    backend, here, there = find_backend(manifest.backend), host_info(), manifest.host
     for key in ("system", "machine"):
         built_on, found = getattr(there, key), getattr(here, key)
         if built_on != found:
             raise ArtifactError(f"{path} was built on {key} {built_on}; here is {found}", fix=rebuild)
-    if hasattr(backend, "refusal"):
-        if why := backend.refusal(manifest):
-            raise ArtifactError(f"{path} {why}", fix=rebuild)
-        return
-    if backend.version() != manifest.backend_version:
-        what = f"{path} was built by {manifest.backend} {manifest.backend_version}; here is {backend.version()}"
-        raise ArtifactError(what, fix=rebuild)
-    if recipe.precision == "int8" and there.exact_int8 and not here.exact_int8:
-        what = f"{path} was quantised for a CPU with VNNI; this one ({here.cpu}) has none"
-        if backend.SATURATES:
-            raise ArtifactError(what, fix=rebuild)
-        log.warning("%s: it answers the same here, and takes longer", what)
-    if there.cpu != here.cpu:
-        log.warning("%s was built on %s; here is %s: its times do not hold", path, there.cpu, here.cpu)
+    if reason := backend.incompatibility(manifest):
+        raise ArtifactError(f"{path} {reason}", fix=rebuild)

@@ -136,7 +136,9 @@ def test_a_measure_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_where_the_gpu_cannot(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     policy = Policy((1.0,) * 3, (0.5, 0.5))
-    with pytest.raises(BackendError, match=r"onnxruntime cannot decide on the device[\s\S]*--device-side-exit"):
+    with pytest.raises(
+        BackendError, match=r"onnxruntime cannot apply the exit policy on the device[\s\S]*--device-side-exit"
+    ):
         Classifier(small_student, policy=policy, device_side_exit=True)
     for keys, text in (
         ({"bindings": ("pycuda",)}, "pycuda has no"),

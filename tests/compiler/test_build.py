@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd import config
 from edgekd.artifacts.manifest import read_manifest
 from edgekd.artifacts.recipe import Recipe
+from edgekd.backends.base import load_recipe
 from edgekd.cli.compile import _attempts
 from edgekd.compiler.build import Attempt, compile_engine
 from edgekd.compiler.gate import check
@@ -19,11 +19,11 @@ from edgekd.files import sha256
 from edgekd.runtime.engine import open_engine
 
 IMAGES = np.random.default_rng(3).normal(size=(12, 3, 32, 32)).astype(np.float32)
-SHORT = {"batch_sizes": [1, 2], "static_batch_sizes": [1]}
+SHORT = {"batch_sizes": [1, 2], "openvino.static_batch_sizes": [1]}
 
 
 def recipe(name: str, **overrides: object) -> Recipe:
-    return config.load(Recipe, "compile", name, overrides={**SHORT, **overrides})
+    return load_recipe(name, {**SHORT, **overrides})
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def openvino_has_16_bits() -> bool:
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
 def test_shipped_recipes(name: str) -> None:
-    assert config.load(Recipe, "compile", name).precision == name
+    assert load_recipe(name).precision == name
 
 
 def test_recipe_misspelt_and_wrong() -> None:
@@ -107,7 +107,7 @@ def test_fp16_says_what_ran(student_onnx: Path, tmp_path: Path) -> None:
 def test_precision_that_does_not_run_is_an_error(
     student_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekd.backends.openvino._hint", lambda recipe: "f32")
+    monkeypatch.setattr("edgekd.backends.openvino._precision_hint", lambda recipe: "f32")
     with pytest.raises(BackendError, match="openvino was asked for fp16 and runs 100% fp32"):
         compile_engine(
             student_onnx, tmp_path / "e", recipe=recipe("fp16"), backend="openvino", calibration=None, validation=None

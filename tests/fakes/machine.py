@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from fakes.bindings import cuda_driver, cuda_python, nvrtc, pycuda
 from fakes.cuda import Cuda
 from fakes.tensorrt import Trouble, make
-from onnx import TensorProto, helper, numpy_helper
 
+from edgekd import testing
 from edgekd.artifacts.manifest import Manifest
-from edgekd.artifacts.metadata import Exit, ModelMetadata, put_metadata
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import find
 from edgekd.backends.tensorrt.library import library, logger
 from edgekd.backends.tensorrt.runner import say_once
 from edgekd.compiler.build import compile_engine
-from edgekd.data.preprocess import Preprocess
 from edgekd.policy import Policy
 from edgekd.runtime.engine import Engine, open_engine
 from edgekd.types import Array
@@ -113,59 +110,10 @@ def box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
     assert not any(cuda.queue for cuda in cudas), "work was enqueued that nobody waited for"
 
 
-def conv(name: str, x: str, y: str, weights: dict[str, Any], *, to: int, of: int, stride: int = 1) -> list[Any]:
-    weights[f"{name}_w"] = RNG.normal(size=(to, of, 3, 3)).astype(np.float32) * (2 / (9 * of)) ** 0.5
-    weights[f"{name}_b"] = RNG.normal(size=to).astype(np.float32) * 0.1
-    kwargs = {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [stride] * 2}
-    return [helper.make_node("Conv", [x, f"{name}_w", f"{name}_b"], [y], name=name, **kwargs)]
-
-
-def head(k: int, x: str, weights: dict[str, Any], *, of: int) -> list[Any]:
-    weights[f"fc{k}_w"] = RNG.normal(size=(5, of)).astype(np.float32)
-    weights[f"fc{k}_b"] = np.zeros(5, np.float32)
-    return [
-        helper.make_node("GlobalAveragePool", [x], [f"pool{k}"], name=f"pool{k}"),
-        helper.make_node("Flatten", [f"pool{k}"], [f"flat{k}"], name=f"flat{k}"),
-        helper.make_node("Gemm", [f"flat{k}", f"fc{k}_w", f"fc{k}_b"], [f"exit_{k}"], name=f"fc{k}", transB=1),
-    ]
-
-
 @pytest.fixture(scope="session")
 def small_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three exits, a residual, and a second boundary of two tensors."""
-    w: dict[str, Any] = {}
-    nodes = [
-        *conv("stem", "images", "s", w, to=16, of=3, stride=2),
-        helper.make_node("Relu", ["s"], ["stage_0"], name="relu0"),
-        *head(0, "stage_0", w, of=16),
-        *conv("left", "stage_0", "c", w, to=16, of=16),
-        helper.make_node("Add", ["c", "stage_0"], ["d"], name="add"),
-        helper.make_node("Relu", ["d"], ["stage_1_0"], name="relu1"),
-        *conv("down", "stage_1_0", "e", w, to=32, of=16, stride=2),
-        helper.make_node("Relu", ["e"], ["stage_1_1"], name="relu2"),
-        *head(1, "stage_1_1", w, of=32),
-        *conv("last", "stage_1_0", "f", w, to=32, of=16, stride=2),
-        helper.make_node("Add", ["f", "stage_1_1"], ["g"], name="add2"),
-        helper.make_node("Relu", ["g"], ["stage_2"], name="relu3"),
-        *head(2, "stage_2", w, of=32),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 16, 16])],
-        [helper.make_tensor_value_info(f"exit_{k}", TensorProto.FLOAT, ["n", 5]) for k in range(3)],
-        [numpy_helper.from_array(value, name) for name, value in w.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    exits = (
-        Exit("exit_0", ("stage_0",)),
-        Exit("exit_1", ("stage_1_0", "stage_1_1")),
-        Exit("exit_2", ("stage_2",)),
-    )
-    put_metadata(model, ModelMetadata("small", tuple("abcde"), Preprocess(16), exits, Policy((1.0,) * 3, (0.26, 0.3))))
-    path = tmp_path_factory.mktemp("student") / "student.onnx"
-    onnx.save(model, str(path))
-    return path
+    return testing.small_student(tmp_path_factory.mktemp("student") / "student.onnx")
 
 
 def recipe(name: str = "fp32", **keys: Any) -> Recipe:

@@ -18,21 +18,21 @@ from edgekd.artifacts.metadata import Exit, ModelMetadata, read_onnx
 from edgekd.artifacts.partition import backbone, graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends import onnxruntime
-from edgekd.backends.base import Runner, find_backend
+from edgekd.backends.base import AnyBackend, find_backend
+from edgekd.backends.runner import CompiledGraph
 from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ConfigError
 from edgekd.export import to_onnx
-from edgekd.host import exact_int8
 from edgekd.models.networks import SingleExit
 from edgekd.policy import Policy
-from edgekd.quantization.cpu import quantize
+from edgekd.quantization import QUANTIZERS, quantize
 from edgekd.runtime.engine import Engine, open_engine
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
-    return onnxruntime.load(model.SerializeToString(), recipe=Recipe("fp32"), threads=1)(x)
+    return onnxruntime.open_graph(model.SerializeToString(), threads=1)(x)
 
 
 @pytest.fixture(scope="module")
@@ -148,24 +148,25 @@ def test_every_student_in_int8(name: str, exported: Callable[[str], Any], tmp_pa
     path, _, cells = exported(name)
     model, metadata = read_onnx(path)
     want = open_engine(path, threads=1).logits(cells)
-    for backend in ("onnxruntime", "openvino"):
-        reduce_range = find_backend(backend).SATURATES and not exact_int8()
-        whole = quantize(model, metadata, cells[::4], target="cpu", heads=True, reduce_range=reduce_range)
+    recipe = Recipe("int8", options={"openvino": {"static_batch_sizes": (1,)}})
+    for backend in (find_backend("onnxruntime"), find_backend("openvino")):
+        reduced = backend.reduces_range()
+        whole = quantize(model, metadata, cells[::4], target="cpu", heads=True, reduce_range=reduced)
         parts = graphs(whole, metadata)
-        engine = Engine(metadata, loader(backend, parts, tmp_path), backend=backend, precision="int8", threads=1)
+        engine = Engine(metadata, loader(backend, recipe, parts, tmp_path), backend=backend, recipe=recipe, threads=1)
         have = engine.logits(cells, batch_size=1)
         assert np.array_equal(engine.staged_logits(cells[:5], batch_size=1), have[:, :5])
         same = [(of_image(a) == of_image(b)).mean() for a, b in zip(have, want)]
-        assert min(same) >= 0.7, (backend, same)
+        assert min(same) >= 0.7, (backend.name, same)
 
 
-def loader(backend: str, parts: dict[str, onnx.ModelProto], folder: Path) -> Callable[[str], Runner]:
-    recipe, module = Recipe("int8", static_batch_sizes=(1,)), find_backend(backend)
-
-    def load(name: str) -> Runner:
-        file = folder / f"{name}{module.SUFFIX}"
-        module.build(parts[name], file, recipe=recipe)
-        return module.load(file, recipe=recipe, threads=1)
+def loader(
+    backend: AnyBackend, recipe: Recipe, parts: dict[str, onnx.ModelProto], folder: Path
+) -> Callable[[str], CompiledGraph]:
+    def load(name: str) -> CompiledGraph:
+        file = folder / f"{name}{backend.suffix}"
+        backend.build(parts[name], file, recipe=recipe)
+        return backend.load(file, recipe=recipe, threads=1)
 
     return load
 
@@ -204,9 +205,12 @@ def test_other_calibration_methods(student_onnx: Path, method: str) -> None:
     assert np.abs(run(other, IMAGES)[3] - run(model, IMAGES)[3]).max() <= 0.5 * np.abs(run(model, IMAGES)[3]).max()
 
 
-def test_refuses_no_images_and_unknown_targets(student_onnx: Path) -> None:
+def test_no_images_and_unknown_targets_and_methods_are_refused(student_onnx: Path) -> None:
     model, metadata = read_onnx(student_onnx)
     with pytest.raises(ConfigError, match="no calibration images"):
         quantize(model, metadata, IMAGES[:0], target="cpu", heads=True)
     with pytest.raises(ConfigError, match="Did you mean 'cpu'"):
         quantize(model, metadata, IMAGES, target="cpus", heads=True)
+    for target in QUANTIZERS:
+        with pytest.raises(ConfigError, match="Did you mean 'minmax'"):
+            quantize(model, metadata, IMAGES, target=target, heads=True, method="minmx")

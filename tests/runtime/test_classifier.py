@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,10 @@ import pytest
 from PIL import Image
 
 from edgekd.artifacts.manifest import Manifest
-from edgekd.backends.base import Runner
+from edgekd.artifacts.recipe import Recipe
+from edgekd.backends.base import find_backend
+from edgekd.backends.runner import StagedRunner
+from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import ConfigError, DataError
 from edgekd.policy import NEVER_EXIT, Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.classifier import Classifier, next_batch
@@ -115,18 +119,33 @@ class Recorder(Engine):
     pixel, in which the image's number is."""
 
     def __init__(self, engine: Engine, logits: Array, *, backend: str, stage_ms: dict[str, tuple[float, ...]]) -> None:
-        manifest = Manifest(engine.metadata, backend, "", {}, {}, {}, {}, "", stage_ms=stage_ms)
-        super().__init__(engine.metadata, self._runner_for, backend=backend, precision="", threads=1, manifest=manifest)
+        recipe = Recipe("fp32")
+        manifest = Manifest(engine.metadata, backend, "", recipe, {}, {}, {}, "", stage_ms=stage_ms)
+        load = functools.partial(Recorded, self)
+        super().__init__(
+            engine.metadata, load, backend=find_backend(backend), recipe=recipe, threads=1, manifest=manifest
+        )
         self._logits, self.sizes = logits, list[int]()
 
-    def _runner_for(self, name: str) -> Runner:
-        if name == "monolithic":
-            return lambda *xs: list(self._record(xs[0]))
-        return lambda *xs: [self._record(xs[0])[int(name[-1])], *xs]
+    def staged_runner(self, exits: int | None = None) -> StagedRunner:
+        return host_staged_runner([self.stage(k) for k in range(exits or len(self.metadata.exits))])
 
-    def _record(self, x: npt.NDArray[Any]) -> Array:
+    def record(self, x: npt.NDArray[Any]) -> Array:
         self.sizes.append(len(x))
         return self._logits[:, x[:, 0, 0, 0].astype(int)]
+
+
+class Recorded:
+    """One graph of a `Recorder`."""
+
+    row_shapes = ((3, 32, 32), (5,))
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self._recorder, self._name = recorder, name
+
+    def __call__(self, *xs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        logits = self._recorder.record(xs[0])
+        return list(logits) if self._name == "monolithic" else [logits[int(self._name[-1])], *xs]
 
 
 def numbered(count: int) -> Array:

@@ -17,7 +17,8 @@ from edgekd import config
 from edgekd.artifacts.manifest import MANIFEST, read_manifest, read_metadata, write_manifest
 from edgekd.artifacts.metadata import Exit, put_metadata, read_onnx
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import find_backend, shares
+from edgekd.backends.base import find_backend, fractions
+from edgekd.backends.openvino import OpenVinoBackend
 from edgekd.bench.suite import Suite
 from edgekd.compiler.build import compile_engine
 from edgekd.errors import ArtifactError, BackendError, ConfigError
@@ -26,7 +27,7 @@ from edgekd.runtime.engine import open_engine
 
 RNG = np.random.default_rng(2)
 IMAGES = RNG.normal(size=(12, 3, 32, 32)).astype(np.float32)
-QUICK = Recipe("int8", max_accuracy_drop=100.0, batch_sizes=(1,), static_batch_sizes=(1,))
+QUICK = Recipe("int8", max_accuracy_drop=100.0, batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1,)}})
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
@@ -44,13 +45,13 @@ def copy(engine_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(engine_path, tmp_path / "copy.engine"))
 
 
-def test_shares() -> None:
-    assert shares(["int8", "fp32", "int8", "int8"]) == {"int8": 0.75, "fp32": 0.25}
+def test_fractions() -> None:
+    assert fractions(["int8", "fp32", "int8", "int8"]) == {"int8": 0.75, "fp32": 0.25}
 
 
 def test_student_onnx_opens_in_fp32(student_onnx: Path) -> None:
     engine = open_engine(student_onnx, threads=1)
-    assert (engine.backend, engine.name, engine.threads) == ("onnxruntime", "onnxruntime fp32", 1)
+    assert (engine.backend.name, engine.name, engine.threads) == ("onnxruntime", "onnxruntime fp32", 1)
     assert engine.manifest is None
     logits = engine.logits(IMAGES, batch_size=5)
     assert logits.shape == (4, 12, 5)
@@ -144,7 +145,7 @@ def test_threads_may_share_an_engine(engine_path: Path, threads: int | None) -> 
 
 
 def test_linked_stages_go_on_as_arrays_when_rows_leave(student_onnx: Path, tmp_path: Path) -> None:
-    recipe = Recipe("fp32", batch_sizes=(1,), static_batch_sizes=(1, 4))
+    recipe = Recipe("fp32", batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1, 4)}})
     compile_engine(student_onnx, tmp_path / "e", recipe=recipe, backend="openvino", calibration=None, validation=None)
     engine = open_engine(tmp_path / "e")
     staged_runner, want = engine.staged_runner(), engine.logits(IMAGES[:8])
@@ -274,7 +275,7 @@ def test_unknown_backend() -> None:
 
 
 def test_backend_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekd.backends.openvino.version", lambda: None)
+    monkeypatch.setattr(OpenVinoBackend, "version", lambda self: None)
     with pytest.raises(BackendError, match=r"pip install 'edgekd\[cpu\]'"):
         find_backend("openvino")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgekd.artifacts.manifest import Manifest, read_manifest, write_manifest
+from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.policy import Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
@@ -143,7 +144,7 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
     assert tuned.policy.average == "mean"
     assert 0 < tuned.latency_ms < 1e6
 
-    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", {}, {}, {}, {}, ""))
+    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, {}, {}, ""))
     save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
     with pytest.raises(ArtifactError, match="rewritten while"):
         save_tuned(tmp_path, tuned, {}, digest="of what it was before")

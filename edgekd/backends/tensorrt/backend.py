@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,110 +13,145 @@ import onnx
 
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Read, shares
+from edgekd.backends.base import Backend, ReadFile, fractions
 from edgekd.backends.cuda.device import device
+from edgekd.backends.runner import DeviceCascade as DeviceCascadeRunner
+from edgekd.backends.runner import StagedRunner
+from edgekd.backends.tensorrt import library as trt_library
+from edgekd.backends.tensorrt import runner
 from edgekd.backends.tensorrt.builder import build_plan
-from edgekd.backends.tensorrt.device_exit import decider as decider
+from edgekd.backends.tensorrt.device_exit import DeviceCascade
 from edgekd.backends.tensorrt.library import failed, library, number
-from edgekd.backends.tensorrt.library import version as version
-from edgekd.backends.tensorrt.runner import Opened
-from edgekd.backends.tensorrt.runner import staged_runner as staged_runner
+from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
+from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write
+from edgekd.policy import Policy
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".plan"
-EXTRA = "tensorrt"
-TARGET = "tensorrt"
-ANY_BATCH = False
-SATURATES = False
 _WEIGHTED = r"conv|gemm|matrixmultiply|matmul|fullyconnected|dla"
-"""What the inspector calls layers that multiply by weights, in any of its words."""
+"""Types of layers that multiply by weights, in the inspector's various spellings."""
 _TYPES = {"int8": "int8|i8", "bf16": "bf16|bfloat", "fp8": "fp8|e4m3", "fp16": "fp16|half|f16", "fp32": "float|fp?32"}
 _MAJORS = {8: 0, 9: 1, 10: 1, 11: 2}
 """Version-compatible engines cross one of these steps, upwards."""
 
 
-def build(
-    graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
-) -> None:
-    """Write the engine, and if it has no weights of its own the graph that holds them beside it.
+class TensorRTBackend(Backend[TensorRTRunner]):
+    """TensorRT on the first GPU, or on a deep learning accelerator."""
 
-    Raises:
-        BackendError: see `builder.build_plan`; or no driver, GPU or CUDA bindings.
-    """
-    with device():
-        plan, given = build_plan(graph, name=path.stem, recipe=recipe, progress=progress)
-    atomic_write(path, plan)
-    if recipe.tensorrt.strip_weights:
-        atomic_write(path.with_suffix(".onnx"), given.SerializeToString())
+    name = "tensorrt"
+    extra = "tensorrt"
+    packages = (*trt_library.PACKAGES, "cuda-python", "pycuda")
+    suffix = ".plan"
+    supported_precisions = frozenset({"fp32", "fp16", "int8"})
+    options = TensorRTOptions
+    fixed_batch_sizes = True
+    pads_batches = True
 
+    def version(self) -> str | None:
+        return trt_library.version()
 
-def suffixes(recipe: Recipe) -> tuple[str, ...]:
-    """The files that `build` writes for each graph."""
-    return (SUFFIX, ".onnx") if recipe.tensorrt.strip_weights else (SUFFIX,)
+    def build(
+        self, graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
+    ) -> None:
+        """Write the engine and, if its weights are stripped, the graph that holds them beside it.
 
+        Raises:
+            BackendError: See `builder.build_plan`; or no driver, GPU or CUDA bindings.
+        """
+        with device():
+            plan, given = build_plan(graph, name=path.stem, recipe=recipe, progress=progress)
+        atomic_write(path, plan)
+        if parse_options(recipe).strip_weights:
+            atomic_write(path.with_suffix(".onnx"), given.SerializeToString())
 
-def load(path: Path, *, recipe: Recipe, threads: int, read: Read = Path.read_bytes) -> Opened:  # the GPU does the work
-    """Deserialise a written engine.
+    def suffixes(self, recipe: Recipe) -> tuple[str, ...]:
+        return (self.suffix, ".onnx") if parse_options(recipe).strip_weights else (self.suffix,)
 
-    Raises:
-        BackendError: TensorRT refuses it; or no driver, GPU or CUDA bindings.
-    """
-    return Opened(path, recipe, read)
+    def load(self, path: Path, *, recipe: Recipe, threads: int, read: ReadFile = Path.read_bytes) -> TensorRTRunner:
+        """Deserialise a built engine; the GPU does the work, so `threads` is not used.
 
+        Raises:
+            BackendError: TensorRT refuses it; or no driver, GPU or CUDA bindings.
+        """
+        return TensorRTRunner(path, recipe, read)
 
-def here() -> dict[str, Any]:
-    """What of this machine an engine depends on, for the manifest."""
-    gpu = device()
-    return {"gpu": gpu.name, "sm": gpu.sm, "cuda_runtime": gpu.cuda["runtime"], "cuda_driver": gpu.cuda["driver"]}
+    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+        """Count precisions among the layers that multiply by weights, as TensorRT's engine inspector names them.
 
+        Raises:
+            BackendError: The inspector's report cannot be read.
+        """
+        found = fractions([_type(layer) for layer in layers(TensorRTRunner(path, recipe)) if _is_weighted(layer)])
+        if not found:
+            raise BackendError(f"TensorRT's inspector names no layer of {path} with weights", fix="report this network")
+        return found
 
-def refusal(manifest: Manifest) -> str:
-    """Why an engine that was built there cannot run here; empty if it can. Asked before TensorRT sees it.
+    def quantization_target(self, recipe: Recipe) -> str:
+        return "tensorrt" if parse_options(recipe).dla_core is None else "dla"
 
-    Raises:
-        BackendError: no driver, GPU or CUDA bindings.
-    """
-    asked = manifest.recipe.get("tensorrt", {})
-    gpu, there = device(), manifest.host.backends.get("tensorrt", {})
-    ours, its = str(version()), manifest.backend_version
-    if ours != its and not (asked.get("version_compatible") and _follows(ours, its)):
-        return f"was built by TensorRT {its}; here is {ours}"
-    if there.get("sm") != gpu.sm and not (asked.get("hardware_compatible") and float(gpu.sm) >= 8):
-        return f"was built for {there.get('gpu')} (SM {there.get('sm')}); here is {gpu.name} (SM {gpu.sm})"
-    if there.get("gpu") != gpu.name:
-        log.warning("the engine was built on %s; here is %s: its times do not hold", there.get("gpu"), gpu.name)
-    return ""
+    def recipe_name(self, recipe: Recipe) -> str:
+        return recipe.name if parse_options(recipe).dla_core is None else f"dla-{recipe.precision}"
+
+    def exclusive_feature(self, recipe: Recipe) -> str:
+        return "" if parse_options(recipe).dla_core is None else "DLA"
+
+    def staged_runner(self, stages: Sequence[TensorRTRunner]) -> StagedRunner:
+        return runner.staged_runner(stages)
+
+    def device_cascade(self, stages: Sequence[TensorRTRunner], policy: Policy) -> DeviceCascadeRunner:
+        return DeviceCascade(stages, policy)
+
+    def host_facts(self) -> dict[str, str]:
+        """Return GPU, compute capability (`sm`) and the CUDA versions of runtime and driver.
+
+        Raises:
+            BackendError: No driver, GPU or CUDA bindings.
+        """
+        gpu = device()
+        return {"gpu": gpu.name, "sm": gpu.sm, "cuda_runtime": gpu.cuda["runtime"], "cuda_driver": gpu.cuda["driver"]}
+
+    def incompatibility(self, manifest: Manifest) -> str:
+        """Compare versions and GPU, before TensorRT reads the engine.
+
+        Raises:
+            BackendError: No driver, GPU or CUDA bindings.
+        """
+        requested, gpu, there = parse_options(manifest.recipe), device(), manifest.host.backends.get(self.name, {})
+        ours, its = str(self.version()), manifest.backend_version
+        if ours != its and not (requested.version_compatible and _follows(ours, its)):
+            return f"was built by TensorRT {its}; here is {ours}"
+        if there.get("sm") != gpu.sm and not (requested.hardware_compatible and float(gpu.sm) >= 8):
+            return f"was built for {there.get('gpu')} (SM {there.get('sm')}); here is {gpu.name} (SM {gpu.sm})"
+        if there.get("gpu") != gpu.name:
+            log.warning("the engine was built on %s; here is %s: its times do not hold", there.get("gpu"), gpu.name)
+        return ""
+
+    def parse_options(self, recipe: Recipe, *, where: str = "the recipe") -> TensorRTOptions:
+        return parse_options(recipe, where=where)
 
 
 def _follows(ours: str, its: str) -> bool:
-    """Whether version-compatible engines of one version run in the other."""
+    """Return True if version-compatible engines of version `its` run in `ours`."""
     newer, older = number(ours), number(its)
     return newer >= older and _MAJORS.get(newer[0], -9) - _MAJORS.get(older[0], 9) in (0, 1)
 
 
-def precisions(path: Path, *, recipe: Recipe) -> dict[str, float]:
-    """Shares of precisions among the layers that multiply by weights, as TensorRT's engine inspector names them.
+def layers(opened: TensorRTRunner) -> list[dict[str, Any]]:
+    """Return the engine inspector's report on each layer; below TensorRT 10 on those of all batch sizes.
 
     Raises:
-        BackendError: the inspector says nothing that can be read.
+        BackendError: The inspector's report cannot be read.
     """
-    trt = library()
     with device():
-        opened = Opened(path, recipe)
         inspector = opened.engine.create_engine_inspector()
         inspector.execution_context = opened.context(opened.sizes[0])  # without one, formats are unknown
-        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        text = inspector.get_engine_information(library().LayerInformationFormat.JSON)
     try:  # names are joined by control characters, which strict JSON forbids
-        layers = [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
+        return [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
     except (ValueError, KeyError, TypeError) as error:
-        raise failed(f"TensorRT's inspector gives no layers of {path}: {error}") from error
-    found = shares([_type(layer) for layer in layers if _is_weighted(layer)])
-    if not found:
-        raise BackendError(f"TensorRT's inspector names no layer of {path} with weights", fix="report this network")
-    return found
+        raise failed(f"TensorRT's inspector gives no layers of {opened.name}: {error}") from error
 
 
 def _is_weighted(layer: dict[str, Any]) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 
 import onnx
 
-from edgekd.artifacts.recipe import Recipe, TensorRT
+from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.graph_passes import is_seam, to_fp16, without_qdq
 from edgekd.backends.tensorrt.library import failed, library, logger, make, strongly_typed
+from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write, cache_folder, locked
 
@@ -59,10 +60,10 @@ def build_plan(
 
 def _check_able(builder: Any, recipe: Recipe) -> None:
     """What flags below 11 would pass over in silence; from 11 on every GPU that is supported has both."""
-    gpu, core = device(), recipe.tensorrt.dla_core
+    gpu, core = device(), parse_options(recipe).dla_core
     if recipe.precision == "int8" and hasattr(builder, "platform_has_fast_int8") and not builder.platform_has_fast_int8:
         raise BackendError(f"{gpu.name} (SM {gpu.sm}) has no fast int8", fix="use --recipe fp16")
-    if recipe.halves and hasattr(builder, "platform_has_fast_fp16") and not builder.platform_has_fast_fp16:
+    if recipe.uses_fp16 and hasattr(builder, "platform_has_fast_fp16") and not builder.platform_has_fast_fp16:
         raise BackendError(f"{gpu.name} (SM {gpu.sm}) has no fast fp16", fix="use --recipe int8 or fp32")
     if core is not None and core >= builder.num_DLA_cores:
         what = f"there is no DLA core {core} here: TensorRT {library().__version__} finds {builder.num_DLA_cores}"
@@ -71,9 +72,9 @@ def _check_able(builder: Any, recipe: Recipe) -> None:
 
 def _ready(graph: onnx.ModelProto, recipe: Recipe) -> tuple[onnx.ModelProto, dict[str, float]]:
     """The graph that says what the recipe does, as far as this TensorRT reads it from the graph."""
-    if recipe.tensorrt.dla_core is not None and recipe.precision == "int8" and not strongly_typed():
+    if parse_options(recipe).dla_core is not None and recipe.precision == "int8" and not strongly_typed():
         return without_qdq(graph)
-    return (to_fp16(graph) if recipe.halves and strongly_typed() else graph), {}
+    return (to_fp16(graph) if recipe.uses_fp16 and strongly_typed() else graph), {}
 
 
 def _creation_flags() -> int:
@@ -88,7 +89,7 @@ def _creation_flags() -> int:
 
 def _parse(parser: Any, graph: onnx.ModelProto, *, name: str, recipe: Recipe) -> None:
     trt = library()
-    if recipe.tensorrt.dla_core is not None and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
+    if parse_options(recipe).dla_core is not None and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
         parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if parser.parse(graph.SerializeToString()):
         return
@@ -116,7 +117,7 @@ def _halve_seams(network: Any, recipe: Recipe) -> None:
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     for tensor in tensors:
-        if recipe.halves and is_seam(tensor.name) and tensor.dtype == trt.DataType.FLOAT:
+        if recipe.uses_fp16 and is_seam(tensor.name) and tensor.dtype == trt.DataType.FLOAT:
             tensor.dtype = trt.DataType.HALF
 
 
@@ -132,7 +133,7 @@ def _set_ranges(network: Any, ranges: dict[str, float]) -> None:
 
 
 def _configure(config: Any, recipe: Recipe) -> None:
-    trt, asked = library(), recipe.tensorrt
+    trt, asked = library(), parse_options(recipe)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the precision cannot be read back
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(asked.workspace_share * device().free_bytes()))
     if recipe.precision == "fp32":
@@ -140,9 +141,9 @@ def _configure(config: Any, recipe: Recipe) -> None:
     if not strongly_typed():
         if recipe.precision == "int8":
             config.set_flag(trt.BuilderFlag.INT8)
-        if recipe.halves:
+        if recipe.uses_fp16:
             config.set_flag(trt.BuilderFlag.FP16)
-    if asked.optimization_level != TensorRT.optimization_level:
+    if asked.optimization_level != TensorRTOptions.optimization_level:
         _need(hasattr(config, "builder_optimization_level"), "optimization_level", since="8.6")
         config.builder_optimization_level = asked.optimization_level
     if asked.version_compatible:
@@ -172,7 +173,7 @@ def _need(there: bool, key: str, *, since: str) -> None:
 def _set_batches(builder: Any, network: Any, config: Any, recipe: Recipe) -> None:
     """A profile for each batch size and no other, so that kernels are chosen for it; for a DLA, that size alone."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    if recipe.tensorrt.dla_core is not None:
+    if parse_options(recipe).dla_core is not None:
         for tensor in inputs:
             tensor.shape = (recipe.batch_sizes[0], *tuple(tensor.shape)[1:])
         return
@@ -218,7 +219,7 @@ def _monitor(progress: Callable[[float], None]) -> Any:
 @contextlib.contextmanager
 def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
     """Kernels measured before, and afterwards those measured now, added to what others have written meanwhile."""
-    if not recipe.tensorrt.timing_cache:
+    if not parse_options(recipe).timing_cache:
         yield
         return
     path = timing_cache_path()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from edgekd.backends.cuda.device import CudaPython, Graph, device
 from edgekd.backends.tensorrt.library import number
-from edgekd.backends.tensorrt.runner import Opened, enqueue, staged_runner
+from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
 from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import BackendError
 from edgekd.policy import Policy
@@ -73,7 +73,7 @@ class DeviceCascade:
         BackendError: CUDA or its bindings are too old, or a stage cannot be part of such a graph.
     """
 
-    def __init__(self, stages: Sequence[Opened], policy: Policy) -> None:
+    def __init__(self, stages: Sequence[TensorRTRunner], policy: Policy) -> None:
         with device() as gpu:
             self._gpu = _able(gpu)
             staged_runner(stages)  # links them
@@ -194,8 +194,3 @@ def ptx(source: str, sm: str) -> bytes:
     code: bytes = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
     nvrtc.nvrtcGetPTX(program, code)
     return code
-
-
-def decider(stages: Sequence[Opened], policy: Policy) -> Callable[[Any], tuple[Any, float, int]]:
-    """See `DeviceCascade`."""
-    return DeviceCascade(stages, policy)

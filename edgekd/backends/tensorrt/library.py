@@ -7,11 +7,11 @@ import functools
 import importlib.util
 import logging
 import re
-from importlib import metadata
 from typing import Any
 
 from edgekd.backends.cuda.device import device
 from edgekd.errors import BackendError, EdgekdError
+from edgekd.host import installed_version
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,7 @@ def version() -> str | None:
 
 def _recorded() -> str | None:
     """The version that pip or JetPack wrote down."""
-    for package in PACKAGES:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+    return next(filter(None, map(installed_version, PACKAGES)), None)
 
 
 @functools.cache

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Read
+from edgekd.backends.base import ReadFile
 from edgekd.backends.cuda.device import Graph, Memory, device
 from edgekd.backends.cuda.device_tensor import Tensor
 from edgekd.backends.tensorrt.graph_passes import is_seam
 from edgekd.backends.tensorrt.library import failed, library, logger, make
+from edgekd.backends.tensorrt.options import parse_options
 from edgekd.errors import BackendError, DataError
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,10 @@ def say_once(text: str) -> None:
     log.warning("%s", text)
 
 
-class Opened:
-    """An engine file: a `Runner` whose arrays come from and go to the host, and a stage of a `Walk`."""
+class TensorRTRunner:
+    """An engine file: a `Runner` whose arrays come from and go to the host, and a stage of a `StagedRun`."""
 
-    def __init__(self, path: Path, recipe: Recipe, read: Read = Path.read_bytes) -> None:
+    def __init__(self, path: Path, recipe: Recipe, read: ReadFile = Path.read_bytes) -> None:
         trt = library()
         self.name = path.stem
         self.sizes = sorted(set(recipe.batch_sizes))
@@ -51,17 +52,17 @@ class Opened:
             }
         self.seams = [n for n in self.outputs if is_seam(n)]
         self.answers = [n for n in self.outputs if not is_seam(n)]
-        self.ends = self.tensors[self.inputs[0]].shape, self.tensors[self.answers[0]].shape
+        self.row_shapes = self.tensors[self.inputs[0]].shape, self.tensors[self.answers[0]].shape
 
-    def _deserialised(self, path: Path, recipe: Recipe, read: Read) -> Any:
-        if recipe.tensorrt.version_compatible:
+    def _deserialised(self, path: Path, recipe: Recipe, read: ReadFile) -> Any:
+        if parse_options(recipe).version_compatible:
             self._runtime.engine_host_code_allowed = True
-        if recipe.tensorrt.dla_core is not None:
-            self._runtime.DLA_core = recipe.tensorrt.dla_core
+        if parse_options(recipe).dla_core is not None:
+            self._runtime.DLA_core = parse_options(recipe).dla_core
         engine = self._runtime.deserialize_cuda_engine(read(path))
         if engine is None:
             raise failed(f"TensorRT cannot open {path}", fix="compile it again on this machine with edgekd compile")
-        if recipe.tensorrt.strip_weights:
+        if parse_options(recipe).strip_weights:
             _refit(engine, path.with_suffix(".onnx"), read)
         logger().errors.clear()
         return engine
@@ -110,7 +111,7 @@ class Opened:
                 raise failed(f"TensorRT refuses the memory of {name}")
         return context
 
-    def read_from(self, before: Opened) -> None:
+    def read_from(self, before: TensorRTRunner) -> None:
         """Take the inputs from where the stage before writes them."""
         for name in self.inputs:
             mine, its = self.tensors[name], before.tensors[name]
@@ -181,7 +182,7 @@ def enqueue(context: Any, *, name: str) -> None:
         raise failed(f"TensorRT cannot run {name}")
 
 
-def _refit(engine: Any, path: Path, read: Read) -> None:
+def _refit(engine: Any, path: Path, read: ReadFile) -> None:
     """Put in the weights that the engine was built without."""
     trt = library()
     refitter = make(trt.Refitter, engine)
@@ -193,7 +194,7 @@ def _refit(engine: Any, path: Path, read: Read) -> None:
 class _Batch:
     """An engine for batches of one size: one launch of a CUDA graph where that can be, else TensorRT's own."""
 
-    def __init__(self, opened: Opened, size: int) -> None:
+    def __init__(self, opened: TensorRTRunner, size: int) -> None:
         self._context = opened.prepared(size)
         self._name = opened.name
         self._answers = [opened.tensors[name] for name in opened.answers]
@@ -225,9 +226,9 @@ class _Batch:
 
 
 class StagedRun:
-    """One batch on its way through stages that are linked by `read_from`; see `backends.Walk`."""
+    """One batch on its way through stages that are linked by `read_from`; see `edgekd.backends.runner`."""
 
-    def __init__(self, stages: Sequence[Opened], images: npt.NDArray[np.float32]) -> None:
+    def __init__(self, stages: Sequence[TensorRTRunner], images: npt.NDArray[np.float32]) -> None:
         self._ahead = iter(stages)
         self._count = len(images)
         first = stages[0]
@@ -249,7 +250,7 @@ class StagedRun:
 
 
 def staged_runner(
-    stages: Sequence[Opened],
+    stages: Sequence[TensorRTRunner],
 ) -> Callable[[npt.NDArray[np.float32]], contextlib.AbstractContextManager[StagedRun]]:
     """Link the stages; the answer starts batches on their way, one at a time."""
     with device():
