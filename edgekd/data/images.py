@@ -36,12 +36,12 @@ def load(source: Source, preprocess: Preprocess) -> Array:
     if isinstance(source, Image.Image):
         return preprocess(to_rgb(source))
     if isinstance(source, np.ndarray) or not (isinstance(source, (str, Path, bytes)) or hasattr(source, "read")):
-        return preprocess(to_rgb(_picture(source)))
+        return preprocess(to_rgb(_from_array(source)))
     with opened(source) as image:
         return preprocess(image)
 
 
-def _picture(pixels: Any) -> Image.Image:
+def _from_array(pixels: Any) -> Image.Image:
     shape: tuple[int, ...] = getattr(pixels, "shape", ())
     dtype = getattr(pixels, "dtype", type(pixels).__name__)
     if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:

@@ -236,7 +236,7 @@ def _peak(image: Image.Image) -> int:
 
 
 class _Budget:
-    """A number of bytes that threads share; a thread waits until its part is available."""
+    """Memory in bytes that threads share; a thread waits until its part is available."""
 
     def __init__(self, size: int) -> None:
         self.free = size

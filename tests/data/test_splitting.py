@@ -115,7 +115,7 @@ def test_kather_slides(shared: Path) -> None:
     assert make_split(real(shared / "data" / "kather2016_tif")).groups == 9
 
 
-def test_patterns_that_cannot_be() -> None:
+def test_invalid_group_patterns_are_refused() -> None:
     checked = made_up({"a": 9, "b": 9})
     with pytest.raises(DataError, match=r"(?s)does not match 18 of 18 images: a/0.png.*Did you mean 'cluster'"):
         make_split(checked, group="clusters")
@@ -125,7 +125,7 @@ def test_patterns_that_cannot_be() -> None:
         make_split(made_up({"a": 9, "b": 9}), method="kfold:3", group="^[ab]")
 
 
-def test_methods_and_classes_that_cannot_be() -> None:
+def test_invalid_methods_and_too_small_classes_are_refused() -> None:
     for method in ("ratio:3,1", "ratio:0,1,1", "ratio:3,-1,1", "ratio:inf,1,1", "kfold:2", "kfold:x", "half"):
         with pytest.raises(ConfigError, match="is not valid"):
             make_split(made_up({"a": 9, "b": 9}), method=method)
@@ -140,7 +140,7 @@ def joined(*folders: Checked) -> Checked:
     return dataclasses.replace(folders[0], folder=dataclasses.replace(folders[0].folder, items=items))
 
 
-def test_parts_that_the_folder_brings_stay() -> None:
+def test_existing_subsets_are_preserved() -> None:
     train = made_up({"a": 10, "b": 20}, name="train/{}/{}.png", subset="train")
     test = made_up({"a": 4, "b": 3}, name="test/{}/{}.png", subset="test")
     split = make_split(joined(train, test))
@@ -154,7 +154,7 @@ def test_parts_that_the_folder_brings_stay() -> None:
     assert sizes(make_split(train))["test"] == [2, 4]
 
 
-def test_a_split_file_given_back(tmp_path: Path) -> None:
+def test_a_split_file_is_reused_or_refused(tmp_path: Path) -> None:
     checked = made_up({"a": 10, "b": 10}, name="{}/001_{:02d}.png")
     split = make_split(checked)
     atomic_write(tmp_path / "split.json", to_json(split))
@@ -234,7 +234,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_a_split_that_cannot_be_is_refused_when_it_is_read(kind: str, tmp_path: Path) -> None:
+def test_an_invalid_split_is_refused_when_it_is_read(kind: str, tmp_path: Path) -> None:
     change, message = EDITS[kind]
     table, path = grouped(WHOLE), tmp_path / "split.json"
     path.write_text(json.dumps(table))
