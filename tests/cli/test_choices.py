@@ -59,7 +59,6 @@ NO_CHOICE = {
     "row": "labels of the table",
     "budget": "a time",
     "substitutes": "NETWORK=OTHER",
-    "device": "gone with the device table",
 }
 
 
