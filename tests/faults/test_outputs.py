@@ -52,8 +52,8 @@ def refused(line: str, said: str, work: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("evaluate run --plot run/model.safetensors", "names no kind of picture"),
-        ("evaluate run --plot student.onnx", "names no kind of picture"),
+        ("evaluate run --plot run/model.safetensors", "has no suffix of a plot"),
+        ("evaluate run --plot student.onnx", "has no suffix of a plot"),
         ("evaluate run --plot photo.png", "is not a plot"),
         ("evaluate run --out student.onnx", "is not a file of edgekd evaluate"),
         ("evaluate run --out record.json", "is not a file of edgekd evaluate"),
@@ -75,7 +75,7 @@ def refused(line: str, said: str, work: Path) -> None:
         (f"{TRAIN} --out site", "is not empty and no run folder"),
         (f"{TRAIN} --out site --resume", "is not empty and no run folder"),
         (f"{TRAIN} --out notes.md", "is a file"),
-        (f"{TRAIN} --out site --seeds 0,1", "is no summary of a sweep"),
+        (f"{TRAIN} --out site --seeds 0,1", "is not a summary of a sweep"),
         ("reproduce gao2022-table3 --data cells --out site --runs runs", "is not a table of edgekd reproduce"),
         ("data synthetic --out site", "is not empty"),
         ("data synthetic --out notes.md", "is not empty"),
