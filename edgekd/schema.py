@@ -91,7 +91,7 @@ def from_dict(
     value = _dataclass(cls, table, at, problems)
     if problems:
         more = [f"  and {len(problems) - MANY} more"] if len(problems) > MANY else []
-        raise error("\n".join([f"{where}:", *(f"  {p}" for p in problems[:MANY]), *more]), fix="mend these keys")
+        raise error("\n".join([f"{where}:", *(f"  {p}" for p in problems[:MANY]), *more]), fix="correct these keys")
     return typing.cast(T, value)
 
 

@@ -36,7 +36,7 @@ def read_bytes(path: Path, *, what: str, fix: str = "check the path") -> bytes:
         raise ArtifactError(f"no {what} at {path}", fix=fix) from None
     except OSError as error:
         what = f"{path} cannot be read: {error.strerror}"
-        raise ArtifactError(what, fix="check the path and its rights") from None
+        raise ArtifactError(what, fix="check the path and its permissions") from None
 
 
 def read_json(path: Path, cls: type[T], *, what: str) -> T:
