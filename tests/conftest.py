@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
+from fakes.kernel import kernels  # noqa: F401  # a fixture
 from fakes.machine import box, small_student  # noqa: F401  # fixtures
 from faults.base import make_base
 from helpers.light import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401  # hooks

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.backends.tensorrt.device_exit import PTX
 from edgekd.extras import extras, missing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,7 @@ def test_wheel_holds_the_package_and_the_tomls_and_nothing_else(wheel: Path) -> 
     assert others == {
         "edgekd/py.typed",
         "edgekd/bench/report.html",
+        *(p.relative_to(ROOT).as_posix() for p in PTX.iterdir()),
         *(f"edgekd/training/protocols/{p.name}" for p in (ROOT / "edgekd/training/protocols").glob("*.toml")),
         *(f"edgekd/reproduce/tables/{p.name}" for p in (ROOT / "edgekd/reproduce/tables").glob("*.toml")),
     }

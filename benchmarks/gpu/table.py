@@ -146,7 +146,7 @@ def _ratio(steps: Steps, recipe: str, name: str, other: str) -> float | None:
 
 def _points(steps: Steps, recipe: str) -> float | None:
     cascade, plain = (_variant(steps, recipe, n) for n in ("cascade", "plain"))
-    return 100 * float(plain["accuracy"] - cascade["accuracy"]) if cascade and plain else None
+    return round(100 * float(plain["accuracy"] - cascade["accuracy"]), 6) if cascade and plain else None
 
 
 def _against_fp16(steps: Steps, name: str) -> float | None:
