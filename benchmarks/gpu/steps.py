@@ -214,7 +214,7 @@ def _feed(graph: Any, images: Any) -> None:
 
 def _gap_us(gpu: Any, engine: Any, images: Any, *, seconds: float) -> float:
     """Between two stages while nobody leaves, in the middle of all; the classifier decides."""
-    answer = answerer(engine, "no-early-exit")
+    answer = make_predictor(engine, "no-early-exit")
     answer(images[:1])  # links the stages
     stages = [engine.stage(k) for k in range(len(engine.metadata.exits))]
     return 1e3 * float(np.median(gaps(gpu, stages, lambda: answer(images[:1]), seconds=seconds)))

@@ -35,7 +35,7 @@ def _where(steps: Steps, dry_run: bool) -> str:
     if not built:
         return said * dry_run + "Nothing was built."
     host = built[0]["host"]
-    reported, gpu = next(iter(host["backends"].values())), next(iter(_done(steps, "device")), {})
+    reported, gpu = next(iter(host["backends"].values()), {}), next(iter(_done(steps, "device")), {})
     facts = [
         reported.get("gpu", host["cpu"]),
         f"SM {reported['sm']}" if "sm" in reported else "",
