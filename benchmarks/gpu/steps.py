@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gpu import Meter, NotMeasured, facts, gaps, spans
 
-from edgekd.artifacts.metadata import read_onnx
+from edgekd.artifacts.metadata import read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
@@ -86,7 +86,7 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
     for method in ("minmax", "entropy") if asked.recipe.startswith("int8") else ("minmax",):
         try:
             manifest, attempts = compile_engine(
-                asked.models / f"{asked.network}.onnx",
+                read_student(asked.models / f"{asked.network}.onnx"),
                 out,
                 recipe=recipe_of(asked, method=method),
                 backend="onnxruntime" if asked.dry_run else "tensorrt",
@@ -125,7 +125,7 @@ def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) ->
         tuned = tune(engine, *validation, max_accuracy_drop=DROP)
     except ConfigError as error:
         return error.what
-    facts = {"asked": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
+    facts = {"goal": {"max_accuracy_drop": DROP}, "images": len(validation[1])}
     save_tuned(out, tuned, facts, digest=engine.manifest.digest if engine.manifest else "")
     return {k: v for k, v in dataclasses.asdict(tuned).items() if k != "curve"}
 

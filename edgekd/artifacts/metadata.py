@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,12 +88,34 @@ def put_metadata(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
     own.value = own.value.replace(BLANK, seal(model.SerializeToString()))
 
 
+@dataclass(frozen=True)
+class StudentModel:
+    """student.onnx, read and checked.
+
+    Attributes:
+        model: The ONNX model.
+        metadata: Its metadata.
+        sha256: SHA-256 of the file.
+    """
+
+    model: onnx.ModelProto
+    metadata: ModelMetadata
+    sha256: str
+
+
 def read_onnx(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """Return the model and the metadata of `read_student`."""
+    student = read_student(path)
+    return student.model, student.metadata
+
+
+def read_student(path: Path) -> StudentModel:
     """Read student.onnx and its metadata.
 
     Raises:
-        ArtifactError: missing, cut short, changed, not ONNX, not made by `edgekd export`; other inputs and outputs than
-            its metadata says, operators or data that no exported classifier has (see `onnxcheck`).
+        ArtifactError: The file is missing, cut short, changed, not ONNX or not made by `edgekd export`; its inputs and
+            outputs differ from its metadata, or it has operators or data that no exported classifier has (see
+            `onnx_checks`).
     """
     again = "export it again"
     data = read_bytes(path, what="ONNX file", fix="make one with edgekd export")
@@ -116,4 +139,4 @@ def read_onnx(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
     except Exception as error:  # the checker raises many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArtifactError(f"{path} is not what its metadata says: {reason}", fix=again) from None
-    return model, metadata
+    return StudentModel(model, metadata, hashlib.sha256(data).hexdigest())

@@ -102,7 +102,7 @@ def trade_off(record: Record) -> str:
     """Accuracy on the test images against mean latency at batch 1, and the curve that `edgekd tune` left."""
     figure, axes = _figure(8.4, 4.6)
     if record.curve:
-        xs, ys = ([p[key] for p in record.curve] for key in ("latency_ms", "accuracy"))
+        xs, ys = ([getattr(p, key) for p in record.curve] for key in ("latency_ms", "accuracy"))
         label = "thresholds tried by tune (validation images, expected latency)"
         axes.plot(xs, [100 * y for y in ys], "-", color="#b9cde3", marker=".", label=label, zorder=1)
         axes.legend(loc="lower right", fontsize=9, frameon=False)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifacts.manifest import MAX_MS, check_curve
+from edgekd.artifacts.manifest import MAX_MS, CurvePoint
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.latency import Summary, summarise
 from edgekd.data.split import check_classes, is_stray
@@ -153,7 +153,7 @@ class Record:
     threads: int
     engine: dict[str, Any]
     policy: Policy
-    curve: tuple[dict[str, Any], ...]
+    curve: tuple[CurvePoint, ...]
     split: dict[str, Any]
     classes: tuple[str, ...]
     images: tuple[str, ...]
@@ -170,7 +170,6 @@ class Record:
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
-        check_curve(self.curve)
         _need(len(self.labels) == len(self.images) > 0, "images and labels: as many, and some")
         _need(all(0 <= c < len(self.classes) for c in self.labels), "labels: numbers of classes")
         _need(not any(is_stray(i) for i in self.images), "images: paths that stay in the data folder")

@@ -127,7 +127,7 @@ def bench(
         classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
         labels=tuple(labels.tolist()),
-        host=describe_host(*(e.engine.backend for e in entries)),
+        host=describe_host(*(e.engine.backend.name for e in entries)),
         load_before=before,
         load_after=load_average(),
         idle_watts=watts,

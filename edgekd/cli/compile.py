@@ -52,7 +52,7 @@ def compile_(
 ) -> None:
     """student.onnx to student.engine/: built, checked on the validation split and timed on this machine."""
     from edgekd import config
-    from edgekd.artifacts.metadata import read_onnx
+    from edgekd.artifacts.metadata import read_student
     from edgekd.backends.base import load_recipe
     from edgekd.compiler.build import compile_engine, refuse_other_folder
     from edgekd.data.images import load_subset
@@ -64,17 +64,18 @@ def compile_(
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
     refuse_other_folder(out)
     reserve(out, data=data)
+    student = read_student(source)
     calibration = validation = None
     with bar("read images") as progress:
         if data is not None and split is not None:
             found = read_split(split)
-            load = functools.partial(load_subset, found, data=data, preprocess=read_onnx(source)[1].preprocess)
+            load = functools.partial(load_subset, found, data=data, preprocess=student.metadata.preprocess)
             validation = load("val", progress=progress)
             if asked.precision == "int8":
                 calibration, _ = load("train", limit=asked.calibration_images, progress=progress)
     with bar("compile") as progress:
         manifest, attempts = compile_engine(
-            source,
+            student,
             out,
             recipe=asked,
             backend=backend,

@@ -73,7 +73,7 @@ def tune(
         )
     goal = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     asked = {k: v for k, v in goal.items() if v is not None}
-    facts = {"asked": asked, "images": len(labels), "fingerprint": chosen.fingerprint}
+    facts = {"goal": asked, "images": len(labels), "fingerprint": chosen.fingerprint}
     save_tuned(engine, tuned, facts, digest=opened.manifest.digest if opened.manifest else "")
     echo(_curve(tuned))
     record = engine.parent / f"{engine.stem}-record.json"
@@ -86,7 +86,7 @@ def _curve(tuned: Tuned) -> str:
 
     rows: list[tuple[str, ...]] = [("expected ms", "accuracy %", "leave at exit (%)", "thresholds")]
     for point in tuned.curve:
-        rows.append(_point(point["latency_ms"], point["accuracy"], point["shares"], point["thresholds"]))
+        rows.append(_point(point.latency_ms, point.accuracy, point.shares, point.thresholds))
     rows.append(("", "", "", ""))
     rows.append(_point(tuned.latency_ms, tuned.accuracy, tuned.shares, tuned.policy.thresholds))
     lost = 100 * (tuned.ensemble_accuracy - tuned.accuracy)

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.manifest import read_manifest, write_manifest
+from edgekd.artifacts.manifest import CurvePoint, Tuning, read_manifest, write_manifest
 from edgekd.errors import ArtifactError, ConfigError, check_known
 from edgekd.policy import NEVER_EXIT, Average, Measure, Policy, decide, ensemble
 from edgekd.runtime.engine import Engine
@@ -50,7 +50,7 @@ class Tuned:
     ensemble_accuracy: float
     latency_ms: float
     shares: tuple[float, ...]
-    curve: tuple[dict[str, Any], ...]
+    curve: tuple[CurvePoint, ...]
 
 
 def tune(
@@ -104,11 +104,10 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
     manifest = read_manifest(folder)
     if manifest.digest != digest:
         raise ArtifactError(f"{folder} was written anew while it was tuned", fix="tune it again")
-    facts = {k: v for k, v in dataclasses.asdict(tuned).items() if k not in ("policy", "curve")}
+    facts = {k: v for k, v in vars(tuned).items() if k not in ("policy", "curve")}
     metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
-    write_manifest(
-        folder, dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuned={**facts, **provenance})
-    )
+    tuning = Tuning(**facts, **provenance)
+    write_manifest(folder, dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuning=tuning))
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:
@@ -255,7 +254,7 @@ def _candidates(confidences: Array, tries: int) -> Array:
     return np.array([0.0, *np.quantile(confidences, quantiles), NEVER_EXIT][:tries], np.float32)
 
 
-def _curve(grid: Grid, count: int) -> tuple[dict[str, Any], ...]:
+def _curve(grid: Grid, count: int) -> tuple[CurvePoint, ...]:
     best, front = -1.0, []
     for i in np.lexsort([-grid.right, grid.latency_ms]).tolist():
         if grid.right[i] > best:
@@ -265,10 +264,10 @@ def _curve(grid: Grid, count: int) -> tuple[dict[str, Any], ...]:
     return tuple(_point(grid, front[i], count) for i in spread)
 
 
-def _point(grid: Grid, i: int, count: int) -> dict[str, Any]:
-    return {
-        "accuracy": float(grid.right[i] / count),
-        "latency_ms": float(grid.latency_ms[i]),
-        "thresholds": grid.thresholds[i].tolist(),
-        "shares": grid.shares[i].tolist(),
-    }
+def _point(grid: Grid, i: int, count: int) -> CurvePoint:
+    return CurvePoint(
+        accuracy=float(grid.right[i] / count),
+        latency_ms=float(grid.latency_ms[i]),
+        thresholds=tuple(grid.thresholds[i].tolist()),
+        shares=tuple(grid.shares[i].tolist()),
+    )

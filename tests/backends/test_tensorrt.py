@@ -290,8 +290,8 @@ def test_progress(box: Callable[..., Box], family: str, small_student: Path, tmp
     compiled(small_student, tmp_path / "e.engine", recipe(), progress=lambda done, total: seen.append((done, total)))
     shares = [done for done, _ in seen]
     assert shares == sorted(shares)
-    assert seen[-1] == (4, 4)
-    assert (len([s for s in shares if 0 < s < 2]) > 10) == (family != "8.6")  # 8.6 has no progress monitor
+    assert seen[-1] == (100, 100)
+    assert (len(set(shares)) > 15) == (family != "8.6")  # 8.6 has no progress monitor
 
 
 def test_fp16_graph_of_the_student(small_student: Path) -> None:

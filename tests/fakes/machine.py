@@ -17,6 +17,7 @@ from fakes.tensorrt import Trouble, make
 
 from edgekd import testing
 from edgekd.artifacts.manifest import Manifest
+from edgekd.artifacts.metadata import read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import find
 from edgekd.backends.tensorrt.library import library, logger
@@ -125,7 +126,7 @@ def recipe(name: str = "fp32", **keys: Any) -> Recipe:
 def compiled(student: Path, out: Path, asked: Recipe, **keys: Any) -> Manifest:
     labels = open_engine(student, threads=1).logits(IMAGES)[-1].argmax(axis=1)
     settings = {"backend": "tensorrt", "calibration": IMAGES, "validation": (IMAGES, labels), **keys}
-    return compile_engine(student, out, recipe=asked, **settings)[0]
+    return compile_engine(read_student(student), out, recipe=asked, **settings)[0]
 
 
 def engine_of(student: Path, folder: Path, asked: Recipe | None = None) -> Engine:

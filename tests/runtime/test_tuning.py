@@ -11,6 +11,7 @@ import pytest
 from edgekd.artifacts.manifest import Manifest, read_manifest, write_manifest
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError, ConfigError
+from edgekd.host import host_info
 from edgekd.policy import Average, Measure, Policy, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import CURVE_POINTS, Labels, choose, fit_temperature, save_tuned, tune
@@ -57,7 +58,7 @@ def test_the_bound_is_kept_with_a_standard_error() -> None:
 
 def test_the_toy_curve() -> None:
     curve = choose(*toy(), MS, policy=OWN, latency_ms=9).curve
-    found = [(point["accuracy"], point["latency_ms"]) for point in curve]
+    found = [(point.accuracy, point.latency_ms) for point in curve]
     assert found == [pytest.approx(p) for p in [(0.8, 1.0), (0.9, 1.4), (1.0, 1.6)]]
 
 
@@ -81,7 +82,7 @@ def test_what_is_promised_is_what_the_cascade_does(exits: int, measure: Measure,
     assert tuned.policy.is_tuned
     for thresholds, promised in [
         (tuned.policy.thresholds, (tuned.accuracy, tuned.latency_ms, *tuned.shares)),
-        *((tuple(p["thresholds"]), (p["accuracy"], p["latency_ms"], *p["shares"])) for p in tuned.curve),
+        *((tuple(p.thresholds), (p.accuracy, p.latency_ms, *p.shares)) for p in tuned.curve),
     ]:
         found = simulate(logits, Policy(policy.temperatures, thresholds, measure, average))
         shares = np.bincount(found.exits, minlength=exits) / len(labels)
@@ -92,7 +93,7 @@ def test_what_is_promised_is_what_the_cascade_does(exits: int, measure: Measure,
     assert tuned.accuracy >= tuned.ensemble_accuracy - 0.05
     assert len(tuned.curve) <= CURVE_POINTS
     for name in ("accuracy", "latency_ms"):
-        assert (np.diff([point[name] for point in tuned.curve]) > 0).all()
+        assert (np.diff([getattr(point, name) for point in tuned.curve]) > 0).all()
 
 
 def test_a_wider_bound_is_never_slower() -> None:
@@ -144,15 +145,15 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
     assert tuned.policy.average == "mean"
     assert 0 < tuned.latency_ms < 1e6
 
-    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, {}, {}, ""))
+    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, host_info(), {}, ""))
     save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
     with pytest.raises(ArtifactError, match="written anew"):
         save_tuned(tmp_path, tuned, {}, digest="of what it was before")
     kept = read_manifest(tmp_path)
     assert kept.metadata.policy == tuned.policy
     assert kept.curve == tuned.curve
-    assert kept.tuned["images"] == 34
-    assert kept.tuned["accuracy"] == tuned.accuracy
+    assert kept.tuning.images == 34
+    assert kept.tuning.accuracy == tuned.accuracy
 
 
 def test_one_goal(student_onnx: Path) -> None:
