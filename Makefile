@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test faults check clean
+.PHONY: install demo docs test test-pythons faults check clean
 
 install: $(READY)
 
@@ -13,14 +13,22 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision --index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,cpu,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,cpu,report,docs,dev]'
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/edgekd demo --out demo
 
+# The variable turns off Material's notice about MkDocs 2.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs/mkdocs.yml
+
 test: check
 	$(BIN)/python -m pytest
+
+# The tests that need no torch, on every Python that pyproject.toml names and this machine has (pyenv's and uv's, too).
+test-pythons:
+	$(PYTHON) tests/pythons.py build/pythons
 
 # 100,000 mutated inputs and 300 kills: about an hour; `make test` has a few of both. Their summaries are committed.
 faults: $(READY)

@@ -7,7 +7,8 @@ its row is worth:
 
 - a run folder (edgekd train or distill on DATA): accuracy on its test images. Calibrated on its training images.
 - FOLDER/NAME.safetensors, ImageNet's: how often int8 answers as float does, out of 1,000 classes, on images of DATA.
-- chance, batch norm measured on images of DATA: the same, but one class may lead on all images. Only its time counts.
+- random weights, batch norm measured on images of DATA: the same, but one class may lead on all images. Only its time
+  counts.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from edgekd.data.folders import scan
 from edgekd.data.images import load_subset
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Item, Split, read_split
-from edgekd.export import export
+from edgekd.export import export, model_metadata
 from edgekd.files import atomic_write
 from edgekd.host import HostInfo, load_average
-from edgekd.models.base import exits_of
+from edgekd.models.base import MultiExitNetwork, Outputs
 from edgekd.models.networks import build
 from edgekd.models.weights import load_state, read_state
-from edgekd.policy import Policy, ensemble
+from edgekd.policy import ensemble
 from edgekd.runtime.engine import Engine, open_engine
 from edgekd.text import percent
-from edgekd.training.run_folder import load_model, read_header
+from edgekd.training.run_folder import load_model, read_metadata
 from edgekd.types import Array
 
 log = logging.getLogger("students")
@@ -86,16 +87,17 @@ class Subject:
 
 def trained(run: Path, asked: argparse.Namespace) -> Subject:
     """The network of a run folder, its training images for calibration, and its test images."""
-    network, header = load_model(run)
-    split, p = read_split(run), header.preprocess
+    network, made = load_model(run)
+    split, p = read_split(run), made.preprocess
     calibration, _ = load_subset(split, "train", data=asked.data, preprocess=p, limit=asked.calibration)
     images, labels = load_subset(split, "test", data=asked.data, preprocess=p, limit=asked.images)
-    metadata = header.metadata(_answer(network, images))
+    outputs = _outputs(network, images)
+    metadata = model_metadata(made.network, made.classes, p, outputs, provenance=made.provenance)
     return Subject(network, metadata, f"trained ({split.method}, {split.group})", calibration, images, labels)
 
 
 def untrained(name: str, asked: argparse.Namespace) -> Subject:
-    """The network with ImageNet weights, where there are some, else by chance; every other image calibrates."""
+    """The network with ImageNet weights, where there are some, else random ones; every other image calibrates."""
     file = Path(asked.weights or ".") / f"{name}.safetensors"
     pretrained = bool(asked.weights) and file.is_file()
     preprocess = Preprocess(asked.image_size, *(HALF.get(name, ()) if pretrained else ()))
@@ -111,13 +113,12 @@ def untrained(name: str, asked: argparse.Namespace) -> Subject:
         log.info("%s: %s", name, load_state(network, read_state(file), source=str(file)).summary())
     else:
         measure_norms(network, calibration[:32])
-    out = _answer(network, images)
-    metadata = ModelMetadata(name, classes, preprocess, exits_of(out), Policy((1.0,) * len(out.logits)))
-    return Subject(network, metadata, "ImageNet" if pretrained else "chance", calibration, images, None)
+    metadata = model_metadata(name, classes, preprocess, _outputs(network, images))
+    return Subject(network, metadata, "ImageNet" if pretrained else "random", calibration, images, None)
 
 
 def measure_norms(network: nn.Module, images: Array) -> None:
-    """Batch norm's statistics from one batch, without which chance weights let signals die out."""
+    """Batch norm's statistics from one batch, without which random weights let signals die out."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -126,7 +127,7 @@ def measure_norms(network: nn.Module, images: Array) -> None:
 
 
 @torch.no_grad()
-def _answer(network: nn.Module, images: Array) -> Any:
+def _outputs(network: MultiExitNetwork, images: Array) -> Outputs:
     return network.eval()(torch.from_numpy(images[:1]))
 
 
@@ -256,7 +257,7 @@ def main(arguments: list[str]) -> None:
     record_file = asked.out.with_suffix(".json")
     refuse_existing(record_file)
     before, networks = load_average(), []
-    done = {read_header(run).network for run in asked.runs}
+    done = {read_metadata(run).network for run in asked.runs}
     rest = [name for name in asked.names if name not in done]
     subjects = itertools.chain((trained(run, asked) for run in asked.runs), (untrained(name, asked) for name in rest))
     for subject in subjects:

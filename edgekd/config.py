@@ -1,9 +1,8 @@
-"""Settings from TOML: files that ship with edgekd, files of the user's, and values from the command line."""
+"""Settings from TOML: files shipped with edgekd, files of the user, and values from the command line."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import re
 import sys
@@ -14,14 +13,18 @@ from typing import Any, TypeVar
 
 from edgekd.errors import ConfigError, nearest
 from edgekd.files import atomic_write
-from edgekd.schema import from_dict, plain
+from edgekd.schema import from_dict, plain, to_table
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSIDE = {"protocols": "training/protocols", "papers": "reproduce/tables"}
 
 
 def folder(kind: str) -> Path:
-    """The folder of shipped TOML files: `compile`, `devices`, `benchmarks/suites`, `protocols` or `papers`."""
+    """Return the folder of the shipped TOML files of one kind.
+
+    Args:
+        kind: `compile`, `devices`, `benchmarks/suites`, `protocols` or `papers`.
+    """
     if kind in _INSIDE:
         return _PACKAGE / _INSIDE[kind]
     wheel = _PACKAGE / "_data" / kind
@@ -29,15 +32,15 @@ def folder(kind: str) -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """The shipped names of one kind, sorted."""
+    """List the shipped names of one kind, sorted."""
     return sorted(path.stem for path in folder(kind).glob("*.toml"))
 
 
 def find(kind: str, name: str) -> Path:
-    """The TOML file that `name` means: a path that exists, else a shipped name.
+    """Find a TOML file by its path or its shipped name.
 
     Raises:
-        ConfigError: neither; the known names and the nearest are given.
+        ConfigError: Neither exists; the message lists the known names and the nearest.
     """
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
@@ -45,7 +48,9 @@ def find(kind: str, name: str) -> Path:
     shipped = folder(kind) / f"{name}.toml"
     if shipped.is_file():
         return shipped
-    raise ConfigError(f"no '{name}' in {kind}/", fix=nearest(name, names(kind)) + " A path to a .toml file works too.")
+    raise ConfigError(
+        f"no '{name}' in {kind}/", fix=nearest(name, names(kind)) + " A path to a .toml file is accepted, too."
+    )
 
 
 T = TypeVar("T")
@@ -62,11 +67,16 @@ def load(
 ) -> T:
     """Read the protocol, recipe, suite or device called `name` (or the TOML file at that path).
 
-    overrides: keys that replace the file's. flags: key to the flag that gave it, where that was not `--set`.
-    check: called with the result and the name of its source; may raise ConfigError with lines as `from_dict` writes.
+    Args:
+        cls: The dataclass of its settings.
+        kind: See `folder`.
+        name: Shipped name or path.
+        overrides: Values that replace the file's, by dotted key.
+        flags: The flag that gave each of them, where that was not `--set`.
+        check: Called with the result and the name of its source; may raise ConfigError in the form of `from_dict`.
 
     Raises:
-        ConfigError: no such name, no TOML, or keys and values that do not fit `cls`.
+        ConfigError: Unknown name, invalid TOML, or keys and values that do not fit `cls`.
     """
     path, table = find(kind, name), read_table(kind, name)
 
@@ -79,28 +89,29 @@ def load(
     if not overrides:
         return found
     for key, value in overrides.items():
-        _set(table, key, value)
+        _set(table, key, copy.deepcopy(value))
     try:
         return read("")
     except ConfigError as error:
         given = {key: _given(key, value, flags or {}) for key, value in overrides.items()}
         problems = [_blamed(line.strip(), given) for line in error.what.splitlines() if line.strip(" :")]
-        raise ConfigError("\n".join(problems), fix="mend what was given") from None
+        raise ConfigError("\n".join(problems), fix="correct these values") from None
 
 
 def read_table(kind: str, name: str) -> dict[str, Any]:
-    """Return the keys and values of a TOML file, unchecked.
+    """Read a TOML file without checking its keys.
 
     Raises:
-        ConfigError: No such name, or no TOML.
+        ConfigError: Unknown name, or invalid TOML.
     """
     path = find(kind, name)
     try:
         return _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", fix="check the path and its rights") from None
+        what = f"{path} cannot be read: {error.strerror}"
+        raise ConfigError(what, fix="check the path and its permissions") from None
     except ValueError as error:  # both TOMLDecodeError and UnicodeDecodeError are
-        raise ConfigError(f"{path} is not TOML: {error}", fix="mend that line") from error
+        raise ConfigError(f"{path} is not TOML: {error}", fix="correct that line") from error
 
 
 def _given(key: str, value: Any, flags: Mapping[str, str]) -> str:
@@ -109,7 +120,7 @@ def _given(key: str, value: Any, flags: Mapping[str, str]) -> str:
 
 
 def _blamed(problem: str, given: Mapping[str, str]) -> str:
-    """A problem with what was given on the command line for its key, or with all of it if none was."""
+    """Attribute a problem to the command-line value of its key, or to all of them if its key was not given."""
     at, _, what = problem.partition(": ")
     for key, text in given.items():
         if at == key:
@@ -120,10 +131,10 @@ def _blamed(problem: str, given: Mapping[str, str]) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """TOML, read by tomllib or, below Python 3.11, by tomli, which a bare device may lack: only TOML files need it.
+    """Parse TOML with tomllib or, before Python 3.11, with tomli, which is imported only when a file is read.
 
     Raises:
-        ValueError: no TOML, or values that no file of ours holds (see `plain`).
+        ValueError: The text is not TOML, or has values that `plain` rejects.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -137,18 +148,22 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _set(table: dict[str, Any], key: str, value: Any) -> None:
-    """Put a value under a dotted key, `augment.hflip`."""
+    """Set the value of a dotted key such as `augment.hflip`."""
     head, dot, rest = key.partition(".")
     if not dot:
         table[key] = value
     elif isinstance(table.setdefault(head, {}), dict):
         _set(table[head], rest, value)
     else:
-        raise ConfigError(f"'{key}': '{head}' is no table", fix=f"set {head} itself")
+        raise ConfigError(f"'{key}': '{head}' is not a table", fix=f"set {head} itself")
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["lr=0.1", "exits=[1,4]", "schedule=cosine"]` as a dict; values are TOML, bare words are strings."""
+    """Parse `["lr=0.1", "exits=[1,4]", "schedule=step"]` to a dict; values are TOML, bare words are strings.
+
+    Raises:
+        ConfigError: A pair without key or equals sign.
+    """
     overrides = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
@@ -162,8 +177,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def write_toml(path: Path, spec: Any) -> None:
-    """Write a dataclass (its nested ones as tables) as TOML that `load` reads back."""
-    values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    """Write a dataclass as TOML that `load` can read; nested dataclasses become tables."""
+    values = to_table(spec)
     lines = [f"{k} = {_toml(v)}" for k, v in values.items() if not isinstance(v, dict)]
     for name, table in values.items():
         if isinstance(table, dict):

@@ -1,12 +1,12 @@
-"""Everything edgekd raises on purpose.
+"""The errors that edgekd raises on purpose.
 
 EdgekdError            what, where, and what to do; the CLI prints it without a traceback
-├── ConfigError        a flag, protocol, recipe or suite that cannot be
-├── DataError          images, folders and splits
-├── ArtifactError      a run folder, student.onnx, engine or record: missing, foreign, edited, half-written
-├── TrainingError      a run that cannot go on (NaN, wrong teacher)
+├── ConfigError        an invalid flag, protocol, recipe or suite
+├── DataError          unusable images, folders or splits
+├── ArtifactError      a run folder, student.onnx, engine or record that is missing, foreign, edited or incomplete
+├── TrainingError      a run that cannot continue (NaN, wrong teacher)
 ├── BackendError       an engine that cannot be built or run here
-└── GateError          an engine or export that is not as exact as was asked
+└── GateError          an engine or export outside the requested tolerance
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from collections.abc import Iterable
 
 
 class EdgekdError(Exception):
-    """Base of all. `what` happened (with where), and `fix`: what to do about it."""
+    """Base class.
+
+    Attributes:
+        what: What happened, and where.
+        fix: What to do about it.
+    """
 
     def __init__(self, what: str, *, fix: str = "") -> None:
         super().__init__(f"{what}\n{fix}" if fix else what)
@@ -25,19 +30,19 @@ class EdgekdError(Exception):
 
 
 class ConfigError(EdgekdError):
-    """A flag, protocol, recipe, suite or device that cannot be."""
+    """An invalid flag, protocol, recipe, suite or device."""
 
 
 class DataError(EdgekdError):
-    """Images, folders and splits that cannot be used."""
+    """Unusable images, folders or splits."""
 
 
 class ArtifactError(EdgekdError):
-    """A run folder, student.onnx, engine or record that is missing, foreign, edited or half-written."""
+    """A run folder, student.onnx, engine or record that is missing, foreign, edited or incomplete."""
 
 
 class TrainingError(EdgekdError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class BackendError(EdgekdError):
@@ -45,27 +50,32 @@ class BackendError(EdgekdError):
 
 
 class GateError(EdgekdError):
-    """An export or engine that is further from its source than was allowed."""
+    """An export or engine that deviates from its source by more than the tolerance."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """`Did you mean 'a'?` for an error's fix where all that is known would be too long; empty if nothing is near."""
+    """Return `Did you mean 'a'?` with the nearest known name, or an empty text if none is similar."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"Did you mean '{close[0]}'?" if close else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`known: a, b. Did you mean 'a'?` for an error's fix."""
+    """Return `known: a, b. Did you mean 'a'?` for an error's fix."""
     known = sorted(known)
     return f"known: {', '.join(known)}. {closest(name, known)}".rstrip()
 
 
 def check_known(what: str, value: str, known: Iterable[str]) -> None:
-    """Refuse a value that is none of a few words. what: the option, for the error.
+    """Check that a value is one of the known names.
+
+    Args:
+        what: The option or key, for the error.
+        value: The given value.
+        known: Its valid values.
 
     Raises:
-        ConfigError: with the known words and the nearest.
+        ConfigError: It is not; the message lists the known values and the nearest.
     """
     known = tuple(known)
     if value not in known:
-        raise ConfigError(f"{what} {value}: no such word", fix=nearest(value, known))
+        raise ConfigError(f"unknown {what} '{value}'", fix=nearest(value, known))

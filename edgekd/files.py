@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: atomic writing, locks, leftovers of processes that were killed, JSON.
+"""Atomic writes of files and folders, locks, and cleaning up after processes that were killed.
 
-What is being written to NAME lies beside it as `.NAME.MACHINE-….partial`, under a lock on `.NAME.edgekd-lock`. The lock
-ends with its process, so whoever writes to that folder next can tell what is abandoned from what is being written."""
+A file or folder NAME is written beside its place as `.NAME.MACHINE-….partial`, under a lock on `.NAME.edgekd-lock`. The
+lock ends with its process, so the next writer in that folder can tell abandoned files from files in progress.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +33,17 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 LOCK, PARTIAL, OLD = ".edgekd-lock", ".partial", ".old"
 _held: set[Path] = set()
-"""What this process holds: its commands hold their outputs, and the functions that write them do so again."""
+"""Paths locked by this process. A command locks its outputs, and the functions that write them lock them again."""
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to write one file to; renamed to `path` when the block ends well.
+    """Provide a temporary path beside `path` to write one file to; it replaces `path` if the block succeeds.
 
-    Where `path` is a symbolic link, what it points to is replaced and the link stays.
+    If `path` is a symbolic link, its target is replaced and the link is kept.
+
+    Args:
+        path: The file to write.
     """
     path = real(path)
     with locked(path, wait=True):
@@ -57,17 +61,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file completely or not at all."""
     with atomic_path(path) as part:
         part.write_bytes(data)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, put in its place (replacing it) when the block ends well; links as above.
+    """Provide a temporary folder beside `path`; it replaces `path` if the block succeeds. Links as for `atomic_path`.
 
-    The two are exchanged in one step where the system can. Where it cannot, the old folder is moved aside first; if the
-    process is killed just then, `recover` or the next writer puts it back.
+    The two are exchanged atomically where the system supports it. Elsewhere the old folder is moved aside first; if
+    the process is killed at that moment, `recover` or the next writer moves it back.
+
+    Args:
+        path: The folder to write.
     """
     path = real(path)
     with locked(path, wait=True):
@@ -90,7 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(purpose: str) -> Iterator[Path]:
-    """A folder in TMPDIR that is gone after the block, or, if the process is killed, when the next one is made."""
+    """Provide a folder in TMPDIR, removed after the block or, if the process was killed, by the next call."""
     path = real(Path(tempfile.gettempdir(), f"edgekd-{purpose}-{secrets.token_hex(4)}"))
     with locked(path):
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path), suffix=PARTIAL))
@@ -102,13 +109,18 @@ def temporary_folder(purpose: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other processes from writing `path`, a file or folder that is there or not, until the block or process ends.
+    """Keep other processes from writing `path` until the block or the process ends.
 
-    Folders above it that are missing are made, and removed again if nothing came to be in them. Where the file system
-    has no locks, a warning says so.
+    Missing parent folders are created, and removed again if they stay empty. A file system without locks causes a
+    warning.
+
+    Args:
+        path: A file or folder, which need not exist.
+        wait: Wait for another process to release it.
 
     Raises:
-        ArtifactError: another process holds it, and `wait` is off. OSError: nothing can be written there.
+        ArtifactError: Another process holds it, and `wait` is False.
+        OSError: The folder is not writable.
     """
     path = real(path)
     if path in _held:
@@ -124,7 +136,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         if handle is None:
             raise ArtifactError(
                 f"{path} is being written by {lock.read_text(errors='replace') or 'another process'}",
-                fix="wait until it has ended, or choose another place",
+                fix="wait until it has finished, or choose another path",
             )
         try:
             os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
@@ -139,36 +151,42 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this machine were writing in `folder` when they were killed.
+    """Remove what killed processes of this machine left in `folder`, and move back what they had moved aside.
 
-    What they had moved aside is put back. Whatever is locked is left alone, and what other machines wrote on a shared
-    disk, too: not every one of those passes on locks.
+    Locked paths are left alone, and so are files of other machines on a shared disk, because not every network file
+    system propagates locks.
     """
     for lock in folder.glob(f".*{LOCK}"):
         path = real(folder) / lock.name[1 : -len(LOCK)]
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-            if path not in _held and (handle := _acquire(lock, wait=False, make=False)) is not None:
+        with contextlib.suppress(OSError):  # another user's, or removed in the meantime
+            if path not in _held and (handle := _acquire(lock, wait=False, create=False)) is not None:
                 _release(lock, handle, path)
 
 
 def recover(path: Path) -> None:
-    """For readers: put back a folder that was moved aside by a process which was killed before it wrote the new one."""
+    """Move back a folder that a killed process had moved aside before it wrote the new one; for readers."""
     if not path.exists() and path.parent.is_dir():
         sweep(path.parent)
 
 
 def real(path: Path) -> Path:
-    """The path without symbolic links: what is written when a link is given."""
+    """Resolve symbolic links: the path that is written when a link is given."""
     return Path(os.path.realpath(path))
 
 
-def _acquire(lock: Path, *, wait: bool, make: bool = True) -> int | None:
-    """Descriptor of the lock file; None if another process has it, or if there are no locks and it is not `make`.
+def _acquire(lock: Path, *, wait: bool, create: bool = True) -> int | None:
+    """Lock a file with a POSIX record lock; unlike flock's, child processes do not inherit it.
 
-    A record lock of POSIX: unlike flock's, it is not handed down to child processes that live longer.
+    Args:
+        lock: The lock file.
+        wait: Wait for another process to release it.
+        create: Create the file; without locks on the file system, return its descriptor all the same.
+
+    Returns:
+        The file descriptor, or None if another process holds the lock or the file disappeared.
     """
     while True:
-        handle = os.open(lock, os.O_RDWR | (os.O_CREAT if make else 0) | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        handle = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0) | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             if fcntl is None:
                 raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -180,26 +198,26 @@ def _acquire(lock: Path, *, wait: bool, make: bool = True) -> int | None:
             os.close(handle)
             return None
         except OSError as error:
-            if make and error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                _say_no_locks(lock.parent)
+            if create and error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                _warn_no_locks(lock.parent)
                 return handle
             os.close(handle)
             raise
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # removed by its last owner while this one was opening it
-        if not make:
+        os.close(handle)  # removed by its last owner while it was being opened here
+        if not create:
             return None
 
 
 @functools.cache
-def _say_no_locks(folder: Path) -> None:
-    log.warning("%s: no locks on this file system; see that no second command writes there", folder)
+def _warn_no_locks(folder: Path) -> None:
+    log.warning("%s: this file system has no locks; do not run a second command that writes there", folder)
 
 
 def _release(lock: Path, handle: int, path: Path) -> None:
-    """Clear away what its owner left of `path`, and give the lock up."""
+    """Remove leftovers of `path` and release its lock."""
     try:
         if not _clear(path):
             lock.unlink(missing_ok=True)
@@ -208,7 +226,7 @@ def _release(lock: Path, handle: int, path: Path) -> None:
 
 
 def _clear(path: Path) -> bool:
-    """Put back or remove what was being written to `path`; whether another machine has something there."""
+    """Move back or remove leftovers of `path`; return True if another machine has some there."""
     name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{6}})-([0-9a-f]{{6}})-\w+({PARTIAL}|{OLD})(\.[^.]+)?")
     others = False
     for left in path.parent.glob(".*"):
@@ -237,14 +255,14 @@ def _prefix(path: Path) -> str:
 
 @functools.cache
 def _machine() -> str:
-    """This machine: digests of its name and of its start. Containers change the one, restarts the other."""
+    """Identify this machine by digests of its name and its boot: containers change the one, restarts the other."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     marks = (platform.node(), boot.read_text() if boot.is_file() else platform.node())
     return "-".join(hashlib.sha256(mark.encode()).hexdigest()[:6] for mark in marks)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two paths in one step; whether the system can."""
+    """Exchange two paths atomically; return False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux, glibc 2.28
     except (AttributeError, OSError, TypeError):
@@ -254,7 +272,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """See that a file, or what a folder lists, is on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -263,13 +281,13 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot be asked
+    with contextlib.suppress(OSError):  # some file systems do not support it
         _sync(path)
 
 
 def _sync_all(folder: Path) -> None:
     found = [path for path in folder.rglob("*") if not path.is_symlink()]
-    if len(found) > 100:  # a data set: one by one takes minutes on a memory card
+    if len(found) > 100:  # a data set: file by file takes minutes on a memory card
         os.sync()
         return
     for path in found:
@@ -279,54 +297,60 @@ def _sync_all(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """What files of one kind are known by: their first bytes, and bytes that are somewhere in them."""
+    """A kind of file that edgekd writes, recognised by its content.
+
+    Attributes:
+        name: Name in errors, with its article.
+        prefixes: Possible first bytes.
+        contained: Bytes that occur somewhere in the file.
+    """
 
     name: str
-    starts: tuple[bytes, ...]
-    holds: bytes
+    prefixes: tuple[bytes, ...]
+    contained: bytes
 
-    def has(self, path: Path) -> bool:
-        """Whether a file is of this kind, or empty."""
+    def matches(self, path: Path) -> bool:
+        """Return True if a file is of this kind, or empty."""
         if not path.is_file():
             return False
         if not path.stat().st_size:
             return True
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return data[:16].startswith(self.starts) and data.find(self.holds) >= 0
+            return data[:16].startswith(self.prefixes) and data.find(self.contained) >= 0
 
 
-NETWORK = Kind("student.onnx", (b"\x08",), b"\n\x06edgekd\x12")
-ENGINE = Kind("engine", (b'{\n "metadata": ',), b'"backend_version": ')
-PLOT = Kind("plot", (b"\x89PNG", b"<?xml", b"%PDF"), b"Matplotlib")
-MEASURES = Kind("file of edgekd evaluate", (b'{\n "subset": ',), b'"metrics": ')
-MARKDOWN = Kind("table of edgekd bench", (b"## ",), b"| variant |")
-CSV = Kind("table of edgekd bench", (b"variant,network,",), b"")
-ANSWERS = Kind("file of edgekd predict", (b"file,label,confi", b'[\n{"file": ', b"[\n]"), b"")
-PAGE = Kind("report of edgekd bench", (b"<!doctype html>",), b"How it was measured")
-SUMMARY = Kind("summary of a sweep", (b'{\n "n": ',), b'"runs": ')
-RESULT = Kind("table of edgekd reproduce", (b'{\n "table": ',), b'"caption": ')
-PAPER = Kind("table of edgekd reproduce", (b"## ",), b"ours: mean")
+NETWORK = Kind("a student.onnx", (b"\x08",), b"\n\x06edgekd\x12")
+ENGINE = Kind("an engine", (b'{\n "metadata": ',), b'"backend_version": ')
+PLOT = Kind("a plot", (b"\x89PNG", b"<?xml", b"%PDF"), b"Matplotlib")
+MEASURES = Kind("a file of edgekd evaluate", (b'{\n "subset": ',), b'"metrics": ')
+MARKDOWN = Kind("a table of edgekd bench", (b"## ",), b"| variant |")
+CSV = Kind("a table of edgekd bench", (b"variant,network,",), b"")
+PREDICTIONS = Kind("a file of edgekd predict", (b"file,label,confi", b'[\n{"file": ', b"[\n]"), b"")
+PAGE = Kind("a report of edgekd bench", (b"<!doctype html>",), b"How it was measured")
+SUMMARY = Kind("a summary of a sweep", (b'{\n "n": ',), b'"runs": ')
+RESULT = Kind("a table of edgekd reproduce", (b'{\n "table": ',), b'"caption": ')
+PAPER = Kind("a table of edgekd reproduce", (b"## ",), b"ours: mean")
 
 
 def refuse_other(path: Path, kind: Kind) -> None:
-    """See that nothing is lost when a file of this kind is written to `path`.
+    """Check that writing a file of this kind to `path` replaces nothing but such a file.
 
     Raises:
-        ArtifactError: there is a folder, or a file of another kind.
+        ArtifactError: `path` is a folder, or a file of another kind.
     """
-    if path.exists() and not kind.has(path):
-        what = "is a folder" if path.is_dir() else f"is there and is no {kind.name}: it would be replaced"
+    if path.exists() and not kind.matches(path):
+        what = "is a folder" if path.is_dir() else f"exists and is not {kind.name}: it would be replaced"
         raise ArtifactError(f"{path} {what}", fix="choose another name")
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: `$XDG_CACHE_HOME/edgekd/KIND`, by default under `~/.cache`."""
+    """Return the folder of files that can be regenerated: `$XDG_CACHE_HOME/edgekd/KIND`, by default in `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "edgekd" / kind
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Compute the SHA-256 hex digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):

@@ -1,5 +1,4 @@
-"""When to stop: pure numpy, no engine. The classifier and `edgekd tune` both decide with `step`, and with its like for
-one image of few classes."""
+"""The exit policy in pure NumPy, shared by the classifier and `edgekd tune`."""
 
 from __future__ import annotations
 
@@ -10,57 +9,68 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.errors import closest
+from edgekd.confidence import CONFIDENCE_MEASURES
+from edgekd.errors import nearest
 from edgekd.types import Array
 
-Measure: TypeAlias = Literal["max_probability", "margin", "entropy"]
 Average: TypeAlias = Literal["own", "mean"]
 
 NEVER_EXIT = 2.0
-"""A threshold that no confidence reaches."""
+"""A threshold above every confidence."""
 TEMPERATURES = (1e-3, 1e3)
-"""Temperatures of exits; beyond, float32 probabilities are all 0 or 1, or all alike."""
+"""Bounds of temperatures: beyond them, float32 probabilities are all 0 or 1, or all equal."""
 FEW_CLASSES = 32
-"""Up to so many, `step_of_one` is faster than `step`."""
+"""Up to this number of classes, `decide_one` is faster than `decide`."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How exits decide. One temperature an exit; one threshold an exit but the last, none before `edgekd tune`.
+    """When an image exits, and how its prediction is computed.
 
-    A sample leaves at exit k when its confidence is >= thresholds[k]; above 1 means never. The answer and its
-    confidence come from the exit's own probabilities, or from the mean over the exits seen so far.
+    An image exits at exit k if its confidence there is at least `thresholds[k]`; every image exits at the last exit.
+
+    Attributes:
+        temperatures: Softmax temperature of each exit.
+        thresholds: Confidence threshold of each exit but the last, above 1 to disable the exit; empty before
+            `edgekd tune`.
+        confidence: Name of a confidence measure in `CONFIDENCE_MEASURES`.
+        average: `own` predicts from the exit's own probabilities, `mean` from the mean over all exits so far.
     """
 
     temperatures: tuple[float, ...]
     thresholds: tuple[float, ...] = ()
-    confidence: Measure = "max_probability"
+    confidence: str = "max_probability"
     average: Average = "own"
 
     def __post_init__(self) -> None:
         low, high = TEMPERATURES
         if not self.temperatures or not all(low <= t <= high for t in self.temperatures):
-            raise ValueError(f"temperatures: one for each exit, from {low:g} to {high:g}")
+            raise ValueError(f"temperatures: one per exit is required, from {low:g} to {high:g}")
         if self.thresholds and len(self.thresholds) != len(self.temperatures) - 1:
-            raise ValueError("thresholds: one for each exit but the last, or none")
+            raise ValueError("thresholds: one per exit but the last is required, or none at all")
         if not all(0 <= t < math.inf for t in self.thresholds):
-            raise ValueError("thresholds: numbers from 0 on")
-        for name, value, known in (
-            ("confidence", self.confidence, get_args(Measure)),
-            ("average", self.average, get_args(Average)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: '{value}' is none of {', '.join(known)}. {closest(value, known)}".rstrip())
+            raise ValueError("thresholds: must be finite and not negative")
+        if self.confidence not in CONFIDENCE_MEASURES:
+            known = nearest(self.confidence, CONFIDENCE_MEASURES)
+            raise ValueError(f"confidence: no measure '{self.confidence}' in edgekd or an installed package; {known}")
+        if self.average not in get_args(Average):
+            raise ValueError(f"average: '{self.average}'; {nearest(self.average, get_args(Average))}")
 
     @property
     def is_tuned(self) -> bool:
-        """Whether every exit but the last has a threshold (a single exit needs none)."""
+        """True if every exit but the last has a threshold (a single exit needs none)."""
         return len(self.thresholds) == len(self.temperatures) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """Answers for N images: probabilities (N, C), the exit that gave each (N,), from 0, and its confidence (N,)."""
+    """Predictions for N images.
+
+    Attributes:
+        probabilities: Probabilities (N, C).
+        exits: Index (N,) of the exit that each image took, from 0.
+        confidence: Confidence (N,) at that exit.
+    """
 
     probabilities: Array
     exits: npt.NDArray[np.int64]
@@ -68,18 +78,32 @@ class Decision:
 
     @classmethod
     def empty(cls, count: int, classes: int) -> Decision:
-        """Room for `count` answers, to be written into."""
+        """Allocate a decision for `count` images, to be filled by `put`."""
         return cls(np.empty((count, classes), np.float32), np.empty(count, np.int64), np.empty(count, np.float32))
 
-    def put(self, rows: npt.NDArray[np.int64], which: npt.NDArray[np.bool_], exit: int, seen: ExitDecision) -> None:
-        """Write the rows of `seen` where `which` holds, as the answers of `exit` for the images `rows`."""
-        self.probabilities[rows] = seen.probabilities[which]
-        self.confidence[rows] = seen.confidence[which]
-        self.exits[rows] = exit
+    def put(self, images: npt.NDArray[np.int64], rows: npt.NDArray[np.bool_], exit: int, decided: ExitDecision) -> None:
+        """Store the predictions of images that take an exit.
+
+        Args:
+            images: Indices (K,) of the images in this decision.
+            rows: Mask (B,) of their rows in `decided`, K of them True.
+            exit: Index of the exit.
+            decided: Decision of that exit for a batch of B.
+        """
+        self.probabilities[images] = decided.probabilities[rows]
+        self.confidence[images] = decided.confidence[rows]
+        self.exits[images] = exit
 
 
 class ExitDecision(NamedTuple):
-    """What one exit says of B samples: answer (B, C), confidence (B,), who leaves (B,), running total (B, C)."""
+    """Decision of one exit for a batch of B images.
+
+    Attributes:
+        probabilities: Predicted probabilities (B, C).
+        confidence: Confidence (B,).
+        exited: Mask (B,) of the images that exit here.
+        total: Sum (B, C) of the probabilities of all exits so far, for the next exit.
+    """
 
     probabilities: Array
     confidence: Array
@@ -88,7 +112,7 @@ class ExitDecision(NamedTuple):
 
 
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
-    """(..., C) logits to probabilities at a temperature; any magnitude is safe."""
+    """Convert logits (..., C) to probabilities; numerically safe for logits of any magnitude."""
     powers: Array = logits / np.float32(temperature)
     powers -= np.maximum.reduce(powers, axis=-1, keepdims=True)
     np.exp(powers, powers)
@@ -96,69 +120,80 @@ def softmax(logits: Array, temperature: float = 1.0) -> Array:
     return powers
 
 
-def confidence(probabilities: Array, measure: Measure) -> Array:
-    """(..., C) probabilities to (...) in 0..1, higher is surer.
-
-    max_probability: p1. margin: p1 - p2. entropy: 1 - H / log C, so 0 when uniform and 1 when certain.
-    """
-    if measure == "max_probability":
-        return np.asarray(np.maximum.reduce(probabilities, axis=-1))
-    if measure == "margin":
-        top = np.partition(probabilities, -2, axis=-1)
-        return np.asarray(top[..., -1] - top[..., -2])
-    logs = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    negative_entropy: Array = (probabilities * logs).sum(axis=-1)
-    return np.asarray(np.clip(1 + negative_entropy / np.float32(np.log(probabilities.shape[-1])), 0, 1))
+def confidence(probabilities: Array, measure: str) -> Array:
+    """Compute the confidence (...) of probabilities (..., C) by the measure of this name."""
+    return CONFIDENCE_MEASURES[measure].of_batch(probabilities)
 
 
 def decide(policy: Policy, exit: int, logits: Array, total: Array) -> ExitDecision:
-    """Exit number `exit` looks at B samples.
+    """Decide which images of a batch exit here.
 
-    logits: (B, C). total: (B, C), the sum of the probabilities of the exits before, zeros at the first.
+    Args:
+        policy: The policy, with thresholds.
+        exit: Index of the exit.
+        logits: Logits (B, C) of this exit.
+        total: Sum (B, C) of the probabilities of the earlier exits; zeros at the first exit.
+
+    Returns:
+        The decision, with the updated sum for the next exit.
     """
-    answer = softmax(logits, policy.temperatures[exit])
+    probabilities = softmax(logits, policy.temperatures[exit])
     if policy.average == "mean":
-        total = total + answer
-        answer = total / np.float32(exit + 1)
-    sure = confidence(answer, policy.confidence)
-    is_last = exit == len(policy.temperatures) - 1
-    return ExitDecision(answer, sure, np.ones(len(sure), bool) if is_last else sure >= policy.thresholds[exit], total)
+        total = total + probabilities
+        probabilities = total / np.float32(exit + 1)
+    confidences = confidence(probabilities, policy.confidence)
+    if exit == len(policy.temperatures) - 1:
+        return ExitDecision(probabilities, confidences, np.ones(len(confidences), bool), total)
+    return ExitDecision(probabilities, confidences, confidences >= policy.thresholds[exit], total)
 
 
 def decide_one(
     policy: Policy, exit: int, logits: list[float], total: list[float]
 ) -> tuple[list[float], float, bool, list[float]]:
-    """`step` for one sample: its answer (C), confidence, whether it leaves, and running total (C), in plain floats.
+    """Decide for one image of few classes, in plain floats.
 
-    A dozen calls into numpy cost more than the arithmetic does, and most right after an engine has emptied the caches.
+    A dozen NumPy calls cost more than the arithmetic, most of all right after an engine has evicted the caches.
+
+    Args:
+        policy: The policy, with thresholds.
+        exit: Index of the exit.
+        logits: Logits (C) of this exit.
+        total: Sum (C) of the probabilities of the earlier exits; zeros at the first exit.
+
+    Returns:
+        Probabilities (C), confidence, True if the image exits, and the updated sum (C).
     """
     top, temperature = max(logits), policy.temperatures[exit]
     powers = [math.exp((x - top) / temperature) for x in logits]
     norm = sum(powers)
-    answer = [p / norm for p in powers]
+    probabilities = [p / norm for p in powers]
     if policy.average == "mean":
-        total = [t + p for t, p in zip(total, answer)]
-        answer = [t / (exit + 1) for t in total]
-    is_max = policy.confidence == "max_probability"
-    sure = max(answer) if is_max else float(confidence(np.array(answer, np.float32), policy.confidence))
+        total = [t + p for t, p in zip(total, probabilities)]
+        probabilities = [t / (exit + 1) for t in total]
+    confidence = CONFIDENCE_MEASURES[policy.confidence].one(probabilities)
     is_last = exit == len(policy.temperatures) - 1
-    return answer, sure, is_last or np.float32(sure) >= policy.thresholds[exit], total
+    return probabilities, confidence, is_last or bool(np.float32(confidence) >= policy.thresholds[exit]), total
 
 
 def simulate(logits: Array, policy: Policy) -> Decision:
-    """What the cascade answers, from logits (E, N, C) of all exits; `policy` must have its thresholds."""
+    """Compute the predictions of the cascade from the logits (E, N, C) of all exits.
+
+    Args:
+        logits: Logits of every exit for every image.
+        policy: The policy, with thresholds.
+    """
     _, count, classes = logits.shape
     decision = Decision.empty(count, classes)
-    total, waiting = np.zeros((count, classes), np.float32), np.ones(count, bool)
-    for exit, found in enumerate(logits):
-        seen = decide(policy, exit, found, total)
-        leaving = waiting & seen.exited
-        decision.put(np.flatnonzero(leaving), leaving, exit, seen)
-        waiting &= ~leaving
-        total = seen.total
+    total, active = np.zeros((count, classes), np.float32), np.ones(count, bool)
+    for exit, exit_logits in enumerate(logits):
+        decided = decide(policy, exit, exit_logits, total)
+        exited = active & decided.exited
+        decision.put(np.flatnonzero(exited), exited, exit, decided)
+        active &= ~exited
+        total = decided.total
     return decision
 
 
 def ensemble(logits: Array) -> Array:
-    """Mean of the exits' probabilities at temperature 1, (E, N, C) to (N, C): eq. 7 of Gao et al. 2022."""
+    """Average the exits' probabilities at temperature 1: logits (E, N, C) to (N, C); eq. 7 of Gao et al. 2022."""
     return np.asarray(softmax(logits).mean(axis=0))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from parsed TOML and JSON: unknown keys, wrong types and bad values are errors, all at once."""
+"""Frozen dataclasses from parsed TOML and JSON; every unknown key, wrong type and bad value is reported at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import reprlib
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,18 +17,19 @@ from edgekd.errors import ConfigError, EdgekdError, closest, nearest
 
 T = TypeVar("T")
 MANY = 20
-"""Problems that an error lists."""
+"""Largest number of problems that an error lists."""
 DEPTH = 50
-"""Lists and tables inside each other that are read, far more than any file has and far fewer than Python can."""
+"""Largest nesting depth of lists and tables: more than any artefact has, less than Python's recursion limit."""
 TABLES = {"tables": True}
-"""Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass."""
+"""Metadata of a `dict` field that collects the tables which are no fields, unchecked: for options that a higher layer reads."""
+_OPTIONS = "option tables"
 
 
 def parse_json(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no key twice, nothing that `plain` refuses.
+    """Parse JSON strictly: no NaN, no duplicate keys, nothing that `plain` rejects.
 
     Raises:
-        ValueError: it is not.
+        ValueError: The text is not valid JSON in this sense.
     """
     try:
         return plain(json.loads(text, object_pairs_hook=_unique))
@@ -40,15 +41,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
+        raise ValueError(f"the key {reprlib.repr(twice)} occurs twice")
     return table
 
 
 def plain(tree: Any) -> Any:
-    """The tree, if a program that trusts what it reads can take it.
+    """Return parsed TOML or JSON unchanged after checking that it contains only ordinary values.
 
     Raises:
-        ValueError: NaN, an infinity, an integer beyond 64 bits, text that is no Unicode or holds NUL, or deep nesting.
+        ValueError: NaN, an infinity, an integer of more than 64 bits, text with surrogates or NUL, or deep nesting.
     """
     level = [tree]
     for _ in range(DEPTH):
@@ -60,11 +61,11 @@ def plain(tree: Any) -> Any:
             elif isinstance(value, (list, tuple)):
                 below += value
             elif isinstance(value, str) and ("\0" in value or (not value.isascii() and _has_surrogates(value))):
-                raise ValueError(f"{reprlib.repr(value)} is no text")
+                raise ValueError(f"{reprlib.repr(value)} is not valid text")
             elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{value} is no number")
+                raise ValueError(f"{value} is not a finite number")
             elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ValueError("a number of more than 64 bits")
+                raise ValueError("an integer of more than 64 bits")
         if not below:
             return tree
         level = below
@@ -80,7 +81,8 @@ def from_dict(
 ) -> T:
     """Build the frozen dataclass `cls` from a table; `where` names its source in errors, `at` precedes its keys there.
 
-    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses.
+    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses. A field with the
+    metadata `option_tables` collects the tables that are named after a registry's entries.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -93,16 +95,38 @@ def from_dict(
     return typing.cast(T, value)
 
 
+def option_tables(registry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata of a dataclass field that is a dict from names of a registry's entries to their options.
+
+    In TOML each entry has a table of its own beside the other keys, for example `[hybrid]`. It is read strictly into
+    the dataclass `registry[name].options`; only tables that are given are in the dict.
+    """
+    return {_OPTIONS: registry}
+
+
+def to_table(spec: Any) -> dict[str, Any]:
+    """Return a dataclass as the table from which `from_dict` builds it; None, which TOML lacks, is left out."""
+    values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
+    for field in dataclasses.fields(spec):
+        if _OPTIONS in field.metadata:
+            values |= values.pop(field.name)
+    return values
+
+
 def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(table, Mapping):
         return problems.append(f"{at or 'the file'}: expected a table, found {reprlib.repr(table)}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    before = len(problems)
+    collecting = {f.name: f.metadata[_OPTIONS] for f in dataclasses.fields(cls) if _OPTIONS in f.metadata}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in collecting}
     table = _with_tables(table, fields)
-    for key in table.keys() - fields.keys():
-        problems.append(f"{at}{key}: unknown key; {nearest(key, fields)}")
+    before, options = len(problems), {name for registry in collecting.values() for name in registry} - fields.keys()
+    for key in table.keys() - fields.keys() - options:
+        problems.append(f"{at}{key}: unknown key; {nearest(key, [*fields, *options])}")
     values = {k: _value(hints[k], table[k], f"{at}{k}", problems) for k in fields if k in table}
+    for name, registry in collecting.items():
+        given = [key for key in table if key in registry and key in options]
+        values[name] = {k: _dataclass(registry[k].options, table[k], f"{at}{k}.", problems) for k in given}
     for key, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in table and no_default:
@@ -125,46 +149,60 @@ def _with_tables(table: Mapping[str, Any], fields: Mapping[str, dataclasses.Fiel
 
 
 def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:
+    """Convert a parsed value to the type `hint`; what does not fit is added to `problems`, with its key `at`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _any_of(args, value, at, problems)
+        return _union(args, value, at, problems)
     if origin is Literal:
-        if value in args:
-            return value
-        near = closest(value, map(str, args)) if isinstance(value, str) else ""
-        known = ", ".join(map(str, args)) + (f". {near}" if near else "")
-        return problems.append(f"{at}: {reprlib.repr(value)} is none of {known}")
+        return _literal(args, value, at, problems)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, f"{at}.", problems)
     if origin is tuple and isinstance(value, (list, tuple)):
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(inner) != len(value):
-            return problems.append(f"{at}: expected {len(inner)} values, found {len(value)}")
-        return tuple(_value(h, v, f"{at}[{i}]", problems) for i, (h, v) in enumerate(zip(inner, value)))
+        return _tuple(args, value, at, problems)
     if origin is dict and isinstance(value, Mapping):
         return {str(k): _value(args[1], v, f"{at}.{k}", problems) for k, v in value.items()}
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
+    if isinstance(hint, type) and _is_scalar(hint, value):
+        return float(value) if hint is float else value
     return problems.append(f"{at}: expected {_name(hint)}, found {reprlib.repr(value)}")
 
 
-def _any_of(arms: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
-    """The value as the first of a union's types that takes it."""
-    arms = tuple(arm for arm in arms if arm is not type(None) or value is None)
-    for arm in arms:
-        found: list[str] = []
-        fitting = _value(arm, value, at, found)
-        if not found:
-            return fitting
-    if len(arms) == 1:  # an optional value: what is wrong inside it
-        return problems.extend(found)
-    return problems.append(f"{at}: expected {' or '.join(map(_name, arms))}, found {reprlib.repr(value)}")
+def _is_scalar(hint: type, value: Any) -> bool:
+    """Return True if `value` is a `hint`. An integer is also a float; a bool is nothing but a bool."""
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _literal(known: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
+    if value in known:
+        return value
+    near = closest(value, map(str, known)) if isinstance(value, str) else ""
+    names = ", ".join(map(str, known)) + (f". {near}" if near else "")
+    return problems.append(f"{at}: {reprlib.repr(value)} is none of {names}")
+
+
+def _tuple(hints: tuple[Any, ...], values: Sequence[Any], at: str, problems: list[str]) -> Any:
+    each = [hints[0]] * len(values) if hints[-1] is Ellipsis else list(hints)
+    if len(each) != len(values):
+        return problems.append(f"{at}: expected {len(each)} values, found {len(values)}")
+    return tuple(_value(h, v, f"{at}[{i}]", problems) for i, (h, v) in enumerate(zip(each, values)))
+
+
+def _union(hints: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> Any:
+    """Convert to the first type of a union that accepts the value."""
+    hints = tuple(hint for hint in hints if hint is not type(None) or value is None)
+    for hint in hints:
+        unfit: list[str] = []
+        converted = _value(hint, value, at, unfit)
+        if not unfit:
+            return converted
+    if len(hints) == 1:  # an optional value: report what is wrong inside it
+        return problems.extend(unfit)
+    return problems.append(f"{at}: expected {' or '.join(map(_name, hints))}, found {reprlib.repr(value)}")
 
 
 def _name(hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""JSON artefacts: checked reading, the schema's version, and files that carry their own SHA-256."""
+"""JSON artefacts: validated reading, schema version, and files that contain their own SHA-256."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ T = TypeVar("T")
 
 
 def read_bytes(path: Path, *, what: str, fix: str = "check the path") -> bytes:
-    """A file's content.
+    """Read a file.
+
+    Args:
+        path: The file.
+        what: Name of its kind in errors.
+        fix: What to do if it is missing.
 
     Raises:
-        ArtifactError: missing, a folder, or not to be read.
+        ArtifactError: The file is missing, a folder, or not readable.
     """
     try:
         return path.read_bytes()
@@ -32,53 +37,69 @@ def read_bytes(path: Path, *, what: str, fix: str = "check the path") -> bytes:
 
 
 def read_json(path: Path, cls: type[T], *, what: str) -> T:
-    """Read a dataclass from JSON.
+    """Read a dataclass from a JSON file.
+
+    Args:
+        path: The file.
+        cls: The dataclass.
+        what: Name of its kind in errors.
 
     Raises:
-        ArtifactError: missing, not JSON, another schema, or not a `what`.
+        ArtifactError: The file is missing, is not JSON, has another schema version, or does not fit the dataclass.
     """
     data = read_bytes(path, what=what)
     try:
         table = parse_json(data.decode())
     except ValueError as error:
-        raise ArtifactError(f"{path} is no {what}: {error}", fix="make it again") from None
-    return from_table(cls, table, where=f"{path} is no {what} that this edgekd reads")
+        raise ArtifactError(f"{path} is not a valid {what}: {error}", fix="create it again") from None
+    return from_table(cls, table, where=f"{path} is not a {what} that this edgekd can read")
 
 
 def from_table(cls: type[T], table: Any, *, where: str) -> T:
-    """A dataclass from parsed JSON of our schema.
+    """Build a dataclass from parsed JSON after checking the schema version.
+
+    Args:
+        cls: The dataclass.
+        table: The parsed JSON.
+        where: Start of the error message, with the name of the source.
 
     Raises:
-        ArtifactError: another schema, or keys and values that do not fit.
+        ArtifactError: Another schema version, or keys and values that do not fit.
     """
     if isinstance(table, dict) and table.get("schema", SCHEMA) != SCHEMA:
         found = reprlib.repr(table["schema"])
-        raise ArtifactError(f"{where}: schema {found}, known: {SCHEMA}", fix="use the edgekd that wrote it")
+        raise ArtifactError(f"{where}: schema {found}, known: {SCHEMA}", fix="use the edgekd version that wrote it")
     try:
         return from_dict(cls, table, where=where)
     except ConfigError as error:
-        raise ArtifactError(error.what, fix="make it again, or use the edgekd version that wrote it") from None
+        raise ArtifactError(error.what, fix="create it again, or use the edgekd version that wrote it") from None
 
 
 BLANK = "edgekd-sha256".ljust(64, "_")
-"""What stands for a file's SHA-256 while it is computed."""
+"""Placeholder of a file's SHA-256 while the digest is computed."""
 
 
 def seal(data: bytes) -> str:
-    """The SHA-256 of a serialised file that holds `BLANK` where it will be written."""
+    """Compute the SHA-256 of a serialised file that contains `BLANK` in the digest's place."""
     return _digest_with_blank(data, BLANK)
 
 
 def check_seal(data: bytes, digest: str, *, path: Path, fix: str) -> None:
-    """Whether a file is, to the last bit, the one that its `digest` was written into.
+    """Check a file against the digest that it contains.
+
+    Args:
+        data: Content of the file.
+        digest: The digest read from it.
+        path: Its path, for errors.
+        fix: What to do if it differs.
 
     Raises:
-        ArtifactError: it has none or was changed.
+        ArtifactError: The digest is missing, or the file was changed.
     """
     if not digest:
-        raise ArtifactError(f"{path} carries no SHA-256: an earlier edgekd wrote it", fix=fix)
+        raise ArtifactError(f"{path} has no SHA-256: an earlier edgekd wrote it", fix=fix)
     if data.count(digest.encode()) != 1 or _digest_with_blank(data, digest) != digest:
-        raise ArtifactError(f"{path} is not what was written: its SHA-256 differs", fix=fix)
+        raise ArtifactError(f"{path} was changed after it was written: its SHA-256 differs", fix=fix)
 
 
 def _digest_with_blank(data: bytes, written: str) -> str:
@@ -90,6 +111,6 @@ def _digest_with_blank(data: bytes, written: str) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """Indented JSON of a dataclass or dict."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    return (json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Serialise a dataclass or dict as indented JSON."""
+    tree = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

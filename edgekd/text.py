@@ -1,4 +1,4 @@
-"""Text output: numbers, aligned columns, and names from outside (classes, files, devices) escaped for their medium."""
+"""Text output: numbers, aligned columns, and untrusted names (classes, files, devices) escaped for their medium."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from rich.cells import cell_len
 
 
 def percent(fraction: float | None, *, digits: int = 2) -> str:
-    """`97.41`, or `n/a` where the measure is not defined."""
+    """Format a fraction as `97.41`, or as `n/a` where it is undefined."""
     return "n/a" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
 def plus_minus(mean: float | None, sd: float | None, *, scale: float = 100.0) -> str:
-    """`97.41 ± 0.30` of fractions; without the second if there is one run, empty if there is none."""
+    """Format fractions as `97.41 ± 0.30`; without the deviation for a single run, empty for none."""
     if mean is None:
         return ""
     return f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}")
 
 
 def aligned(rows: Sequence[Sequence[str]], *, remarks: bool = False) -> str:
-    """Columns padded with spaces, as wide as a terminal shows them: the first to the left, the others to the right.
+    """Align columns with spaces, by their width on a terminal: the first to the left, the others to the right.
 
-    remarks: the last column is text, and not padded.
+    Args:
+        rows: Cells of each row, the header first.
+        remarks: The last column is free text and is not padded.
     """
     rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*rows)]
@@ -46,50 +48,50 @@ _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-"""Control characters, line breaks, marks that turn the direction of writing, invisible ones, undecodable bytes."""
+"""Control characters, line breaks, bidirectional marks, invisible characters and undecodable bytes."""
 
 
 def visible(text: str) -> str:
-    """One line in which every character shows: what moves the cursor, hides or is no text is escaped as in JSON."""
+    """Return one line in which every character is visible; control and invisible characters are escaped as in JSON."""
     return _UNSEEN.sub(lambda match: code_point(match.group()), text)
 
 
 def code_point(character: str) -> str:
-    r"""`\u001b` and the like, as in JSON."""
+    r"""Escape one character as JSON does, for example as `\u001b`."""
     return json.dumps(character)[1:-1].replace("\x7f", r"\u007f")
 
 
 def terminal(text: str) -> str:
-    """Text for a terminal: `visible`, but for line breaks and tabs. JSON keeps its meaning."""
+    """Escape text for a terminal like `visible`, but keep line breaks and tabs. JSON keeps its meaning."""
     return re.sub(r"[^\n\t]+", lambda part: visible(part.group()), text)
 
 
 def csv_cell(text: str) -> str:
-    """A CSV cell that no spreadsheet runs as a formula.
+    """Escape a CSV cell so that no spreadsheet evaluates it as a formula.
 
-    `visible`; an apostrophe is put before = + - @ (also in full width) and before an apostrophe, so that the text is
-    the cell without one leading apostrophe.
+    The text is made `visible`, and an apostrophe is prepended to text that starts with = + - @ (also in full width) or
+    an apostrophe: the original is the cell without one leading apostrophe.
     """
     text = visible(text)
     return "'" + text if re.match(r"\s*[=+\-@'＝＋－＠]", text) else text
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """One line of CSV: text as `csv_cell`, numbers as they are, None empty."""
+    """Format one line of CSV: text as `csv_cell`, numbers unchanged, None as an empty cell."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerow([csv_cell(c) if isinstance(c, str) else c for c in cells])
     return out.getvalue()
 
 
 def markdown(text: str) -> str:
-    """Text in a line or table cell of Markdown: no column, tag, link, emphasis or formula comes of it."""
+    """Escape text for a line or table cell of Markdown: it cannot form a column, tag, link, emphasis or formula."""
     text = re.sub(r"[\\`*|~$]", r"\\\g<0>", visible(text))
-    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word it is no emphasis
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # not inside a word, where it has no meaning
     text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
     text = re.sub(r"\](?=[\[(:])", r"\\]", text)
     return re.sub(r"(?i)://|\bwww\.", lambda link: link.group()[:-1] + "\\" + link.group()[-1], text)
 
 
 def markup(text: str) -> str:
-    """Text in HTML, in quoted attributes too."""
+    """Escape text for HTML, including quoted attributes."""
     return html.escape(visible(text))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fakes.machine import box, small_student  # noqa: F401  # fixtures
 from faults.base import make_base
+from helpers.light import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401  # hooks
 
 if TYPE_CHECKING:
     pass
@@ -39,6 +40,7 @@ def without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the fault tests work on: see tests/faults/base.py."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("faults") / "base"
     make_base(folder)
     return folder
@@ -77,10 +79,10 @@ def two_maps_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgekd.artifacts.metadata import ModelMetadata
     from edgekd.data.preprocess import Preprocess
     from edgekd.export import export
-    from edgekd.models.base import Outputs, exits_of
+    from edgekd.models.base import MultiExitNetwork, Outputs, exits_of
     from edgekd.policy import Policy
 
-    class TwoScales(nn.Module):
+    class TwoScales(MultiExitNetwork):
         def __init__(self) -> None:
             super().__init__()
             self.fine, self.coarse = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)

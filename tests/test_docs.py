@@ -1,7 +1,8 @@
-"""docs/: commands have the options they are shown with, links lead somewhere, quoted messages are the program's."""
+"""docs/: the site builds, commands have the options they are shown with, links lead somewhere, messages are real."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -15,6 +16,15 @@ from edgekd.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+SMALLER = {
+    "data": "--count 120 --size 24",
+    "train": "--epochs 1 --image-size 32 --batch-size 16 --workers 0 --precision 32-true",
+    "distill": "--epochs 1 --image-size 32 --batch-size 16 --workers 0 --precision 32-true",
+    "compile": "--set max_accuracy_drop=100 --set calibration_images=16",
+    "tune": "--max-accuracy-drop 100",
+    "bench": "--set min_seconds=0.02 --set warmup_seconds=0.01 --set min_count=[4,2] --set rounds=1 --no-report",
+}
+"""What is added to the commands of the first page so that they end in seconds."""
 
 
 def commands(page: Path, start: str) -> list[list[str]]:
@@ -27,12 +37,41 @@ def commands(page: Path, start: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_of_edgekd(page: Path) -> None:
-    known = get_command(app).commands  # type: ignore[attr-defined]
     found = commands(page, "edgekd ")
     for words in found:
-        options = {name for param in known[words[1]].params for name in (*param.opts, *param.secondary_opts)}
+        command = get_command(app)
+        for word in words[1:]:
+            command = getattr(command, "commands", {}).get(word, command)
+        options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
         assert {w.partition("=")[0] for w in words[2:] if w.startswith("--")} <= options, words
-    assert len(found) == {"jetson.md": 9}.get(page.name, 0)
+    assert len(found) == {"jetson.md": 9, "getting-started.md": 12}.get(page.name, 0)
+
+
+@pytest.mark.slow
+def test_the_first_page_command_by_command(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    page = ROOT / "docs" / "getting-started.md"
+    for words in commands(page, "edgekd "):
+        smaller = [sys.executable, "-m", *words, *shlex.split(SMALLER.get(words[1], ""))]
+        done = subprocess.run(smaller, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{smaller}\n{done.stdout}{done.stderr}"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
+
+
+def test_the_site_builds_and_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
+    """Strict: a warning, such as a link that leads nowhere or an argument that a docstring gets wrong, is an error."""
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    command = ["mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path, "-f", "docs/mkdocs/mkdocs.yml"]
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    pages = {str(path.relative_to(tmp_path)): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    packages = {path.parent.name for path in (ROOT / "edgekd").glob("*/__init__.py")} - {"cli"}
+    assert {f"api/edgekd.{name}.html" for name in packages} | {"api/edgekd.html"} <= pages.keys()
+    assert 'id="edgekd.runtime.classifier.Classifier.predict"' in pages["api/edgekd.runtime.html"]
+    for name, text in pages.items():
+        assert not re.search(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["'](?:https?:)?//""", text), name
 
 
 def test_commands_of_the_benchmark() -> None:
@@ -44,7 +83,7 @@ def test_commands_of_the_benchmark() -> None:
     assert (ROOT / script).stat().st_mode & 0o100
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_links(page: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")

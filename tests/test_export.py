@@ -17,9 +17,8 @@ from edgekd.artifacts.metadata import Exit, ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graph, with_shapes
 from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError, ConfigError, GateError
-from edgekd.export import check_parity, export, to_onnx
-from edgekd.models.base import Outputs, exits_of
-from edgekd.policy import Policy
+from edgekd.export import check_parity, export, model_metadata, to_onnx
+from edgekd.models.base import MultiExitNetwork, Outputs, exits_of
 from edgekd.runtime.engine import open_engine
 
 PLAIN = [
@@ -64,7 +63,7 @@ def test_boundaries_of_one_and_of_several_tensors(two_maps_onnx: Path) -> None:
     assert Counter(node.op_type for node in last.node)["Conv"] == 2  # of four
 
 
-class Around(nn.Module):
+class Around(MultiExitNetwork):
     """Its first exit is inside a residual block."""
 
     def __init__(self) -> None:
@@ -79,16 +78,19 @@ class Around(nn.Module):
         return Outputs(tuple(self.fc(m.mean((2, 3))) for m in maps), (), maps)
 
 
-def card_of(network: nn.Module) -> ModelMetadata:
-    out = network.eval()(torch.zeros(1, 3, 16, 16))
-    return ModelMetadata("small", tuple("abcde"), Preprocess(16), exits_of(out), Policy((1.0,) * len(out.logits)))
+def metadata_of(network: MultiExitNetwork) -> ModelMetadata:
+    return model_metadata("small", tuple("abcde"), Preprocess(16), network.eval()(torch.zeros(1, 3, 16, 16)))
 
 
-def test_an_exit_that_something_leads_around_is_named(tmp_path: Path) -> None:
+def test_an_exit_that_something_bypasses_is_named(tmp_path: Path) -> None:
     network = Around()
     with pytest.raises(ConfigError, match=r"cut at exit_0 at block\.inner: exit_1 cannot be made of stage_0 alone"):
         export(
-            network, card_of(network), out=tmp_path / "s.onnx", images=np.zeros((1, 3, 16, 16), np.float32), names=["a"]
+            network,
+            metadata_of(network),
+            out=tmp_path / "s.onnx",
+            images=np.zeros((1, 3, 16, 16), np.float32),
+            names=["a"],
         )
     assert not list(tmp_path.iterdir())
 
@@ -101,7 +103,7 @@ def test_several_exits_need_a_map_each(maps: tuple[Any, ...]) -> None:
     assert exits_of(Outputs(logits[:1], (), ())) == (Exit("exit_0", ()),)
 
 
-def test_a_card_without_boundaries_is_refused(two_maps_onnx: Path, tmp_path: Path) -> None:
+def test_metadata_without_boundaries_is_refused(two_maps_onnx: Path, tmp_path: Path) -> None:
     model, _ = read_onnx(two_maps_onnx)
     prop = next(p for p in model.metadata_props if p.key == "edgekd")
     prop.value = prop.value.replace('"stage_1"', "")
@@ -110,7 +112,7 @@ def test_a_card_without_boundaries_is_refused(two_maps_onnx: Path, tmp_path: Pat
         read_onnx(tmp_path / "s.onnx")
 
 
-class Scaled(nn.Module):
+class Scaled(MultiExitNetwork):
     """Logits of some size, which are `off` by a factor."""
 
     def __init__(self, size: float, off: float = 1.0) -> None:

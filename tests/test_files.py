@@ -200,7 +200,7 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path, what: st
 
 
 def test_only_its_own_kind_is_replaced(tmp_path: Path) -> None:
-    kind = Kind("page", (b"<!doctype",), b"by edgekd")
+    kind = Kind("a page", (b"<!doctype",), b"by edgekd")
     cases = {"ours": b"<!doctype html> by edgekd", "empty": b"", "another": b"<!doctype html>", "text": b"by edgekd"}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -208,11 +208,11 @@ def test_only_its_own_kind_is_replaced(tmp_path: Path) -> None:
     for name in ("ours", "empty", "missing"):
         refuse_other(tmp_path / name, kind)
     for name in ("another", "text"):
-        with pytest.raises(ArtifactError, match=f"{name} is there and is no page"):
+        with pytest.raises(ArtifactError, match=f"{name} exists and is not a page"):
             refuse_other(tmp_path / name, kind)
     with pytest.raises(ArtifactError, match="is a folder"):
         refuse_other(tmp_path / "folder", kind)
-    with pytest.raises(ArtifactError, match="is no page"):
+    with pytest.raises(ArtifactError, match="is not a page"):
         refuse_other(Path(os.devnull), kind)
 
 
@@ -225,5 +225,5 @@ def test_where_there_are_no_locks_it_is_said(
     monkeypatch.setattr(files.fcntl, "lockf", none)
     with atomic_path(tmp_path / "a.json") as part:
         part.write_text("{}")
-    assert "no locks on this file system" in caplog.text
+    assert "this file system has no locks" in caplog.text
     assert names(tmp_path) == ["a.json"]

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling")
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
@@ -60,6 +61,7 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
 
     Image.new("RGB", (40, 40), "pink").save(tmp_path / "cell.png")
     assert "orin-nano" in edgekd("devices")
+    assert edgekd("config", "show", "int8") == (ROOT / "compile" / "int8.toml").read_text()
     edgekd("compile", str(student_onnx), "--backend", "onnxruntime", "--out", "s.engine")
     assert "cell.png" in edgekd("predict", "s.engine", "cell.png")
 

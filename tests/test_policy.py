@@ -8,11 +8,11 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.policy import (
     NEVER_EXIT,
     Average,
     Decision,
-    Measure,
     Policy,
     confidence,
     decide_one,
@@ -43,9 +43,10 @@ def test_softmax_by_hand() -> None:
         ("entropy", [1 - 1.75 / 2, 0.0, 1.0]),  # H = 1.75 bits of log2(4) = 2
     ],
 )
-def test_confidence_by_hand(measure: Measure, expected: list[float]) -> None:
+def test_confidence_by_hand(measure: str, expected: list[float]) -> None:
     probabilities = np.float32([[0.5, 0.25, 0.125, 0.125], [0.25] * 4, [0, 0, 1, 0]])
     assert confidence(probabilities, measure) == pytest.approx(expected, abs=1e-6)
+    assert [CONFIDENCE_MEASURES[measure].one(p.tolist()) for p in probabilities] == pytest.approx(expected, abs=1e-6)
 
 
 def test_three_images_leave_at_three_exits() -> None:
@@ -96,8 +97,8 @@ def one_by_one(logits: Array, policy: Policy) -> Decision:
     return decision
 
 
-@pytest.mark.parametrize(("measure", "average"), list(itertools.product(get_args(Measure), get_args(Average))))
-def test_online_equals_offline(measure: Measure, average: Average, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("measure", "average"), list(itertools.product(CONFIDENCE_MEASURES, get_args(Average))))
+def test_online_equals_offline(measure: str, average: Average, rng: np.random.Generator) -> None:
     for exits, classes in [(1, 2), (2, 3), (4, 5), (5, 2)]:
         logits = np.float32(rng.normal(size=(exits, 40, classes)) * rng.choice([3, 300], (40, 1)))  # some are certain
         temperatures = tuple(rng.uniform(0.3, 4, exits).tolist())
@@ -106,6 +107,12 @@ def test_online_equals_offline(measure: Measure, average: Average, rng: np.rando
         assert offline.exits.tolist() == online.exits.tolist()
         assert offline.probabilities == pytest.approx(online.probabilities, abs=1e-6)
         assert offline.confidence == pytest.approx(online.confidence, abs=1e-6)
+
+
+@pytest.mark.parametrize(("key", "value", "near"), [("confidence", "margn", "margin"), ("average", "meen", "mean")])
+def test_an_unknown_word_in_a_policy_is_refused_with_the_nearest(key: str, value: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: .*'{value}'.*Did you mean '{near}'"):
+        Policy((1.0,), **{key: value})  # type: ignore[arg-type]
 
 
 def test_is_tuned() -> None:

@@ -34,6 +34,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     """A folder with real cells, thirty a class, and the real ImageNet weights, as the README supposes."""
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("readme")
     for source in (shared / "data" / "sipakmed").iterdir():
         (folder / "sipakmed" / source.name).mkdir(parents=True)

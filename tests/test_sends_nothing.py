@@ -90,6 +90,7 @@ def test_libraries_send_nothing_once_edgekd_is_imported(student_onnx: Path, tmp_
 
 @pytest.mark.slow
 def test_commands_open_no_socket(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     env = private(tmp_path / "home")
     (tmp_path / "tiny.toml").write_text(SUITE)
     script = WATCH + "from edgekd.__main__ import main\nmain()"

@@ -27,28 +27,14 @@ OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
 SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
 LabelsOption = Annotated[
     Path | None,
-    typer.Option("--labels", help="CSV file with the columns path, label and, if you like, group and subset."),
+    typer.Option("--labels", help="CSV file with columns path and label, optionally group and subset."),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
-ProtocolOption = Annotated[
-    str | None, typer.Option(help="Shipped protocol or a .toml file; finetune if not given.", show_default=False)
-]
-WeightsOption = Annotated[str | None, typer.Option(help="First weights: hub, none, a file or a run folder.")]
-EpochsOption = Annotated[int | None, typer.Option(help="Passes over the training images.")]
-LrOption = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Images in a training step, for each process.")]
-WorkersOption = Annotated[int | None, typer.Option("--workers", help="Processes that read images; 0 for none.")]
-PrecisionOption = Annotated[
-    str | None, typer.Option("--precision", help="auto (what this machine gains by), 32-true, bf16-mixed or 16-mixed.")
-]
 SizeOption = Annotated[int | None, typer.Option(help="Side of the input in pixels.")]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of split, first weights and augmentation.")]
-SplitOption = Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")]
-FoldOption = Annotated[int | None, typer.Option(help="Which fold of kfold is the test subset.")]
 GroupOption = Annotated[
     str | None, typer.Option(help="none, cluster (SIPaKMeD), slide (Kather 2016), or a regular expression.")
 ]
@@ -58,10 +44,8 @@ SeedsOption = Annotated[
 FoldsOption = Annotated[
     str | None, typer.Option(metavar="all|0,1", help="A sweep: a run for each of these folds of --split kfold:K.")
 ]
-JobsOption = Annotated[int, typer.Option(min=1, help="Runs of a sweep at one time.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+JobsOption = Annotated[int, typer.Option(min=1, help="Runs of a sweep in parallel.")]
 BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Train without the images that cannot be used.")]
-DevicesOption = Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")]
 
 
 FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0

@@ -1,4 +1,4 @@
-"""edgekd evaluate."""
+"""`edgekd evaluate`: metrics of a run folder, student.onnx or engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
@@ -28,7 +28,9 @@ from edgekd.cli.train import data_folder
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from edgekd.data.preprocess import Preprocess
     from edgekd.data.split import Split, Subset
+    from edgekd.types import Array
 
 
 def evaluate(
@@ -39,13 +41,13 @@ def evaluate(
     subset: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the measures as JSON, with what they were made on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the metrics as JSON, with the device and host.")] = None,
     svm: Annotated[
-        str | None, typer.Option(metavar="POINT", help="Of a linear SVM on this feature point instead.")
+        str | None, typer.Option(metavar="POINT", help="Evaluate a linear SVM on this feature point of a run folder.")
     ] = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
+    """Print accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
     import numpy as np
 
     from edgekd.backends.report import describe_host
@@ -57,7 +59,7 @@ def evaluate(
 
     if plot:
         plots.picture_format(plot)
-    metadata, logits_of, device = _answers(target, threads)
+    classes, preprocess, logits_of, device = _open(target, threads)
     data = data_folder(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
@@ -65,25 +67,23 @@ def evaluate(
         raise ConfigError("--labels and --split", fix="give one of them")
     if not labels and split is None and (target / "split.json").is_file():
         split = target
-    chosen = read_or_scan(data, split, metadata.classes, labels=labels)
+    chosen = read_or_scan(data, split, classes, labels=labels)
     if svm is not None:
         logits_of = _svm(target, svm, chosen, data)
     with bar("read images") as progress:
-        images, truth = load_subset(
-            chosen, cast("Subset", subset), data=data, preprocess=metadata.preprocess, progress=progress
-        )
+        images, truth = load_subset(chosen, cast("Subset", subset), data=data, preprocess=preprocess, progress=progress)
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
-    rows = {f"exit_{k}": accuracy.metrics(p, truth, metadata.classes) for k, p in enumerate(probabilities)}
+    rows = {f"exit_{k}": accuracy.metrics(p, truth, classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:
-        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, metadata.classes)
+        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, classes)
     last = list(rows.values())[-1]
     known = _validated(target)
     if subset == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):
         say(f"note: {note}")
     plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if out:
-        made_on = {"device": device, "host": dataclasses.asdict(describe_host())}
-        atomic_write(out, to_json({"subset": subset, "metrics": plain, **made_on}))
+        environment = {"device": device, "host": dataclasses.asdict(describe_host())}
+        atomic_write(out, to_json({"subset": subset, "metrics": plain, **environment}))
     if as_json:
         echo(json.dumps(plain, indent=1))
     else:
@@ -95,21 +95,30 @@ def evaluate(
         next_command("export", target, "--out", target.with_name(f"{target.name}.onnx"))
 
 
-def _answers(target: Path, threads: int | None) -> tuple[Any, Callable[[Any], Any], str]:
-    """(metadata or header, images to logits (E, N, C), what runs it) of a run folder, student.onnx or engine."""
+class _Target(NamedTuple):
+    """What is evaluated: its classes and preprocessing, images (N, 3, H, W) to logits (E, N, C), and what runs it."""
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    logits: Callable[[Array], Array]
+    device: str
+
+
+def _open(target: Path, threads: int | None) -> _Target:
+    """Open a run folder, student.onnx or engine."""
     if (target / "model.safetensors").is_file() or (target / "protocol.toml").is_file():
         from edgekd.training.evaluate import load, logits
 
-        network, header, device = load(target)
-        return header, lambda images: logits(network, images), device
+        network, trained, device = load(target)
+        return _Target(trained.classes, trained.preprocess, lambda images: logits(network, images), device)
     from edgekd.runtime.engine import open_engine
 
     engine = open_engine(target, threads=threads)
-    return engine.metadata, engine.logits, engine.backend.name
+    return _Target(engine.metadata.classes, engine.metadata.preprocess, engine.logits, engine.backend.name)
 
 
 def _validated(target: Path) -> tuple[str, float, int] | None:
-    """(row, accuracy, images) of what a run folder, or an engine, scored in validation."""
+    """Return the row, accuracy and number of images of a run folder's or an engine's validation."""
     if (target / "metrics.csv").is_file():
         from edgekd.data.split import read_split
 
@@ -124,9 +133,9 @@ def _validated(target: Path) -> tuple[str, float, int] | None:
     return None
 
 
-def _svm(run: Path, point: str, split: Split, data: Path) -> Callable[[Any], Any]:
+def _svm(run: Path, point: str, split: Split, data: Path) -> Callable[[Array], Array]:
     from edgekd.training.evaluate import load
     from edgekd.training.svm import fit_svm
 
-    network, header, _ = load(run)
-    return fit_svm(network, point, split=split, data=data, preprocess=header.preprocess)
+    network, trained, _ = load(run)
+    return fit_svm(network, point, split=split, data=data, preprocess=trained.preprocess)

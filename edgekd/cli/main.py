@@ -17,6 +17,7 @@ from edgekd.cli.bench import bench
 from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.compare import compare
 from edgekd.cli.compile import compile_
+from edgekd.cli.config import app as config_app
 from edgekd.cli.data import app as data_app
 from edgekd.cli.demo import demo
 from edgekd.cli.devices import devices
@@ -140,6 +141,7 @@ def log_to_stderr(*, verbose: bool = False) -> None:
 
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(config_app, name="config")
 for command in (
     train,
     distill,

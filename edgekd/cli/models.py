@@ -1,4 +1,4 @@
-"""`edgekd models`: which networks there are, what is inside one, what each costs."""
+"""`edgekd models`: the known networks, their feature points and their cost."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from edgekd.errors import ConfigError
 if TYPE_CHECKING:
     from edgekd.models.cost import Cost
 
-ClassesOption = Annotated[int, typer.Option(min=1, help="How many classes it tells apart.")]
-PixelsOption = Annotated[int, typer.Option(min=1, help="Side of the input in pixels.")]
-
+ClassesOption = Annotated[int, typer.Option(min=1, help="Number of classes.")]
+ImageSizeOption = Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")]
 StemOption = Annotated[str, typer.Option(help="imagenet, or small: that of a ResNet or MSDNet for tiny images.")]
 
-app = typer.Typer(no_args_is_help=True, help="List networks, look inside them, count what they cost.")
+app = typer.Typer(no_args_is_help=True, help="List networks, show their feature points, count their cost.")
 
 
 @app.command("list")
-def list_(part: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only names that hold this.")] = "") -> None:
-    """edgekd's own networks, then those of timm and torchvision."""
-    from edgekd.models.networks import OWN, PREFIX, library, nearest_network
+def list_(
+    text: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only names that contain this text.")] = "",
+) -> None:
+    """List edgekd's own networks, then those of timm and torchvision."""
+    from edgekd.models.networks import NETWORKS, PREFIX, library, nearest_network
 
-    own, others = ([n for n in names if part in n] for names in (OWN, sorted(frozenset().union(*library()))))
+    own, others = ([n for n in names if text in n] for names in (NETWORKS, sorted(frozenset().union(*library()))))
     if not own and not others:
-        raise ConfigError(f"no network has '{part}' in its name", fix=nearest_network(part))
+        raise ConfigError(f"no network has '{text}' in its name", fix=nearest_network(text))
     for title, names in (("edgekd", own), (f"timm and torchvision; {PREFIX}NAME adds exits", others)):
         if names:
             echo("\n".join([f"{title}:", *(f"  {name}" for name in names)]))
@@ -37,44 +38,43 @@ def list_(part: Annotated[str, typer.Argument(metavar="[FILTER]", help="Only nam
 def show(
     name: Annotated[str, typer.Argument(help="Any name of edgekd models list.")],
     features: Annotated[bool, typer.Option("--features", help="List every feature point.")] = False,
-    image_size: PixelsOption = 224,
+    image_size: ImageSizeOption = 224,
     classes: ClassesOption = 5,
     stem: StemOption = "imagenet",
 ) -> None:
-    """A network's size, stages and feature points: the places for exits and for methods that compare maps."""
+    """Show a network's size, stages and feature points, where exits and methods that compare maps can be placed."""
     from edgekd.models import feature_points
     from edgekd.models.networks import build, stem_named
     from edgekd.text import aligned
 
     network = build(name, classes=classes, image_size=image_size, stem=stem_named(stem))
     parameters = sum(p.numel() for p in network.parameters())
-    found = feature_points.points(network, image_size=image_size)
+    trace = feature_points.trace(network, image_size=image_size)
+    points = trace.points()
     try:
-        stages = feature_points.ends(found)
+        stages = feature_points.stage_ends(points)
     except ConfigError:  # a perceptron has no maps
         stages = ()
-    own = hasattr(network, "exits")  # a multi-exit network returns its pooled features itself
-    pooled = "" if own else feature_points.pooled(network, image_size=image_size)
+    pooled = "" if trace.outputs.features else trace.pooled()
     echo(f"{name}: {parameters:,} parameters with {classes} classes")
     echo(f"stages: {', '.join(stages) or 'none'}")
     echo(f"pooled: {pooled or 'in front of each exit'}")
     if features:
-        marks = {pooled.removesuffix(feature_points.INPUT): "pooled"} | {
-            s: f"stage {k}" for k, s in enumerate(stages, start=1)
-        }
-        rows = [[p.name, marks.get(p.name, ""), p.kind, " x ".join(map(str, p.shape))] for p in found]
+        roles = {pooled.removesuffix(feature_points.INPUT): "pooled"}
+        roles |= {stage: f"stage {k}" for k, stage in enumerate(stages, start=1)}
+        rows = [[p.name, roles.get(p.name, ""), p.kind, " x ".join(map(str, p.shape))] for p in points]
         echo(aligned([["feature point", "default", "class", "channels x height x width"], *rows]))
 
 
 @app.command()
 def cost(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Any names of edgekd models list.")],
-    image_size: PixelsOption = 224,
+    image_size: ImageSizeOption = 224,
     classes: ClassesOption = 5,
     stem: StemOption = "imagenet",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Parameters, multiply-adds, memory of the activations and size of the weights, counted for one image."""
+    """Count parameters, multiply-adds, memory of the activations and size of the weights, for one image."""
     from edgekd.models.cost import cost
     from edgekd.models.networks import stem_named
     from edgekd.serialization import to_json

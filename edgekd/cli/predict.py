@@ -1,4 +1,4 @@
-"""`edgekd predict`: labels for images and folders of images, without torch."""
+"""`edgekd predict`: labels for images and folders of images, without PyTorch."""
 
 from __future__ import annotations
 
@@ -11,84 +11,88 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 from rich.cells import cell_len
 
-from edgekd.cli.common import ThreadsOption, bar, echo, one_of, reserve
-from edgekd.errors import ConfigError, DataError
-from edgekd.files import ANSWERS, atomic_path
+from edgekd.cli.common import ThreadsOption, bar, echo, reserve
+from edgekd.errors import ConfigError, DataError, check_known
+from edgekd.files import PREDICTIONS, atomic_path
 from edgekd.text import csv_line, visible
 
 if TYPE_CHECKING:
     from edgekd import Classifier, Prediction
+    from edgekd.runtime.classifier import Strategy
 
 SHOWN = 5
-"""Inputs that could not be used and are named at the end; each has a row."""
+"""Largest number of unusable inputs that the final error names; each of them also has a row."""
 Input = tuple[Path, "DataError | None"]
+"""An image file, and why it cannot be used if that is known before it is read."""
 
 
 def predict(
     engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="Engine folder or student.onnx.")],
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, and quoted patterns: 'cells/**'.")],
-    strategy: Annotated[
-        str | None, typer.Option(help="cascade, full or final.", callback=one_of("cascade", "full", "final"))
-    ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Give the so many likeliest classes.")] = 1,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="CSV: a column for each class.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON array, one object a line.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="CSV.")] = False,
+    strategy: Annotated[str | None, typer.Option(help="cascade, full or final.")] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Number of most probable classes to print.")] = 1,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="CSV: add a column for each class.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array, one object per line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write NAME.csv or NAME.json, whole or not at all, and print nothing.")
+        Path | None, typer.Option("--out", help="Write NAME.csv or NAME.json atomically instead of printing.")
     ] = None,
     device_side_exit: Annotated[
         bool,
-        typer.Option("--device-side-exit", help="Research: the GPU itself ends the cascade (TensorRT)."),
+        typer.Option("--device-side-exit", help="Experimental: the GPU itself ends the cascade (TensorRT)."),
     ] = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Labels for images and folders of images, in their order and as they come.
+    """Classify images and folders of images, in their order.
 
-    An image that cannot be used has a row that says why, and the exit code is 1.
+    An unusable image gets a row with the reason, and the exit code is 1.
     """
-    from edgekd import Classifier
+    from edgekd.runtime.classifier import Classifier, Strategy
 
+    if strategy is not None:
+        check_known("--strategy", strategy, get_args(Strategy))
     form = _form(out, as_json=as_json, as_csv=as_csv)
     if probabilities and form == "table":
-        raise ConfigError("--probabilities goes with --csv", fix="give --csv, or --json, which has them always")
-    reserve(out, ANSWERS)
+        raise ConfigError("--probabilities needs --csv", fix="give --csv, or --json, which always includes them")
+    reserve(out, PREDICTIONS)
     classifier = Classifier(
         engine,
-        strategy=strategy,  # type: ignore[arg-type]  # checked there
+        strategy=cast("Strategy | None", strategy),
         threads=threads,
         device_side_exit=device_side_exit,
     )
     if top_k > len(classifier.classes):
-        raise ConfigError(f"--top-k {top_k}: the network has {len(classifier.classes)} classes", fix="give fewer")
+        raise ConfigError(
+            f"--top-k {top_k}: the network has {len(classifier.classes)} classes", fix="give a smaller number"
+        )
     forms: dict[str, type[_Rows]] = {"json": _Json, "csv": _Csv, "table": _Table}
     rows = forms[form](classifier.classes, top_k, probabilities)
     inputs, bad = [one for source in images for one in _inputs(source)], list[str]()
     with _sink(out) as write, bar("predict") as progress:
         write(rows.head)
         try:
-            for done, (path, answer) in enumerate(_answers(classifier, inputs), start=1):
-                write(rows.row(path, answer))
-                if isinstance(answer, DataError):
-                    bad.append(visible(answer.what))
-                if out or not sys.stdout.isatty():  # where rows are seen, they are the progress
+            for done, (path, result) in enumerate(_results(classifier, inputs), start=1):
+                write(rows.row(path, result))
+                if isinstance(result, DataError):
+                    bad.append(visible(result.what))
+                if out or not sys.stdout.isatty():  # rows on a terminal are progress enough
                     progress(done, len(inputs))
-        finally:  # an interrupted array is whole, too
+        finally:  # an interrupted JSON array is closed, too
             write(rows.tail)
     if out:
-        echo(f"{out}: {len(inputs) - len(bad)} of {len(inputs)} images answered")
+        echo(f"{out}: {len(inputs) - len(bad)} of {len(inputs)} images classified")
     if bad:
         more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-        raise DataError("\n".join([*bad[:SHOWN], *more]), fix="the other images were answered")
+        raise DataError("\n".join([*bad[:SHOWN], *more]), fix="the other images were classified")
 
 
 def _form(out: Path | None, *, as_json: bool, as_csv: bool) -> Literal["json", "csv", "table"]:
-    """What is asked for by a flag, or by the name of the file."""
+    """Choose the output format by the flags, or by the suffix of the file."""
     if as_json and as_csv:
         raise ConfigError("--json and --csv", fix="give one of them")
     kind = out.suffix.lower() if out and not (as_json or as_csv) else ""
@@ -97,22 +101,22 @@ def _form(out: Path | None, *, as_json: bool, as_csv: bool) -> Literal["json", "
     if as_csv or kind == ".csv":
         return "csv"
     if out:
-        raise ConfigError(f"--out {out}: neither CSV nor JSON by its name", fix="give --csv or --json")
+        raise ConfigError(f"--out {out} ends in neither .csv nor .json", fix="give --csv or --json")
     return "table"
 
 
 def _inputs(source: str) -> Iterator[Input]:
-    """The images that an argument stands for, or the argument itself and why it cannot be used."""
+    """Expand an argument to image files, or to itself with the reason why it cannot be used."""
     try:
         yield from ((path, None) for path in _files(source))
     except DataError as error:
         yield Path(source), error
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        yield Path(source), DataError(f"{source}: {error.strerror}", fix="check the path and its rights")
+    except OSError as error:  # a name that is too long, or an unreadable folder
+        yield Path(source), DataError(f"{source}: {error.strerror}", fix="check the path and its permissions")
 
 
 def _files(source: str) -> Sequence[Path]:
-    """A pattern stands for the images that it matches, and those in folders that it matches unless it has a `**`."""
+    """Find the image files of a path or pattern. Folders that a pattern matches are searched unless it has a `**`."""
     from edgekd.data.folders import image_files
     from edgekd.data.preprocess import EXTENSIONS
 
@@ -131,30 +135,30 @@ def _files(source: str) -> Sequence[Path]:
     return found
 
 
-def _answers(classifier: Classifier, inputs: Sequence[Input]) -> Iterator[tuple[Path, Prediction | DataError]]:
-    """An answer for each input, in order, a batch at a time."""
+def _results(classifier: Classifier, inputs: Sequence[Input]) -> Iterator[tuple[Path, Prediction | DataError]]:
+    """Classify the inputs in order, a batch at a time."""
     for start in range(0, len(inputs), classifier.batch_size):
         batch = inputs[start : start + classifier.batch_size]
-        found = iter(_predicted(classifier, [path for path, error in batch if error is None]))
-        yield from ((path, error or next(found)) for path, error in batch)
+        results = iter(_classified(classifier, [path for path, error in batch if error is None]))
+        yield from ((path, error or next(results)) for path, error in batch)
 
 
-def _predicted(classifier: Classifier, files: list[Path]) -> list[Prediction | DataError]:
-    """A batch at once; one by one if a file in it cannot be used."""
+def _classified(classifier: Classifier, files: list[Path]) -> list[Prediction | DataError]:
+    """Classify a batch at once, or one by one if a file in it cannot be used."""
     try:
         return list(classifier.predict(files))
     except DataError as error:
-        return [error] if len(files) == 1 else [one for file in files for one in _predicted(classifier, [file])]
+        return [error] if len(files) == 1 else [one for file in files for one in _classified(classifier, [file])]
 
 
 @contextlib.contextmanager
 def _sink(out: Path | None) -> Iterator[Callable[[str], object]]:
-    """Where rows go: to standard output one by one, so that a reader has them at once and a kill leaves whole ones."""
+    """Provide the function that writes rows: to a file, or to standard output, flushed after each row."""
     if out:
         with atomic_path(out) as part, part.open("w", encoding="utf-8", newline="") as file:
             yield file.write
     else:
-        stream = sys.stdout  # now: a progress bar takes its place
+        stream = sys.stdout  # bound now, because a progress bar replaces it
 
         def write(text: str) -> None:
             stream.write(text)
@@ -165,7 +169,7 @@ def _sink(out: Path | None) -> Iterator[Callable[[str], object]]:
 
 @dataclass
 class _Rows(ABC):
-    """Text before, for and after the rows; each row ends its line."""
+    """An output format: text before, for and after the rows, with line ends."""
 
     classes: tuple[str, ...]
     top_k: int
@@ -177,17 +181,17 @@ class _Rows(ABC):
     def head(self) -> str: ...
 
     @abstractmethod
-    def row(self, path: Path, answer: Prediction | DataError) -> str: ...
+    def row(self, path: Path, result: Prediction | DataError) -> str: ...
 
 
 def _why(path: Path, error: DataError) -> str:
     return error.what.removeprefix(f"{path}: ")
 
 
-def _top(answer: Prediction, count: int) -> list[tuple[str, float]]:
-    """The likeliest classes and their probabilities."""
-    order = sorted(range(len(answer.classes)), key=lambda k: -answer.probabilities[k])
-    return [(answer.classes[k], answer.probabilities[k]) for k in order[:count]]
+def _top(result: Prediction, count: int) -> list[tuple[str, float]]:
+    """Return the most probable classes and their probabilities."""
+    order = sorted(range(len(result.classes)), key=lambda k: -result.probabilities[k])
+    return [(result.classes[k], result.probabilities[k]) for k in order[:count]]
 
 
 class _Json(_Rows):
@@ -195,15 +199,15 @@ class _Json(_Rows):
     tail = "]\n"
     comma = ""
 
-    def row(self, path: Path, answer: Prediction | DataError) -> str:
+    def row(self, path: Path, result: Prediction | DataError) -> str:
         table: dict[str, object] = {"file": str(path)}
-        if isinstance(answer, DataError):
-            table["error"] = _why(path, answer)
+        if isinstance(result, DataError):
+            table["error"] = _why(path, result)
         else:
-            table |= {"label": answer.label, "index": answer.index, "confidence": answer.confidence}
-            table |= {"exit": f"exit_{answer.exit}", "probabilities": answer.probabilities}
+            table |= {"label": result.label, "index": result.index, "confidence": result.confidence}
+            table |= {"exit": f"exit_{result.exit}", "probabilities": result.probabilities}
             if self.top_k > 1:
-                table["top"] = [{"label": name, "probability": p} for name, p in _top(answer, self.top_k)]
+                table["top"] = [{"label": name, "probability": p} for name, p in _top(result, self.top_k)]
         comma, self.comma = self.comma, ","
         return comma + json.dumps(table).replace("\x7f", r"\u007f") + "\n"
 
@@ -217,27 +221,27 @@ class _Csv(_Rows):
         each = class_columns(self.classes) if self.probabilities else []
         return csv_line(["file", "label", "confidence", "exit", "error", *top, *each])
 
-    def row(self, path: Path, answer: Prediction | DataError) -> str:
-        if isinstance(answer, DataError):
+    def row(self, path: Path, result: Prediction | DataError) -> str:
+        if isinstance(result, DataError):
             more = 2 * (self.top_k - 1) + len(self.classes) * self.probabilities
-            return csv_line([str(path), "", "", "", _why(path, answer), *[""] * more])
-        top = [cell for name, p in _top(answer, self.top_k)[1:] for cell in (name, f"{p:.6f}")]
-        each = [f"{p:.6f}" for p in answer.probabilities] if self.probabilities else []
-        return csv_line([str(path), answer.label, f"{answer.confidence:.4f}", f"exit_{answer.exit}", "", *top, *each])
+            return csv_line([str(path), "", "", "", _why(path, result), *[""] * more])
+        top = [cell for name, p in _top(result, self.top_k)[1:] for cell in (name, f"{p:.6f}")]
+        each = [f"{p:.6f}" for p in result.probabilities] if self.probabilities else []
+        return csv_line([str(path), result.label, f"{result.confidence:.4f}", f"exit_{result.exit}", "", *top, *each])
 
 
 class _Table(_Rows):
-    """Columns as wide as they can become, the file last: nothing has to wait for other rows."""
+    """Columns of fixed width, the file last, so that no row has to wait for later ones."""
 
     @property
     def head(self) -> str:
-        return self._line("label", "confidence", "left at", *(f"#{k}" for k in range(2, self.top_k + 1)), "file")
+        return self._line("label", "confidence", "exit", *(f"#{k}" for k in range(2, self.top_k + 1)), "file")
 
-    def row(self, path: Path, answer: Prediction | DataError) -> str:
-        if isinstance(answer, DataError):
-            return self._line(*["–"] * (2 + self.top_k), f"{path}: {_why(path, answer)}")
-        others = [f"{name} {p:.3f}" for name, p in _top(answer, self.top_k)[1:]]
-        return self._line(answer.label, f"{answer.confidence:.3f}", f"exit_{answer.exit}", *others, str(path))
+    def row(self, path: Path, result: Prediction | DataError) -> str:
+        if isinstance(result, DataError):
+            return self._line(*["–"] * (2 + self.top_k), f"{path}: {_why(path, result)}")
+        others = [f"{name} {p:.3f}" for name, p in _top(result, self.top_k)[1:]]
+        return self._line(result.label, f"{result.confidence:.3f}", f"exit_{result.exit}", *others, str(path))
 
     def _line(self, *cells: str) -> str:
         from edgekd.text import aligned
@@ -247,4 +251,4 @@ class _Table(_Rows):
     @cached_property
     def _widest(self) -> list[str]:
         longest = max([*self.classes, "label"], key=lambda name: cell_len(visible(name)))
-        return [longest, "confidence", "left at", *[f"{longest} 0.000"] * (self.top_k - 1)]
+        return [longest, "confidence", "exit_0", *[f"{longest} 0.000"] * (self.top_k - 1)]

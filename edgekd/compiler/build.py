@@ -21,7 +21,6 @@ from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
 from edgekd.backends.report import describe_host
 from edgekd.compiler.gate import (
     GateReport,
-    Labels,
     Validation,
     bounds,
     check,
@@ -34,9 +33,9 @@ from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
 from edgekd.host import checked_threads
 from edgekd.progress import Span
-from edgekd.quantization.cpu import quantize
+from edgekd.quantization import quantize
 from edgekd.runtime.engine import Engine, built_engine, reference_engine
-from edgekd.types import Array, Progress
+from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def refuse_other_folder(out: Path) -> None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out.is_dir() and ENGINE.has(out / MANIFEST)):
+    if not (out.is_dir() and ENGINE.matches(out / MANIFEST)):
         raise ConfigError(f"{out} exists and is no engine: it would be replaced", fix="choose another --out")
     own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
     for path in out.iterdir():

@@ -8,7 +8,6 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +20,8 @@ from edgekd.compiler.mcnemar import Drop
 from edgekd.errors import BackendError, GateError
 from edgekd.policy import ensemble
 from edgekd.runtime.engine import Engine
-from edgekd.types import Array
+from edgekd.types import Array, Labels
 
-Labels: TypeAlias = npt.NDArray[np.int64]
 FP32_TOLERANCE = 1e-3
 """Largest difference of logits that an fp32 engine may have from ONNX Runtime FP32."""
 ALPHA = 0.05

@@ -7,18 +7,20 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from edgekd.data.layouts import class_folder
 from edgekd.data.preprocess import EXTENSIONS, STRIP, opened
 from edgekd.data.split import Subset
 from edgekd.errors import DataError, nearest
 from edgekd.files import sha256
 from edgekd.host import default_threads
+from edgekd.types import Progress
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,6 @@ BYSTANDERS = frozenset({"", ".csv", ".dat", ".db", ".ini", ".json", ".md", ".txt
 """Files of these kinds lie beside images everywhere: passed over and counted, as hidden ones are."""
 SHOWN = 20
 """Lines of a list that an error prints before it says how many more there are."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,7 @@ def _tops(data: Path) -> list[tuple[Subset | None, Path]]:
 
 
 def _class_folders(top: Path) -> Iterator[tuple[str, Path]]:
-    for folder in filter(Path.is_dir, _visible(top)):
-        cropped = [p for p in (folder / folder.name / "CROPPED", folder / "CROPPED") if p.is_dir()]
-        if folder.name.startswith("im_") and cropped:
-            yield folder.name.removeprefix("im_"), cropped[0]
-        else:
-            yield folder.name, folder
+    return map(class_folder, filter(Path.is_dir, _visible(top)))
 
 
 def _class_names(

@@ -14,16 +14,11 @@ import numpy.typing as npt
 
 from edgekd.data.folders import Checked, Folder, Found, scan, some
 from edgekd.data.labels import read_labels
+from edgekd.data.layouts import group_names, group_patterns
 from edgekd.data.split import Item, Split, Subset, leaks, read_split
 from edgekd.errors import ConfigError, DataError, nearest
 
 SUBSETS: tuple[Subset, ...] = ("train", "val", "test")
-PATTERNS = {
-    "sipakmed": r"(?:im_)?([^/]+)(?:/CROPPED)?/(\d{3})_\d{2}\.[^./]+$",
-    "kather2016": r"CRC-Prim-HE-\d+",
-}
-"""What of a path names the picture an image was cut from: class and cluster number; slide."""
-ALIASES = {"cluster": "sipakmed", "slide": "kather2016"}
 TRIES = 20
 """Random orders in which groups are dealt out, of which the best is taken."""
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -84,7 +79,7 @@ def make_split(
         subsets={subset: tuple(inside) for subset, inside in subsets.items()},
         method=_described(method, fold, brought),
         seed=seed,
-        group=ALIASES.get(group, group),
+        group=group_names().get(group, group),
         groups=groups,
         leaking=leaking,
         fingerprint=checked.fingerprint,
@@ -160,11 +155,11 @@ def group_keys(paths: Sequence[str], group: str) -> list[str]:
         DataError: paths that it does not match.
     """
     if group == "none":
-        fitting = (keys for p in PATTERNS.values() if all(keys := _keys(paths, re.compile(p))))
+        fitting = (keys for p in group_patterns().values() if all(keys := _keys(paths, re.compile(p))))
         return next(fitting, [""] * len(paths))
-    name = ALIASES.get(group, group)
+    name = group_names().get(group, group)
     try:
-        pattern = re.compile(PATTERNS.get(name, name))
+        pattern = re.compile(group_patterns().get(name, name))
     except re.error as error:
         raise ConfigError(f"--group {group} is no regular expression: {error}", fix=_group_fix(group)) from None
     keys = _keys(paths, pattern)
@@ -177,7 +172,10 @@ def group_keys(paths: Sequence[str], group: str) -> list[str]:
 
 
 def _group_fix(group: str) -> str:
-    return nearest(group, ["none", *PATTERNS, *ALIASES]) + " A regular expression on the relative path works too."
+    return (
+        nearest(group, ["none", *group_patterns(), *group_names()])
+        + " A regular expression on the relative path works too."
+    )
 
 
 def _keys(paths: Sequence[str], pattern: re.Pattern[str]) -> list[str]:

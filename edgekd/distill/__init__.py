@@ -1,4 +1,1 @@
-"""Distillation methods by name; several are joined with `+`, for example `kd+at`."""
-
-# each registers itself
-from edgekd.distill import ab, at, byot, ce, crd, fitnets, hybrid, kd, multipart, pkt, rkd, scan, sd, sskd, vid  # noqa: F401
+"""Distillation methods, one a file; `edgekd.distill.methods` finds them by name and `criterion` sums them."""

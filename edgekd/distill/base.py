@@ -1,240 +1,217 @@
-"""Distillation methods by name; several are joined with `+`, for example `kd+at`."""
+"""Base class of distillation methods, and what a method sees of the networks, the data and a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from edgekd.errors import ConfigError, nearest
 from edgekd.models.base import Outputs
+from edgekd.models.feature_points import MapShape
 
-Need: TypeAlias = Literal["stages", "preact", "pooled"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Triplet:
-    """Which triplets `hybrid` learns from, `all` or each anchor's `hard`est, their margin, and whether distances are
-    squared."""
-
-    mining: Literal["all", "hard"] = "all"
-    margin: float = 1.0
-    squared: bool = True
-
-    def __post_init__(self) -> None:
-        if self.margin < 0:
-            raise ValueError(f"margin: {self.margin} is negative")
+Need: TypeAlias = Literal["stages", "preactivations", "pooled"]
+"""Features that a method can ask for beside the outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the losses can be told.
+class Options:
+    """Options of one method; a method that has some subclasses this.
 
-    method: names joined with `+`; cross-entropy is always in. loss_weights: method (or `ce`) to its weight in the sum,
-    instead of the method's own. temperature: tau of every softened softmax, where the method does not bring its own.
-    feature_weight: lambda of self-distillation's feature term. literal_ce: count the deepest exit's cross-entropy once
-    more for each exit, as paper A's formula is printed. triplet: for the method `hybrid`. init_epochs: how many of the
-    epochs a method with two stages spends on its first one; -1 for the method's own number. student_points,
-    teacher_points: feature points (`edgekd models show NAME --features`) for the methods that compare maps; the ends
-    of the stages if empty.
+    A protocol's table with the method's name is read into it, for example `[hybrid]` into `HybridOptions`.
     """
 
-    method: str = "ce"
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions(Options):
+    """Options of a method with an initial stage.
+
+    Attributes:
+        init_epochs: Epochs, counted from the run's first, in which only the method's `init_loss` is trained.
+    """
+
+    init_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.init_epochs < 0:
+            raise ValueError(f"init_epochs: {self.init_epochs} is negative")
+
+
+@dataclass(frozen=True)
+class FeatureShapes:
+    """Shapes of a network's features, without the batch dimension.
+
+    Attributes:
+        stages: (D, H, W) at each feature point, shallow to deep; empty if no method needs them.
+        preactivations: (D, H, W) in front of the last activation of each stage; empty if no method needs them.
+        pooled: Width of the feature that the deepest classifier reads; 0 if no method needs it.
+        exits: Number of exits; 0 for a teacher that is not there.
+    """
+
+    stages: tuple[MapShape, ...] = ()
+    preactivations: tuple[MapShape, ...] = ()
+    pooled: int = 0
+    exits: int = 0
+
+
+ONE_EXIT, NO_TEACHER = FeatureShapes(exits=1), FeatureShapes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossContext:
+    """What is known before training, the same for all methods of a run.
+
+    Attributes:
+        student: Shapes of the student's features.
+        teacher: Shapes of the teacher's features; without exits if the run has no teacher.
+        labels: Labels of the training images, by index.
+        temperature: Temperature tau of softened softmaxes.
+        label_smoothing: Label smoothing of every cross-entropy.
+    """
+
+    student: FeatureShapes = ONE_EXIT
+    teacher: FeatureShapes = NO_TEACHER
+    labels: tuple[int, ...] = ()
     temperature: float = 3.0
-    loss_weights: dict[str, float] = field(default_factory=dict)
-    feature_weight: float = 0.03
     label_smoothing: float = 0.0
-    literal_ce: bool = False
-    triplet: Triplet = Triplet()
-    init_epochs: int = -1
-    student_points: tuple[str, ...] = ()
-    teacher_points: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: {self.temperature} is not above 0")
-        negative = {f"loss_weights.{k}": v for k, v in self.loss_weights.items()}
-        for key, value in {**negative, "feature_weight": self.feature_weight}.items():
-            if value < 0:
-                raise ValueError(f"{key}: {value} is negative")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: {self.label_smoothing} is not in 0..1")
 
 
 @dataclass(frozen=True)
-class View:
-    """One network's answer to a batch.
+class NetworkOutput:
+    """Outputs of one network for a batch of B images, with the features that the methods need.
 
-    stages: maps (B, D_k, H_k, W_k) of the feature points, shallow to deep. preact: the same before the stage's last
-    activation. pooled: (B, D), what goes into the deepest classifier. stages and preact are empty, pooled is None
-    unless a method needs them.
+    Attributes:
+        outputs: Logits and pooled features of every exit.
+        stages: Maps (B, D_k, H_k, W_k) at the feature points, shallow to deep.
+        preactivations: Maps (B, D_k, H_k, W_k) in front of the last activation of each stage.
+        pooled_feature: (B, D), the input of the deepest classifier; None if no method needs it.
     """
 
-    out: Outputs
+    outputs: Outputs
     stages: tuple[Tensor, ...] = ()
-    preact: tuple[Tensor, ...] = ()
-    pooled: Tensor | None = None
+    preactivations: tuple[Tensor, ...] = ()
+    pooled_feature: Tensor | None = None
 
-    def first(self, count: int) -> View:
-        """The view of the batch's first `count` images, without `out.maps`, which no method looks at."""
-        logits, features, stages, preact = (
-            tuple(t[:count] for t in part) for part in (self.out.logits, self.out.features, self.stages, self.preact)
+    @property
+    def pooled(self) -> Tensor:
+        """The input (B, D) of the deepest classifier.
+
+        Raises:
+            TypeError: No method declared that it needs it.
+        """
+        if self.pooled_feature is None:
+            raise TypeError("no pooled feature: the method has to declare `needs = ('pooled',)`")
+        return self.pooled_feature
+
+    def first(self, count: int) -> NetworkOutput:
+        """Return the output for the first `count` images, without `outputs.maps`, which no method reads."""
+        logits, features, stages, preactivations = (
+            tuple(tensor[:count] for tensor in tensors)
+            for tensors in (self.outputs.logits, self.outputs.features, self.stages, self.preactivations)
         )
-        pooled = None if self.pooled is None else self.pooled[:count]
-        return View(Outputs(logits, features, ()), stages, preact, pooled)
+        pooled = None if self.pooled_feature is None else self.pooled_feature[:count]
+        return NetworkOutput(Outputs(logits, features, ()), stages, preactivations, pooled)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a method sees of a batch: targets (B,), index (B,) into the training part, and the epoch from 0."""
+class TrainingBatch:
+    """One batch of B training images, after both networks ran on it.
 
-    student: View
-    teacher: View | None
+    Attributes:
+        student: The student's output.
+        target: Labels (B,).
+        index: Indices (B,) into the training subset.
+        epoch: Epoch from 0.
+        teacher_output: The frozen teacher's output; None if the run has no teacher.
+    """
+
+    student: NetworkOutput
     target: Tensor
     index: Tensor
-    epoch: int
+    epoch: int = 0
+    teacher_output: NetworkOutput | None = None
 
-    def pooled(self) -> tuple[Tensor, Tensor]:
-        """What goes into the student's and the teacher's deepest classifier, for a method that needs both."""
-        assert self.teacher is not None
-        assert self.student.pooled is not None
-        assert self.teacher.pooled is not None
+    @property
+    def teacher(self) -> NetworkOutput:
+        """The frozen teacher's output.
+
+        Raises:
+            TypeError: No method declared that it needs a teacher.
+        """
+        if self.teacher_output is None:
+            raise TypeError("no teacher: the method has to declare `needs_teacher = True`")
+        return self.teacher_output
+
+    def pooled_pair(self) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's pooled feature, (B, D_s) and (B, D_t)."""
         return self.student.pooled, self.teacher.pooled.detach()
 
-    def stages(self) -> list[tuple[Tensor, Tensor]]:
-        """The student's and the teacher's map at each feature point, for a method that needs both."""
-        assert self.teacher is not None
+    def stage_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the student's and the teacher's map at each feature point."""
         return [(s, t.detach()) for s, t in zip(self.student.stages, self.teacher.stages)]
 
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a network's views look like, without the batch: maps (D, H, W), pooled width, number of exits."""
-
-    stages: tuple[tuple[int, int, int], ...] = ()
-    preact: tuple[tuple[int, int, int], ...] = ()
-    pooled: int = 0
-    exits: int = 1
+    def preactivation_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the student's and the teacher's pre-activation of each stage."""
+        return [(s, t.detach()) for s, t in zip(self.student.preactivations, self.teacher.preactivations)]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is known before training: both networks' shapes, the training images' labels by index, and class count."""
+class DistillationLoss(nn.Module):
+    """Base class of distillation methods: one term of the training loss.
 
-    student: Shapes = Shapes()
-    teacher: Shapes | None = None
-    labels: tuple[int, ...] = ()
-    classes: int = 0
+    A new method is a subclass in a file of its own and a line in `edgekd.distill.methods.METHODS`; another package
+    registers the class as an entry point in the group `edgekd.distillation_methods`. Parameters of the module are
+    trained with the student's and saved in resume.pt, but are no part of the exported network.
 
-
-class Loss(Protocol):
-    """A method at work: a batch to an unweighted scalar.
-
-    One that owns parameters is an nn.Module. It may have `init_epochs: int` and `init(step) -> Tensor`: for so many
-    epochs that is the whole loss; and `expand(images) -> Tensor`: (B, 3, H, W) to more images, of which the first B
-    are the given ones and all that other methods see.
+    Attributes:
+        options: Dataclass that the protocol's table of the method's name is read into.
+        weight: Default weight of the method in the training loss, in both stages.
+        ce_weight: Default weight of cross-entropy beside this method.
+        has_ce: The method contains cross-entropy, so that `ce` is not added to it.
+        needs: Features to collect from both networks.
+        needs_teacher: The method reads `batch.teacher`.
+        needs_exits: The method compares exits, so the student needs two or more.
+        needs_anchors: The teacher of each epoch is an anchor, a checkpoint of its own training (`anchor_every`).
+        expands_batch: `expand` adds images, and the method's batch contains their outputs.
+        init_epochs: Epochs of the initial stage, in which `init_loss` is the whole training loss.
+        context: What is known before training.
     """
 
-    def __call__(self, step: Step) -> Tensor: ...
+    options: ClassVar[type[Options]] = Options
+    weight: ClassVar[float] = 1.0
+    ce_weight: ClassVar[float] = 1.0
+    has_ce: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ()
+    needs_teacher: ClassVar[bool] = False
+    needs_exits: ClassVar[bool] = False
+    needs_anchors: ClassVar[bool] = False
+    expands_batch: ClassVar[bool] = False
+    init_epochs: int = 0
+
+    def __init__(self, options: Options, context: LossContext) -> None:
+        super().__init__()
+        self.context = context
+
+    def expand(self, images: Tensor) -> Tensor:
+        """Return the images to run both networks on.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            (N, 3, H, W) with N >= B, the given images first; methods that do not expand the batch see those alone.
+        """
+        return images
+
+    def init_loss(self, batch: TrainingBatch) -> Tensor:
+        """Return the loss of the initial stage, a scalar before weighting."""
+        raise NotImplementedError(f"{type(self).__name__} has init_epochs but no init_loss")
+
+    def forward(self, batch: TrainingBatch) -> Tensor:
+        """Return the loss of one batch, a scalar before weighting."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
 
 
-Factory = Callable[[Settings, Setting], Loss]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A registered method.
-
-    weight, ce_weight: of it and of cross-entropy, when nothing else is asked for; own_ce: it brings its own
-    cross-entropy. needs: parts of the views. exits: it compares exits, so the student needs two or more. anchors: its
-    teacher is not the finished one, but the one of that stage of the teacher's own training.
-    """
-
-    make: Factory
-    weight: float = 1.0
-    ce_weight: float = 1.0
-    own_ce: bool = False
-    teacher: bool = False
-    needs: frozenset[Need] = frozenset()
-    exits: bool = False
-    anchors: bool = False
-
-
-METHODS: dict[str, Method] = {}
-
-
-def method(
-    name: str,
-    *,
-    weight: float = 1.0,
-    ce_weight: float = 1.0,
-    own_ce: bool = False,
-    teacher: bool = False,
-    needs: tuple[Need, ...] = (),
-    exits: bool = False,
-    anchors: bool = False,
-) -> Callable[[Factory], Factory]:
-    """Register a method under a name; the flags are `Method`'s.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def register(factory: Factory) -> Factory:
-        if name in METHODS:
-            raise ValueError(f"distillation method '{name}' is registered twice")
-        METHODS[name] = Method(factory, weight, ce_weight, own_ce, teacher, frozenset(needs), exits, anchors)
-        return factory
-
-    return register
-
-
-def names(text: str) -> list[str]:
-    """`kd+sd` as `["ce", "kd", "sd"]`; without `ce` if a part brings its own.
-
-    Raises:
-        ConfigError: an unknown or repeated name.
-    """
-    parts = text.split("+")
-    for part in parts:
-        if part not in METHODS:
-            raise ConfigError(f"no distillation method '{part}' in '{text}'", fix=nearest(part, METHODS))
-    if len(set(parts)) < len(parts):
-        raise ConfigError(f"method '{text}' names one part twice", fix="name each once, for example kd+sd")
-    if "ce" not in parts and any(METHODS[p].own_ce for p in parts):
-        return parts
-    return ["ce", *(p for p in parts if p != "ce")]
-
-
-def needs_teacher(text: str) -> bool:
-    """Whether a method named like `kd+sd` learns from a teacher."""
-    return any(METHODS[name].teacher for name in names(text))
-
-
-def needs_anchors(text: str) -> bool:
-    """Whether a method named like `multipart` learns from the weights that a teacher kept while it trained."""
-    return any(METHODS[name].anchors for name in names(text))
-
-
-def needs(text: str) -> frozenset[Need]:
-    """Which parts of the views a method named like `kd+at` looks at."""
-    return frozenset[Need]().union(*(METHODS[name].needs for name in names(text)))
-
-
-def weights(settings: Settings) -> dict[str, float]:
-    """Each part's weight in the sum.
-
-    Raises:
-        ConfigError: a weight for a part that is not in the method.
-    """
-    parts = names(settings.method)
-    found = {name: METHODS[name].weight for name in parts}
-    if "ce" in found:
-        found["ce"] = min(METHODS[name].ce_weight for name in parts)
-    if strange := sorted(settings.loss_weights.keys() - found.keys()):
-        raise ConfigError(
-            f"loss_weights.{strange[0]}: method '{settings.method}' has no such part", fix=nearest(strange[0], found)
-        )
-    return found | settings.loss_weights
+def no_loss(batch: TrainingBatch) -> Tensor:
+    """Return the scalar 0 in FP32, for a method that is trained in its initial stage alone."""
+    return batch.target.new_zeros((), dtype=torch.float32)

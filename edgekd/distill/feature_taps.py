@@ -1,57 +1,78 @@
-"""Running a network so that a distillation method sees what it needs of it."""
+"""Collecting the features that distillation methods need while a network runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgekd.distill.base import Need, Shapes, View
+from edgekd.distill.base import FeatureShapes, Need, NetworkOutput
 from edgekd.models import feature_points
-from edgekd.models.base import Outputs
+from edgekd.models.base import MultiExitNetwork, Outputs
 
 
 @dataclass(frozen=True)
-class Viewer:
-    """Which feature points of one network are looked at: names for the parts of its `View`."""
+class FeatureTaps:
+    """The feature points of one network that are collected into its `NetworkOutput`.
 
-    network: nn.Module
+    Attributes:
+        network: The network.
+        shapes: Shapes of what is collected.
+        stages: Names of the feature points for `NetworkOutput.stages`.
+        preactivations: Names of the feature points for `NetworkOutput.preactivations`.
+        pooled: Name of the feature point for `NetworkOutput.pooled`; empty if the network returns that feature itself.
+    """
+
+    network: MultiExitNetwork
+    shapes: FeatureShapes
     stages: tuple[str, ...] = ()
-    preact: tuple[str, ...] = ()
+    preactivations: tuple[str, ...] = ()
     pooled: str = ""
 
-    def __call__(self, images: Tensor, *, call: Callable[[Tensor], Outputs] | None = None) -> View:
-        """One batch through the network. call: what runs it, if it is wrapped (DDP, mixed precision)."""
-        names = (*self.stages, *self.preact, *filter(None, [self.pooled]))
+    def __call__(self, images: Tensor, *, call: Callable[[Tensor], Outputs] | None = None) -> NetworkOutput:
+        """Run the network on one batch and collect its features.
+
+        Args:
+            images: (B, 3, H, W).
+            call: Runs the network in its place, if it is wrapped (DDP, mixed precision).
+        """
+        names = (*self.stages, *self.preactivations, *filter(None, [self.pooled]))
         with feature_points.observe(self.network, names) as seen:
-            out = (call or self.network)(images)
-        stages, preact = (tuple(seen[name] for name in part) for part in (self.stages, self.preact))
-        return View(out, stages, preact, feature_points.flat(seen[self.pooled]) if self.pooled else _last(out.features))
-
-    def shapes(self, image_size: int) -> Shapes:
-        """What its views look like, from one dry run."""
-        with torch.no_grad(), feature_points.evaluating(self.network):
-            view = self(torch.zeros(1, 3, image_size, image_size))
-        maps = [tuple((t.shape[1], t.shape[2], t.shape[3]) for t in part) for part in (view.stages, view.preact)]
-        return Shapes(maps[0], maps[1], 0 if view.pooled is None else view.pooled.shape[1], len(view.out.logits))
+            outputs: Outputs = (call or self.network)(images)
+        stages, preactivations = (tuple(seen[n] for n in part) for part in (self.stages, self.preactivations))
+        if self.pooled:
+            return NetworkOutput(outputs, stages, preactivations, feature_points.flat(seen[self.pooled]))
+        return NetworkOutput(outputs, stages, preactivations, outputs.features[-1] if outputs.features else None)
 
 
-def viewer(network: nn.Module, needs: Collection[Need], named: Sequence[str], *, image_size: int) -> Viewer:
-    """A viewer for what a method needs, at the points named or else the ends of the network's stages.
+def tap_features(
+    network: MultiExitNetwork, needs: Collection[Need], points: Sequence[str], *, image_size: int
+) -> FeatureTaps:
+    """Find the feature points that the methods need, in one dry run of the network.
+
+    Args:
+        network: The network, on the CPU.
+        needs: Features that the methods need.
+        points: Names of the stages' feature points; the ends of the network's stages if empty.
+        image_size: Side of the images in pixels.
 
     Raises:
-        ConfigError: a point that does not exist, never fires, or is no map (D, H, W).
+        ConfigError: A point that does not exist, is never reached, or is no map (D, H, W).
     """
-    stages = tuple(named)
-    if not stages and {"stages", "preact"} & set(needs):
-        stages = feature_points.stages(network, image_size=image_size)
-    preact = feature_points.preactivations(network, stages, image_size=image_size) if "preact" in needs else ()
-    own = hasattr(network, "exits")  # multi-exit networks return their pooled features
-    name = feature_points.pooled(network, image_size=image_size) if "pooled" in needs and not own else ""
-    return Viewer(network, stages if "stages" in needs or named else (), preact, name)
-
-
-def _last(features: Sequence[Tensor]) -> Tensor | None:
-    return features[-1] if features else None
+    trace = feature_points.trace(network, image_size=image_size)
+    stages = tuple(points)
+    if not stages and {"stages", "preactivations"} & set(needs):
+        stages = trace.stages()
+    preactivations = trace.preactivations(stages) if "preactivations" in needs else ()
+    features = trace.outputs.features  # multi-exit networks return their pooled features
+    pooled = trace.pooled() if "pooled" in needs and not features else ""
+    stages = stages if "stages" in needs or points else ()
+    width = trace.flat(pooled).shape[1] if pooled else features[-1].shape[1] if features else 0
+    shapes = FeatureShapes(
+        stages=tuple(map(trace.map_shape, stages)),
+        preactivations=tuple(map(trace.map_shape, preactivations)),
+        pooled=width,
+        exits=len(trace.outputs.logits),
+    )
+    return FeatureTaps(network, shapes, stages, preactivations, pooled)

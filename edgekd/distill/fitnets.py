@@ -1,28 +1,29 @@
-"""FitNets: a middle map of the student, through a regressor, follows the teacher's (Romero et al., arXiv 1412.6550)."""
+"""FitNets: a regressor on a middle map of the student predicts the teacher's map (Romero et al., arXiv 1412.6550)."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.distill.at import same_size
-from edgekd.distill.base import Loss, Setting, Settings, Step, method
-
-WEIGHT = 100.0
-Map = tuple[int, int, int]
+from edgekd.distill.base import DistillationLoss, InitOptions, LossContext, TrainingBatch, no_loss
+from edgekd.models.feature_points import MapShape
 
 
 def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over all elements of the squared difference of two maps (B, D, H, W), the larger one pooled, in FP32."""
+    """Compute the mean squared difference of two maps (B, D, H, W), the larger one average-pooled, in FP32."""
     return F.mse_loss(*same_size(student, teacher))
 
 
-def regressor(student: Map, teacher: Map) -> nn.Sequential:
-    """Convolution and BN from maps (D, H, W) of the student to the teacher's channels.
+def regressor(student: MapShape, teacher: MapShape) -> nn.Sequential:
+    """Build a convolution and BN from the student's map to the teacher's channels.
 
-    1x1 where the sizes are equal; 3x3, stride H_s // H_t, where the student's map is larger (what a quotient with a
-    rest leaves over, and a teacher's map that is larger, is average-pooled in the loss).
+    The convolution is 1x1, or 3x3 with stride H_s // H_t where the student's map is larger. Any remaining difference in
+    size is average-pooled in the loss.
+
+    Args:
+        student: (D, H, W) of the student's map.
+        teacher: (D, H, W) of the teacher's map.
     """
     stride = max(1, student[1] // teacher[1])
     size = 1 if stride == 1 else 3
@@ -30,37 +31,29 @@ def regressor(student: Map, teacher: Map) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(teacher[0]))
 
 
-class Hint(nn.Module):
-    """`hint_loss` on the second feature point (the only one, if there is one), through `regressor` and ReLU.
+class FitNets(DistillationLoss):
+    """`hint_loss` at the second feature point (or the only one), through `regressor` and ReLU; weight 100.
 
-    One stage beside cross-entropy, as in RepDistiller. With `--set init_epochs=N` it has the paper's two: N epochs
-    of nothing but the hint, in which only layers up to the point learn, then none of it (add kd for the paper's
-    second stage).
+    By default it has one stage beside cross-entropy, as in RepDistiller. `--set fitnets.init_epochs=N` gives the
+    paper's two: N epochs of the hint alone, which train only layers up to the point, then none of it (add kd for the
+    paper's second stage).
     """
 
-    init_epochs = 0
+    options = InitOptions
+    weight = 100.0
+    needs = ("stages",)
+    needs_teacher = True
 
-    def __init__(self, settings: Settings, setting: Setting) -> None:
-        super().__init__()
-        assert setting.teacher is not None
-        self.at = min(1, len(setting.student.stages) - 1)
-        self.two_stages = settings.init_epochs > 0
-        self.weight = settings.loss_weights.get("fitnets", WEIGHT)
-        both = setting.student.stages[self.at], setting.teacher.stages[self.at]
-        self.regressor = nn.Sequential(*regressor(*both), nn.ReLU())
+    def __init__(self, options: InitOptions, context: LossContext) -> None:
+        super().__init__(options, context)
+        self.init_epochs = options.init_epochs
+        self.point = min(1, len(context.student.stages) - 1)
+        shapes = context.student.stages[self.point], context.teacher.stages[self.point]
+        self.regressor = nn.Sequential(*regressor(*shapes), nn.ReLU())
 
-    def init(self, step: Step) -> Tensor:
-        return self.weight * self._hint(step)
-
-    def forward(self, step: Step) -> Tensor:
-        return step.target.new_zeros((), dtype=torch.float32) if self.two_stages else self._hint(step)
-
-    def _hint(self, step: Step) -> Tensor:
-        student, teacher = step.stages()[self.at]
+    def init_loss(self, batch: TrainingBatch) -> Tensor:
+        student, teacher = batch.stage_pairs()[self.point]
         return hint_loss(self.regressor(student.float()), teacher)
 
-
-@method("fitnets", weight=WEIGHT, teacher=True, needs=("stages",))
-def fitnets(settings: Settings, setting: Setting) -> Loss:
-    """`Hint`, weight 100 as in RepDistiller."""
-    return Hint(settings, setting)
+    def forward(self, batch: TrainingBatch) -> Tensor:
+        return no_loss(batch) if self.init_epochs else self.init_loss(batch)

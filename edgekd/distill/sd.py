@@ -1,39 +1,40 @@
-"""Self-distillation: the deepest exit teaches the shallow ones (Gao et al. 2022; BYOT, arXiv 1905.08094)."""
+"""Self-distillation: the deepest exit teaches the shallow exits (Gao et al. 2022; BYOT, arXiv 1905.08094)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distill.base import Loss, Setting, Settings, method
+from edgekd.distill.base import DistillationLoss, LossContext, Options, TrainingBatch
 from edgekd.distill.kd import soft_kl
 from edgekd.errors import ConfigError
 from edgekd.models.base import Outputs
 
 
-def self_distillation(out: Outputs, *, temperature: float, feature_weight: float) -> Tensor:
-    """Sum over shallow exits m < n of soft_kl(S_m, sg S_n) + feature_weight * MSE(F_m, sg F_n), in FP32.
+def self_distillation(outputs: Outputs, *, temperature: float, feature_weight: float) -> Tensor:
+    """Compute the sum over shallow exits m < n of soft_kl(S_m, sg S_n) + feature_weight * MSE(F_m, sg F_n), in FP32.
 
     sg stops the gradient; the MSE is the mean over all elements of the pooled features (B, D).
 
     Raises:
-        ConfigError: exits whose features differ in width.
+        ConfigError: The exits' features differ in width.
     """
-    deepest, feature = out.logits[-1].detach(), equal_widths(out.features)[-1].detach().float()
+    deepest, feature = outputs.logits[-1].detach(), equal_widths(outputs.features)[-1].detach().float()
     total = deepest.new_zeros((), dtype=feature.dtype)
-    for logits, shallow in zip(out.logits[:-1], out.features[:-1]):
+    for logits, shallow in zip(outputs.logits[:-1], outputs.features[:-1]):
         total = total + soft_kl(logits, deepest, temperature=temperature)
         total = total + feature_weight * F.mse_loss(shallow.float(), feature)
     return total
 
 
 def equal_widths(features: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The exits' pooled features (B, D), if all have one D.
+    """Return the exits' pooled features (B, D) if all have the same D.
 
     Raises:
-        ConfigError: they have not; each exit's width is given.
+        ConfigError: They have not; each exit's width is given.
     """
     widths = [feature.shape[1] for feature in features]
     if len(set(widths)) > 1:
@@ -45,9 +46,32 @@ def equal_widths(features: Sequence[Tensor]) -> Sequence[Tensor]:
     return features
 
 
-@method("sd", exits=True)
-def sd(settings: Settings, setting: Setting) -> Loss:
-    """`self_distillation` with the settings' temperature and feature_weight."""
-    return lambda step: self_distillation(
-        step.student.out, temperature=settings.temperature, feature_weight=settings.feature_weight
-    )
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillationOptions(Options):
+    """Options of `sd` and of `byot`.
+
+    Attributes:
+        feature_weight: Weight lambda of the feature term.
+    """
+
+    feature_weight: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.feature_weight < 0:
+            raise ValueError(f"feature_weight: {self.feature_weight} is negative")
+
+
+class SelfDistillation(DistillationLoss):
+    """`self_distillation` at the protocol's temperature."""
+
+    options = SelfDistillationOptions
+    needs_exits = True
+
+    def __init__(self, options: SelfDistillationOptions, context: LossContext) -> None:
+        super().__init__(options, context)
+        self.feature_weight = options.feature_weight
+
+    def forward(self, batch: TrainingBatch) -> Tensor:
+        return self_distillation(
+            batch.student.outputs, temperature=self.context.temperature, feature_weight=self.feature_weight
+        )

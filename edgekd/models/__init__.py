@@ -1,1 +1,1 @@
-"""Networks: multi-exit students, papers' networks, and any timm or torchvision classifier with exits."""
+"""Networks: multi-exit students, networks of papers, and any timm or torchvision classifier with exits."""

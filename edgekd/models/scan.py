@@ -1,4 +1,4 @@
-"""SCAN: a ResNet whose shallow exits attend to their map before they reduce it (Zhang et al., NeurIPS 2019).
+"""SCAN: a ResNet whose shallow exits apply attention to their map before they reduce it (Zhang et al., NeurIPS 2019).
 
 The exits are those of the published code (pytorch-scalable-neural-networks aac136e), whose stem is the small one. Train
 it with method `scan`.
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from edgekd.models.base import Stem
+from edgekd.models.base import FOUR_STAGES, Architecture, ExitPoint, Stem
 from edgekd.models.multi_exit import MultiExitResNet, resnet_backbone
 
 
 class Attention(nn.Module):
-    """(B, channels, H, W) times a mask of the same shape in 0..1: a strided convolution, a transposed one, a sigmoid.
+    """Multiplies (B, channels, H, W) by a mask in 0..1: a strided convolution, a transposed one, a sigmoid.
 
-    The transposed one doubles, so from an odd side it comes back one too long and is cut.
+    The transposed convolution doubles the side, so the mask of an odd side is one too long and is cropped.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,8 +38,10 @@ class Attention(nn.Module):
 
 
 def scala(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Attention, then a bottleneck of 128 channels whose middle is a stride x stride convolution of that stride:
-    (B, inputs, H, W) -> (B, outputs, H // stride, W // stride)."""
+    """Build attention and a bottleneck: (B, inputs, H, W) -> (B, outputs, H // stride, W // stride).
+
+    The bottleneck has 128 channels; its middle is a stride x stride convolution with that stride.
+    """
     return nn.Sequential(
         Attention(inputs),
         nn.Conv2d(inputs, 128, 1),
@@ -55,7 +57,10 @@ def scala(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class ScanHead(nn.Module):
-    """One exit: widths[0] channels in, widths[-1] features and the logits out. The deepest only pools."""
+    """Head of one exit: a map (B, widths[0], H, W) to logits and the pooled feature (B, widths[-1]).
+
+    The deepest exit's head only pools.
+    """
 
     def __init__(self, widths: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -70,16 +75,20 @@ class ScanHead(nn.Module):
 
 
 def scan_resnet18(
-    *, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)
+    *, classes: int, image_size: int = 224, stem: Stem = "imagenet", exits: Sequence[ExitPoint] = FOUR_STAGES
 ) -> MultiExitResNet:
-    """100 classes and the small-image stem: 15.16 M parameters."""
+    """Build SCAN on ResNet18; 15.16 M parameters with 100 classes and the small stem."""
     backbone = resnet_backbone(classes=classes, stem=stem)
     return MultiExitResNet(backbone, classes=classes, exits=exits, head=ScanHead)
 
 
 def scan_resnet50(
-    *, classes: int, stem: Stem = "imagenet", exits: Sequence[int | str] = (1, 2, 3, 4)
+    *, classes: int, image_size: int = 224, stem: Stem = "imagenet", exits: Sequence[ExitPoint] = FOUR_STAGES
 ) -> MultiExitResNet:
-    """100 classes and the small-image stem: 61.15 M parameters, 34.42 M of them in the attention's convolutions."""
+    """Build SCAN on ResNet50; 61.15 M parameters with 100 classes and the small stem, 34.42 M of them in attention."""
     backbone = resnet_backbone(classes=classes, stem=stem, make=resnet50)
     return MultiExitResNet(backbone, classes=classes, exits=exits, head=ScanHead)
+
+
+SCAN_RESNET18 = Architecture(scan_resnet18, hub="resnet18", has_stems=True)
+SCAN_RESNET50 = Architecture(scan_resnet50, hub="resnet50", has_stems=True)

@@ -1,37 +1,71 @@
-"""student.onnx and calibration images to a quantised graph for a target."""
+"""Q/DQ graphs for CPUs, by ONNX Runtime's static quantiser."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from edgekd.artifacts.metadata import ModelMetadata
-from edgekd.artifacts.partition import backbone, with_shapes
-from edgekd.errors import ConfigError, nearest
+from edgekd.artifacts.partition import with_shapes
 from edgekd.files import temporary_folder
-from edgekd.quantization.dla import quantize_dla
-from edgekd.quantization.fold_batchnorm import fold_norms
-from edgekd.quantization.tensorrt import quantize_tensorrt
-from edgekd.types import Array
+from edgekd.quantization.calibration import check_inputs
+from edgekd.quantization.fold_batchnorm import fold_batchnorm
+from edgekd.quantization.qdq import head_nodes
+from edgekd.types import Array, Progress
 
 BATCH = 8
-_PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""Tells ONNX Runtime that shapes are there, or it logs advice to infer them."""
+_PREPROCESSED = ("onnx.quant.pre_process", "onnxruntime.quant")
+"""Tells ONNX Runtime that shapes are inferred; without it, it logs advice to infer them."""
 
 
-def _cpu_settings(reduce_range: bool) -> dict[str, Any]:
+def quantize_cpu(
+    model: onnx.ModelProto,
+    metadata: ModelMetadata,
+    images: Array,
+    *,
+    heads: bool = True,
+    reduce_range: bool = False,
+    method: str = "minmax",
+    progress: Progress | None = None,
+) -> onnx.ModelProto:
+    """Insert pairs with unsigned 8-bit activations and signed 8-bit weights.
+
+    ONNX Runtime calibrates by itself: `percentile` and `entropy` keep every activation in memory. See
+    `quantization.quantize` for arguments and errors.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
+
+    check_inputs(images, method)
+    ready = _preprocessed(model)
+    with _temporary() as folder:
+        out = folder / "quantised.onnx"
+        quantize_static(
+            ready,
+            str(out),
+            _reader(images, progress),
+            quant_format=QuantFormat.QDQ,
+            calibrate_method={m.name.lower(): m for m in CalibrationMethod}[method],
+            nodes_to_exclude=[] if heads else [node.name for node in head_nodes(ready, metadata)],
+            **_settings(reduce_range),
+        )
+        quantised = onnx.load(str(out))
+    del quantised.metadata_props[:]
+    return quantised
+
+
+def _settings(reduce_range: bool) -> dict[str, Any]:
     """uint8 activations with a zero point, int8 weights a channel: what ONNX Runtime and OpenVINO run fast.
 
-    Symmetric int8 activations, which TensorRT wants, ran slower than float in ONNX Runtime. Linear layers stay
-    float: the heads' are tiny, and a conversion before and after costs more than it saves. So do Sigmoid, Mul and
-    the shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4 crashes in GhostNet, MixNet
-    and DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large. Depthwise convolutions take
-    part; ONNX Runtime quantises one left in float between others by itself, a whole tensor at once, and badly.
+    Symmetric int8 activations, which TensorRT needs, ran slower than float in ONNX Runtime. Linear layers stay float:
+    the heads' are tiny, and a conversion before and after costs more than it saves. So do Sigmoid, Mul and the
+    shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4 crashes in GhostNet, MixNet and
+    DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large. Depthwise convolutions are
+    included; ONNX Runtime quantises one left in float between others by itself, per tensor, and badly.
     """
     from onnxruntime.quantization import QuantType
 
@@ -44,60 +78,9 @@ def _cpu_settings(reduce_range: bool) -> dict[str, Any]:
     }
 
 
-TARGETS = ("cpu", "dla", "tensorrt")
-"""What a quantised graph is made for; a graph that is fast on one target is slow or refused on another."""
-
-
-def quantize(
-    model: onnx.ModelProto,
-    metadata: ModelMetadata,
-    images: Array,
-    *,
-    target: str,
-    heads: bool,
-    reduce_range: bool = False,
-    method: str = "minmax",
-    progress: Callable[[int, int], None] | None = None,
-) -> onnx.ModelProto:
-    """A Q/DQ graph with the same inputs, outputs and boundaries.
-
-    images: (N, 3, H, W), preprocessed, of the training split. heads: quantise the exit heads, too.
-    reduce_range: keep the weights of the target `cpu` to 7 bits, for CPUs whose sums of 8-bit products saturate.
-    method: `minmax`, `percentile` or `entropy`; the last two keep every activation in memory.
-
-    Raises:
-        ConfigError: no images, or an unknown target.
-    """
-    if target == "tensorrt":
-        return quantize_tensorrt(model, metadata, images, heads=heads, method=method, progress=progress)
-    if target == "dla":
-        return quantize_dla(model, images, method=method, progress=progress)
-    if target not in TARGETS:
-        raise ConfigError(f"no quantisation target '{target}'", fix=nearest(target, TARGETS))
-    if not len(images):
-        raise ConfigError("no calibration images", fix="int8 needs images of the training split: --data and --split")
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, quantize_static
-
-    ready = _prepared(model)
-    with _temporary() as folder:
-        out = folder / "quantised.onnx"
-        quantize_static(
-            ready,
-            str(out),
-            _reader(images, progress),
-            quant_format=QuantFormat.QDQ,
-            calibrate_method={m.name.lower(): m for m in CalibrationMethod}[method],
-            nodes_to_exclude=[] if heads else _head_names(ready, metadata),
-            **_cpu_settings(reduce_range),
-        )
-        quantised = onnx.load(str(out))
-    del quantised.metadata_props[:]
-    return quantised
-
-
 @contextlib.contextmanager
 def _temporary() -> Iterator[Path]:
-    """A folder that ONNX Runtime has its temporary folders in, too: it leaves them behind when it is killed."""
+    """A folder that also holds ONNX Runtime's temporary folders, which it leaves behind when it is killed."""
     with temporary_folder("quantize") as folder:
         before, tempfile.tempdir = tempfile.tempdir, str(folder)
         try:
@@ -106,21 +89,16 @@ def _temporary() -> Iterator[Path]:
             tempfile.tempdir = before
 
 
-def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """With shapes, and with a name for every node so that it can be excluded."""
-    ready = with_shapes(fold_norms(model))
+def _preprocessed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the network with inferred shapes and with a name for every node, so that it can be excluded."""
+    ready = with_shapes(fold_batchnorm(model))
     for i, node in enumerate(ready.graph.node):
         node.name = node.name or f"unnamed_{node.op_type}_{i}"
-    ready.metadata_props.add(key=_PREPARED[0], value=_PREPARED[1])
+    ready.metadata_props.add(key=_PREPROCESSED[0], value=_PREPROCESSED[1])
     return ready
 
 
-def _head_names(model: onnx.ModelProto, metadata: ModelMetadata) -> list[str]:
-    kept = {node.name for node in backbone(model, metadata)}
-    return [node.name for node in model.graph.node if node.name not in kept]
-
-
-def _reader(images: Array, progress: Callable[[int, int], None] | None) -> Any:
+def _reader(images: Array, progress: Progress | None) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types

@@ -117,11 +117,8 @@ def known_speeds(runs: Path) -> Speeds:
     for folder in sorted(folders, key=lambda f: (PROBES not in f.parts, f)):  # real runs count more
         rows = list(csv.DictReader((folder / run_folder.METRICS).read_text().splitlines()))
         if len(rows) > 1:
-            made, header = (
-                config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL)),
-                run_folder.read_header(folder),
-            )
-            teacher = header.provenance.get("teacher") or ""
+            made = config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL))
+            teacher = run_folder.read_metadata(folder).provenance.get("teacher") or ""
             speed = float(rows[-1]["images_per_s"]), made.preprocess.image_size
             for precision in (made.precision, "auto"):  # what was left to edgekd is kept as what it took
                 found[made.network, made.method, teacher, made.batch_size, precision] = speed

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import config
+from edgekd.distill.base import InitOptions
+from edgekd.distill.methods import METHODS
 from edgekd.errors import ConfigError
 from edgekd.files import sha256
 from edgekd.models.networks import hub_name
 from edgekd.reproduce.table_spec import IMAGENET, Job, Table
+from edgekd.schema import to_table
 from edgekd.training import jobs, sweep
-from edgekd.training.protocol import PLACES, Protocol
+from edgekd.training.protocol import RESUMABLE, Protocol
 from edgekd.training.request import EvaluateRequest, TrainRequest
 from edgekd.training.sweep import SweepMember
 
@@ -27,7 +30,7 @@ RECIPE = (
     *("warmup_epochs", "precision", "clip_norm", "ema"),
 )
 """What `--protocol` replaces, beside augmentation and pixels: how to train, not what."""
-NO_RESULT = (*PLACES, "teacher", "network", "weights", "seed", "fold")
+NO_RESULT = (*RESUMABLE, "teacher", "network", "weights", "seed", "fold")
 """Protocol keys that are no part of a job's settings: of no influence, or kept apart."""
 
 
@@ -74,7 +77,8 @@ class Planned:
         first = self.start.digest if self.start else sha256(self.file) if self.file else "none"
         teacher = self.teacher.digest if self.teacher else ""
         own = {k: v for k, v in dataclasses.asdict(self.protocol).items() if k not in NO_RESULT}
-        beyond = _beyond(own, dataclasses.asdict(Protocol(precision="32-true")))
+        defaults = Protocol(precision="32-true", options={name: METHODS[name].options() for name in own["options"]})
+        beyond = _beyond(own, dataclasses.asdict(defaults))
         content = [self.protocol.network, beyond, first, teacher, self.fingerprint]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -146,7 +150,7 @@ def settings(table: Table, job: Job, request: Request) -> Protocol:
         cut = scaled(_paper(table, job), recipe.epochs)
         ways = {key: getattr(recipe, key) for key in RECIPE} | {"augment": dataclasses.asdict(recipe.augment)}
         ways["preprocess.image_size"] = recipe.preprocess.image_size
-        overrides = ways | overrides | {"anchor_every": cut.anchor_every, "init_epochs": cut.init_epochs}
+        overrides = ways | overrides | {"anchor_every": cut.anchor_every} | _init_epochs(cut)
     asked = {k: v for k, v in request.overrides.items() if k != "epochs"}
     overrides |= {"network": network, "method": job.method, "weights": "none"}
     overrides |= ({"group": request.group} if request.group else {}) | asked
@@ -170,9 +174,19 @@ def scaled(p: Protocol, epochs: int, *, keep: Collection[str] = ()) -> Protocol:
         "milestones": tuple(math.ceil(m * share - 1e-9) for m in p.milestones),
         "warmup_epochs": p.warmup_epochs * share,
         "anchor_every": max(1, round(p.anchor_every * share)) if p.anchor_every else 0,
-        "init_epochs": max(1, round(p.init_epochs * share)) if p.init_epochs > 0 else p.init_epochs,
     }
+    options = {
+        name: dataclasses.replace(own, init_epochs=max(1, round(own.init_epochs * share)))
+        for name, own in p.options.items()
+        if isinstance(own, InitOptions) and own.init_epochs and f"{name}.init_epochs" not in keep
+    }
+    counts["options"] = p.options | options
     return dataclasses.replace(p, epochs=epochs, **{k: v for k, v in counts.items() if k not in keep})
+
+
+def _init_epochs(p: Protocol) -> dict[str, int]:
+    """Return the given lengths of methods' initial stages, as protocol keys."""
+    return {f"{name}.init_epochs": own.init_epochs for name, own in p.options.items() if isinstance(own, InitOptions)}
 
 
 def _file(network: str, folder: Path | None) -> Path | None:
@@ -198,11 +212,12 @@ def _differences(planned: Planned) -> Iterator[str]:
         yield f"split grouped by {ours.group}"
     size = dataclasses.replace(paper.preprocess, image_size=ours.preprocess.image_size)
     same = dataclasses.replace(scaled(paper, ours.epochs), preprocess=size, group=ours.group)
-    mine, other = dataclasses.asdict(ours), dataclasses.asdict(same)
+    mine, other = to_table(ours), to_table(same)
     idle = () if ours.schedule == "step" else ("milestones", "gamma")
-    for key in sorted(mine.keys() - {*NO_RESULT, *idle, "precision"}):
-        if mine[key] != other[key]:
-            yield f"{key} {_short(mine[key], other[key])}, not {_short(other[key], mine[key])}"
+    for key in sorted((mine.keys() | other.keys()) - {*NO_RESULT, *idle, "precision"}):
+        own, paper_s = mine.get(key, {}), other.get(key, {})
+        if own != paper_s:
+            yield f"{key} {_short(own, paper_s)}, not {_short(paper_s, own)}"
 
 
 def _short(value: Any, other: Any) -> str:

@@ -1,4 +1,4 @@
-"""`Classifier`: images in, labels out, stopping early when sure."""
+"""`Classifier`: images to labels, with early exit."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ Strategy: TypeAlias = Literal["cascade", "full", "final"]
 One = TypeVar("One", bound=Source)
 BATCH = 32
 """Largest batch of an engine whose stages were not timed."""
-
-
 COLUMNS = ("path", "file", "label", "confidence", "exit", "error")
-"""What stands beside the probabilities in a row of `Prediction.row` or of `edgekd predict`."""
+"""Columns beside the probabilities in `Prediction.row` and in the output of `edgekd predict`."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's answer: class name and index, confidence in 0..1, exit (0 is the first), probability per class.
+    """The prediction for one image.
 
-    path: the image file, if the image was given so. classes: the names that belong to the probabilities.
-    Both are no part of the answer: predictions are equal without them.
+    Attributes:
+        label: Name of the predicted class.
+        index: Its index in `classes`.
+        confidence: Confidence of the exit, 0..1.
+        exit: Index of the exit that the image took, from 0.
+        probabilities: Probability of each class.
+        path: The image file, if the image was given as one. Ignored in comparisons.
+        classes: Names of the classes. Ignored in comparisons.
     """
 
     label: str
@@ -47,43 +51,44 @@ class Prediction:
     classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def row(self) -> dict[str, str | float | None]:
-        """A flat row: path, label, confidence, exit, and a probability under each class's name (see `class_columns`).
+        """Return path, label, confidence, exit and the probability of each class (see `class_columns`) as a flat row.
 
-        `pandas.DataFrame([p.row() for p in predictions])` is a table of answers.
+        `pandas.DataFrame([p.row() for p in predictions])` makes a table of predictions.
         """
         path = None if self.path is None else str(self.path)
-        plain = {"path": path, "label": self.label, "confidence": self.confidence, "exit": self.exit}
-        return plain | dict(zip(class_columns(self.classes), self.probabilities))
+        row = {"path": path, "label": self.label, "confidence": self.confidence, "exit": self.exit}
+        return row | dict(zip(class_columns(self.classes), self.probabilities))
 
 
 def class_columns(classes: Sequence[str]) -> list[str]:
-    """Names of columns of probabilities: the classes' own; one that is called like another column gets ` (class)`."""
+    """Return a column name for each class: its own, with ` (class)` appended where that is one of `COLUMNS`."""
     return [f"{name} (class)" if name in COLUMNS else name for name in classes]
 
 
 class Classifier:
     """Classifies images with student.engine/, student.onnx, or an opened engine.
 
-    strategy:
-        cascade: stage by stage, each image leaves at the first exit that is sure enough.
-        full: every exit, the mean of their probabilities at temperature 1.
-        final: the last exit alone, at its temperature.
-        Without one: cascade if the engine was tuned, else full.
-    policy: instead of the engine's own. threads: for the engine, when a path is given.
-    device_side_exit: research; the GPU itself ends the cascade, one image at a time (TensorRT, CUDA from 12.4).
-
-    Larger batches are cut at the largest batch size whose stages were timed at compilation (32 without times).
-    In a cascade, images that leave are removed from the batch when the times say that the smaller batch is
-    faster, and always without times. OpenVINO compiles anew for each batch size it has not seen, and TensorRT was
-    built for the timed ones alone: there, batches are padded up to a timed size.
+    Larger batches are split at the largest batch size whose stages were timed at compilation (32 without times). In a
+    cascade, images that exit are removed from the batch if the times say that the smaller batch is faster, and always
+    without times. Where a backend needs timed batch sizes, batches are padded to one.
 
     Thread-safe: nothing changes after construction, so threads may share one classifier. Processes may not: a process
-    forked from the one that opened it is refused. Opened by path, it can be pickled, and is opened anew where it is
-    unpickled, if that is the same engine still.
+    forked from the one that opened it is refused. A classifier opened by path can be pickled; unpickling opens the
+    same engine again and fails if it was replaced.
+
+    Args:
+        engine: Path of student.engine/ or student.onnx, or an opened engine.
+        strategy: `cascade` runs stage by stage, and each image takes the first exit whose threshold it reaches; `full`
+            averages the probabilities of all exits at temperature 1; `final` runs the last exit alone, at its
+            temperature. Default: `cascade` if the engine was tuned, else `full`.
+        policy: Replaces the engine's own policy.
+        threads: CPU threads of the engine, when a path is given.
+        device_side_exit: Experimental: the GPU itself ends the cascade, one image at a time (TensorRT, CUDA 12.4 or
+            later).
 
     Raises:
-        ConfigError: unknown strategy, a cascade without thresholds, a policy for another number of exits.
-        ArtifactError, BackendError: as `edgekd.runtime.engine.open_engine`.
+        ConfigError: Unknown strategy, a cascade without thresholds, or a policy for another number of exits.
+        ArtifactError, BackendError: See `edgekd.runtime.engine.open_engine`.
     """
 
     def __init__(
@@ -101,7 +106,7 @@ class Classifier:
             self._opened = Path(engine).absolute(), given
             engine = open_engine(Path(engine), threads=threads)
         elif threads is not None:
-            raise ConfigError("threads given with an engine that is open already", fix="give them to open_engine")
+            raise ConfigError("threads given with an engine that is already open", fix="give them to open_engine")
         self.engine = engine
         self.metadata = engine.metadata
         self.policy = policy or engine.metadata.policy
@@ -121,24 +126,24 @@ class Classifier:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the probabilities."""
+        """Class names, in the order of the probabilities."""
         return self.metadata.classes
 
     @property
     def exits(self) -> tuple[str, ...]:
-        """Names of the exits, from shallow to deep; `Prediction.exit` counts in them."""
+        """Exit names, shallow to deep; `Prediction.exit` indexes them."""
         return tuple(f"exit_{k}" for k in range(len(self.metadata.exits)))
 
     def __repr__(self) -> str:
         return (
             f"<Classifier {self.engine.name}, {self.strategy}: {len(self.classes)} classes, {len(self.exits)} exits, "
-            f"{self.metadata.preprocess.image_size} pixels, threads {self.engine.threads}>"
+            f"image size {self.metadata.preprocess.image_size}, threads {self.engine.threads}>"
         )
 
     def close(self) -> None:
-        """Free the engine, one that was given open too. Nothing can be classified afterwards."""
+        """Free the engine, even one that was given open. The classifier cannot be used afterwards."""
         self.engine.close()
-        for graphs in ("_walker", "_graph", "_decider"):
+        for graphs in ("_staged_runner", "_graph", "_decider"):
             vars(self).pop(graphs, None)
 
     def __enter__(self) -> Classifier:
@@ -150,7 +155,7 @@ class Classifier:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._opened is None:
             raise ConfigError(
-                "a classifier of an engine that was open before cannot be pickled", fix="give the engine's path instead"
+                "a classifier of an already opened engine cannot be pickled", fix="give the engine's path instead"
             )
         return _reopen, (*self._opened, self.engine.digest)
 
@@ -164,11 +169,11 @@ class Classifier:
         if strategy is None:
             strategy = "cascade" if self.policy.is_tuned else "full"
             if strategy == "full":
-                log.info("no exit thresholds yet, so every exit is asked; edgekd tune sets them")
+                log.info("no exit thresholds yet, so all exits are averaged; edgekd tune sets them")
         if strategy not in get_args(Strategy):
             raise ConfigError(f"no strategy '{strategy}'", fix=nearest(strategy, get_args(Strategy)))
         if strategy == "cascade" and not self.policy.is_tuned:
-            raise ConfigError(f"a cascade needs exit thresholds, {self.engine.name} has none", fix="run edgekd tune")
+            raise ConfigError(f"a cascade needs exit thresholds; {self.engine.name} has none", fix="run edgekd tune")
         return strategy
 
     @overload
@@ -178,138 +183,159 @@ class Classifier:
     def predict(self, source: Source | list[One] | tuple[One, ...]) -> Prediction | list[Prediction]:
         """Classify an image, or a list of images in batches.
 
-        source: a path, a file's bytes, a file that is open for reading in binary, a Pillow image, or a uint8 array,
-            RGB (H, W, 3) or grey (H, W).
+        Args:
+            source: A path, the bytes of a file, a file opened for reading in binary mode, a Pillow image, or a uint8
+                array, RGB (H, W, 3) or grey (H, W); or a list of these.
+
+        Returns:
+            A prediction, or a list of them in the order of the images.
 
         Raises:
-            DataError: an image that cannot be used; a file is named.
+            DataError: An image cannot be used; a file is named.
         """
         preprocess = self.metadata.preprocess
         if not isinstance(source, (list, tuple)):
             return self._predictions([source], load(source, preprocess)[None])[0]
-        found: list[Prediction] = []
+        predictions: list[Prediction] = []
         for start in range(0, len(source), self.batch_size):
             batch = source[start : start + self.batch_size]
-            found += self._predictions(batch, load_batch(batch, preprocess))
-        return found
+            predictions += self._predictions(batch, load_batch(batch, preprocess))
+        return predictions
 
     def _predictions(self, sources: Sequence[Source], images: Array) -> list[Prediction]:
         decision = self.run(images)
         paths = [Path(s) if isinstance(s, (str, Path)) else None for s in sources]
         indices = decision.probabilities.argmax(axis=1).tolist()
-        rows = zip(
-            indices, decision.confidence.tolist(), decision.exits.tolist(), decision.probabilities.tolist(), paths
-        )
+        confidences, exits = decision.confidence.tolist(), decision.exits.tolist()
+        rows = zip(indices, confidences, exits, decision.probabilities.tolist(), paths)
         names = self.metadata.classes
-        return [Prediction(names[i], i, sure, exit, tuple(p), path, names) for i, sure, exit, p, path in rows]
+        return [Prediction(names[i], i, c, exit, tuple(p), path, names) for i, c, exit, p, path in rows]
 
     def run(self, images: Array) -> Decision:
-        """Classify preprocessed images, float32 (N, 3, H, W).
+        """Classify preprocessed images.
+
+        Args:
+            images: float32 (N, 3, H, W).
 
         Raises:
-            DataError: another type or shape.
-            BackendError: the engine is closed, was opened before this process was forked, or cannot run; or its answers
-                are not finite.
+            DataError: Another type or shape.
+            BackendError: The engine is closed, belongs to the process that this one was forked from, or cannot run;
+                or its outputs are not finite.
         """
         self.engine.check_usable()
         size = self.metadata.preprocess.image_size
         if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise DataError(
-                f"{images.dtype} of shape {images.shape} is no batch for {self.engine.name}",
-                fix=f"give float32 (N, 3, {size}, {size}), or use predict for pictures",
+                f"{images.dtype} of shape {images.shape} is not a batch for {self.engine.name}",
+                fix=f"give float32 (N, 3, {size}, {size}), or call predict with images",
             )
-        is_small = len(images) == 1 and len(self.metadata.classes) <= FEW_CLASSES
-        cascade = self._cascade_of_one if is_small else self._cascade
-        decide = self._on_device if self._decider else cascade if self.strategy == "cascade" else self._at_once
         if 0 < len(images) <= self.batch_size:
-            return self._finite(decide(images))
+            return self._decision(images)
         decision = Decision.empty(len(images), len(self.metadata.classes))
         for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            found = self._finite(decide(images[part]))
-            decision.probabilities[part] = found.probabilities
-            decision.exits[part], decision.confidence[part] = found.exits, found.confidence
+            batch = slice(start, start + self.batch_size)
+            decided = self._decision(images[batch])
+            decision.probabilities[batch] = decided.probabilities
+            decision.exits[batch], decision.confidence[batch] = decided.exits, decided.confidence
         return decision
 
-    def _finite(self, decision: Decision) -> Decision:
+    def _decision(self, images: Array) -> Decision:
+        """Classify one batch by the chosen strategy."""
+        if self._decider:
+            decision = self._on_device(images)
+        elif self.strategy != "cascade":
+            decision = self._at_once(images)
+        elif len(images) == 1 and len(self.metadata.classes) <= FEW_CLASSES:
+            decision = self._cascade_of_one(images)
+        else:
+            decision = self._cascade(images)
         if not np.isfinite(decision.confidence).all():
-            what = f"{self.engine.name} answers with numbers that are not finite"
-            raise BackendError(what, fix="compile with --recipe fp32; if it says so then, train anew")
+            what = f"{self.engine.name} returned values that are not finite"
+            raise BackendError(what, fix="compile with --recipe fp32; if that fails too, train again")
         return decision
 
     def _at_once(self, images: Array) -> Decision:
+        """Classify with one graph: all exits averaged, or the last exit alone."""
         count, size = len(images), _padded(len(images), self._buckets)
         logits: list[npt.NDArray[Any]] = self._graph(images if size == count else resized(images, size))
         if self.strategy == "full":
-            answer = ensemble(np.stack(logits))[:count]
+            probabilities = ensemble(np.stack(logits))[:count]
         else:
-            answer = softmax(logits[0], self.policy.temperatures[-1])[:count]
+            probabilities = softmax(logits[0], self.policy.temperatures[-1])[:count]
         last = np.full(count, len(self.metadata.exits) - 1, np.int64)
-        return Decision(answer, last, confidence(answer, self.policy.confidence))
+        return Decision(probabilities, last, confidence(probabilities, self.policy.confidence))
 
     def _on_device(self, images: Array) -> Decision:
-        assert self._decider is not None  # or this is not called
-        found = [self._decider(images[i : i + 1]) for i in range(len(images))]
-        answers, sure, exits = zip(*found)
-        return Decision(np.stack(answers), np.array(exits, np.int64), np.array(sure, np.float32))
+        assert self._decider is not None  # otherwise this is not called
+        decided = [self._decider(images[i : i + 1]) for i in range(len(images))]
+        probabilities, confidences, exits = zip(*decided)
+        return Decision(np.stack(probabilities), np.array(exits, np.int64), np.array(confidences, np.float32))
 
     def _cascade_of_one(self, image: Array) -> Decision:
-        """`_cascade` without what only a batch needs: Python's share of one image's time."""
+        """`_cascade` for one image, without the overhead that only a batch needs."""
         total = [0.0] * len(self.metadata.classes)
         with self._staged_runner(image) as run:
             for exit in range(len(self.metadata.exits)):
-                answer, sure, exited, total = decide_one(self.policy, exit, run.run_stage()[0].tolist(), total)
-                if exited:  # everybody does at the last exit
+                logits = run.run_stage()[0].tolist()
+                probabilities, confidence, exited, total = decide_one(self.policy, exit, logits, total)
+                if exited:  # always true at the last exit
                     break
-        return Decision(np.array([answer], np.float32), np.array([exit]), np.array([sure], np.float32))
+        return Decision(np.array([probabilities], np.float32), np.array([exit]), np.array([confidence], np.float32))
 
     def _cascade(self, images: Array) -> Decision:
+        """Run stage by stage, compacting the batch to the images that have not exited where that is faster."""
         count, classes = len(images), len(self.metadata.classes)
         decision = Decision.empty(count, classes)
-        total, rows = np.zeros((count, classes), np.float32), np.arange(count)  # rows: which image a row is
-        waiting, left = np.ones(count, bool), count
+        total = np.zeros((count, classes), np.float32)
+        rows = np.arange(count)  # image of each row of the batch
+        active, survivors = np.ones(count, bool), count
         with self._staged_runner(images) as run:
             for exit in range(len(self.metadata.exits)):
-                size = self._next_size(exit, left, len(rows))
-                if size != len(rows):  # the rows beyond `left` are waited for by nobody
-                    keep = np.flatnonzero(waiting)
-                    run.compact(keep, size)
-                    keep = resized(keep, size)
-                    total, rows, waiting = total[keep], rows[keep], np.arange(size) < left
-                seen = decide(self.policy, exit, run.run_stage(), total)
-                leaving = waiting & seen.exited
-                decision.put(rows[leaving], leaving, exit, seen)
-                waiting, total = waiting & ~leaving, seen.total
-                left = int(np.count_nonzero(waiting))
-                if not left:
+                size = self._next_size(exit, survivors, len(rows))
+                if size != len(rows):  # rows from `survivors` on are padding
+                    kept = np.flatnonzero(active)
+                    run.compact(kept, size)
+                    kept = resized(kept, size)
+                    total, rows, active = total[kept], rows[kept], np.arange(size) < survivors
+                decided = decide(self.policy, exit, run.run_stage(), total)
+                exited = active & decided.exited
+                decision.put(rows[exited], exited, exit, decided)
+                active, total = active & ~exited, decided.total
+                survivors = int(np.count_nonzero(active))
+                if not survivors:
                     break
         return decision
 
-    def _next_size(self, exit: int, left: int, current: int) -> int:
-        size = _padded(left, self._buckets)
+    def _next_size(self, exit: int, survivors: int, current: int) -> int:
+        size = _padded(survivors, self._buckets)
         return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
 
 
 def _reopen(path: Path, options: dict[str, Any], digest: str) -> Classifier:
     classifier = Classifier(path, **options)
     if classifier.engine.digest != digest:
-        raise ArtifactError(f"{path} was replaced since the classifier was pickled", fix="open the new one")
+        raise ArtifactError(f"{path} was replaced after the classifier was pickled", fix="open the new one")
     return classifier
 
 
-def next_batch(remaining: int, current: int, stage_ms: Mapping[int, float]) -> int:
-    """The batch for the next stage: `remaining` rows (those that did not leave) or all `current` ones.
+def next_batch(survivors: int, current: int, stage_ms: Mapping[int, float]) -> int:
+    """Choose the batch size of the next stage: the survivors' or the current one.
 
-    stage_ms: batch size to the stage's measured milliseconds; between sizes it is interpolated.
-    The smaller batch is taken when it is faster, and always when nothing was measured.
+    Args:
+        survivors: Number of images that have not exited, padded to a timed size where the backend needs that.
+        current: Current batch size.
+        stage_ms: Measured milliseconds of the stage by batch size; interpolated between sizes.
+
+    Returns:
+        `survivors` if that batch is faster or nothing was measured, else `current`.
     """
-    if remaining >= current:
+    if survivors >= current:
         return current
     if not stage_ms:
-        return remaining
+        return survivors
     sizes = sorted(stage_ms)
-    few, all_ = np.interp([remaining, current], sizes, [stage_ms[s] for s in sizes])
-    return remaining if few < all_ else current
+    compacted, whole = np.interp([survivors, current], sizes, [stage_ms[s] for s in sizes])
+    return survivors if compacted < whole else current
 
 
 def _padded(count: int, buckets: Sequence[int]) -> int:

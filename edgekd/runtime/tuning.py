@@ -1,15 +1,16 @@
-"""Temperatures and exit thresholds from validation images, on the compiled engine.
+"""Fit temperatures and exit thresholds on validation images, on the compiled engine.
 
-Many settings are compared on some hundred images, so the fastest that just keeps a bound there owes it partly to
-luck and breaks it on new images. Two things hold against it: a coarse grid (a dozen thresholds for each of three
-exits), and a bound that the drop has to keep with one standard error added: the square root of the number of
-images that only one of cascade and ensemble gets right. In simulations with 300 and 810 images and 0.3 points
-allowed, the mean drop on new images was 0.3 points this way; with ten times the settings and no margin it was 0.8.
+Many combinations of thresholds are compared on a few hundred images, so the fastest one that just meets the bound owes
+that partly to luck, and misses it on new images. Two measures counter this: a coarse grid (a dozen thresholds for each
+of three exits), and a margin of one standard error: the square root of the number of images that only one of cascade
+and ensemble classifies correctly. In simulations with 300 and 810 images and an allowed drop of 0.3 points, the mean
+drop on new images was 0.3 points; with ten times as many combinations and no margin it was 0.8.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -21,27 +22,32 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts.manifest import CurvePoint, Tuning, read_manifest, write_manifest
+from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import ArtifactError, ConfigError, check_known
-from edgekd.policy import NEVER_EXIT, Average, Measure, Policy, decide, ensemble
+from edgekd.policy import NEVER_EXIT, Average, Policy, decide, ensemble
 from edgekd.runtime.engine import Engine
-from edgekd.types import Array, Progress
+from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
 
-Labels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-SETTINGS = 2000
-"""Settings tried at most (unless there are more than eleven exits: 2 thresholds are tried for each)."""
+COMBINATIONS = 2000
+"""Largest number of threshold combinations tried (exceeded with more than eleven exits: two thresholds for each)."""
 CURVE_POINTS = 25
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Thresholds and what they cost on the validation images.
+    """The chosen thresholds and their result on the validation images.
 
-    accuracy, ensemble_accuracy: 0..1. accuracy_error: standard error of the difference between the two.
-    latency_ms: mean over the images of their stages' times at batch 1. shares: how many leave at each exit, 0..1.
-    curve: settings of which no other is faster and as accurate, fast to slow; at most CURVE_POINTS.
+    Attributes:
+        policy: Policy with the fitted temperatures and chosen thresholds.
+        accuracy: Accuracy of the cascade, 0..1.
+        accuracy_error: Standard error of the difference between `accuracy` and `ensemble_accuracy`.
+        ensemble_accuracy: Accuracy of the mean of all exits, 0..1.
+        latency_ms: Mean latency of an image at batch size 1, from the stages' times.
+        shares: Share of the images that take each exit, 0..1.
+        curve: Pareto front of accuracy and latency, fast to slow; at most CURVE_POINTS.
     """
 
     policy: Policy
@@ -60,50 +66,60 @@ def tune(
     *,
     max_accuracy_drop: float | None = None,
     latency_ms: float | None = None,
-    confidence: Measure = "max_probability",
+    confidence: str = "max_probability",
     average: Average = "mean",
     progress: Progress | None = None,
 ) -> Tuned:
-    """Fit a temperature per exit and choose thresholds.
+    """Fit a temperature for each exit and choose thresholds.
 
-    images: (N, 3, H, W) of the validation split, labels: (N,).
-    max_accuracy_drop: points below the ensemble's accuracy; the fastest setting within is taken.
-    latency_ms: expected milliseconds an image at batch 1; the most accurate setting within is taken.
+    Args:
+        engine: The compiled engine; nothing is written to it.
+        images: Validation images (N, 3, H, W), preprocessed.
+        labels: Their class indices (N,).
+        max_accuracy_drop: Allowed loss against the ensemble, in percentage points; the fastest combination is chosen.
+        latency_ms: Allowed mean latency of an image at batch size 1; the most accurate combination is chosen.
+        confidence: Name of a confidence measure.
+        average: See `Policy.average`.
+        progress: Called with the images done and their number.
 
     Raises:
-        ConfigError: not exactly one of the two, none of the settings reaches it, or an unknown confidence or average.
+        ConfigError: Not exactly one goal, no combination meets it, or an unknown measure or average.
     """
-    check_known("confidence", confidence, get_args(Measure))
-    check_known("average", average, get_args(Average))
+    check_known("--confidence", confidence, CONFIDENCE_MEASURES)
+    check_known("--average", average, get_args(Average))
     if (max_accuracy_drop is None) == (latency_ms is None):
-        raise ConfigError("one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
+        raise ConfigError("exactly one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
     logits = _logits(engine, images, progress)
     stages = stage_ms(engine, images[:1])
-    temperatures = tuple(fit_temperature(found, labels) for found in logits)
-    base = Policy(temperatures, confidence=confidence, average=average)
-    return choose(logits, labels, stages, policy=base, max_accuracy_drop=max_accuracy_drop, latency_ms=latency_ms)
+    temperatures = tuple(fit_temperature(exit_logits, labels) for exit_logits in logits)
+    policy = Policy(temperatures, confidence=confidence, average=average)
+    return choose(logits, labels, stages, policy=policy, max_accuracy_drop=max_accuracy_drop, latency_ms=latency_ms)
 
 
 def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: int = 32) -> Array:
-    found = []
+    batches = []
     for start in range(0, len(images), batch):
-        found.append(engine.logits(images[start : start + batch]))
+        batches.append(engine.logits(images[start : start + batch]))
         if progress:
             progress(min(start + batch, len(images)), len(images))
-    return np.concatenate(found, axis=1)
+    return np.concatenate(batches, axis=1)
 
 
 def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, digest: str) -> None:
-    """Write the thresholds, the curve and `provenance` (what was asked, on which images) into the manifest.
+    """Write the policy, the curve and their provenance into an engine's manifest.
 
-    digest: the manifest's when the engine was opened.
+    Args:
+        folder: The engine folder.
+        tuned: Result of `tune`.
+        provenance: Goal, number of images and fingerprint of the data.
+        digest: Digest of the manifest when the engine was opened.
 
     Raises:
-        ArtifactError: it is another by now: the thresholds were found on an engine that is gone.
+        ArtifactError: The manifest has changed since: the thresholds belong to an engine that no longer exists.
     """
     manifest = read_manifest(folder)
     if manifest.digest != digest:
-        raise ArtifactError(f"{folder} was written anew while it was tuned", fix="tune it again")
+        raise ArtifactError(f"{folder} was rewritten while it was being tuned", fix="tune it again")
     facts = {k: v for k, v in vars(tuned).items() if k not in ("policy", "curve")}
     metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
     tuning = Tuning(**facts, **provenance)
@@ -111,7 +127,13 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:
-    """Milliseconds of each stage at batch 1: the manifest's, else measured now (medians) on `image` (1, 3, H, W)."""
+    """Return the milliseconds of each stage at batch size 1, from the manifest or else measured now.
+
+    Args:
+        engine: The engine.
+        image: One image (1, 3, H, W) to measure with.
+        rounds: Number of measurements, of which the median is returned.
+    """
     if engine.manifest and "1" in engine.manifest.stage_ms:
         return engine.manifest.stage_ms["1"]
     stages = [engine.stage(k) for k in range(len(engine.metadata.exits))]
@@ -126,7 +148,14 @@ def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, 
 
 
 def fit_temperature(logits: Array, labels: Labels) -> float:
-    """The temperature in 0.25..10 with the least negative log-likelihood, by golden section on its logarithm."""
+    """Find the temperature in 0.25..10 with the least negative log-likelihood.
+
+    Golden-section search on the logarithm of the temperature.
+
+    Args:
+        logits: Logits (N, C) of one exit.
+        labels: Class indices (N,).
+    """
 
     def loss(at: float) -> float:
         scaled = logits.astype(np.float64) / np.exp(at)
@@ -142,12 +171,18 @@ def fit_temperature(logits: Array, labels: Labels) -> float:
 
 @dataclass(frozen=True)
 class Grid:
-    """S settings: thresholds (S, E-1), images answered right (S,), images that only one of setting and ensemble
-    answers right (S,), mean milliseconds (S,), and the share that leaves at each exit (S, E).
+    """Results of S combinations of thresholds for E exits.
+
+    Attributes:
+        thresholds: Thresholds (S, E - 1).
+        correct: Number of images (S,) classified correctly.
+        differing: Number of images (S,) that only one of cascade and ensemble classifies correctly.
+        latency_ms: Mean latency (S,).
+        shares: Share (S, E) of the images that take each exit.
     """
 
     thresholds: Floats
-    right: Floats
+    correct: Floats
     differing: Floats
     latency_ms: Floats
     shares: Floats
@@ -162,111 +197,130 @@ def choose(
     max_accuracy_drop: float | None = None,
     latency_ms: float | None = None,
 ) -> Tuned:
-    """The thresholds for one of the two goals, from logits (E, N, C) and stage times; pure numpy, see `tune`."""
-    ensemble_right = ensemble(logits).argmax(axis=1) == labels
-    grid = _grid(logits, labels, stages, policy, ensemble_right)
-    count, target = len(labels), int(ensemble_right.sum())
+    """Choose thresholds for one of the two goals; pure NumPy.
+
+    Args:
+        logits: Logits (E, N, C) of all exits.
+        labels: Class indices (N,).
+        stages: Milliseconds of each stage at batch size 1.
+        policy: Temperatures, confidence measure and average to use.
+        max_accuracy_drop: See `tune`.
+        latency_ms: See `tune`.
+
+    Raises:
+        ConfigError: No combination meets the goal.
+    """
+    ensemble_correct = ensemble(logits).argmax(axis=1) == labels
+    grid = _grid(logits, labels, stages, policy, ensemble_correct)
+    count, target = len(labels), int(ensemble_correct.sum())
     if latency_ms is not None:
-        pick = _within_latency(grid, latency_ms)
+        best = _within_latency(grid, latency_ms)
     else:
         assert max_accuracy_drop is not None, "one goal"
-        pick = _within_drop(grid, target, count, max_accuracy_drop)
+        best = _within_drop(grid, target, count, max_accuracy_drop)
+    chosen = _trade_off(grid, best, count)
     return Tuned(
-        dataclasses.replace(policy, thresholds=tuple(grid.thresholds[pick].tolist())),
-        accuracy=float(grid.right[pick] / count),
-        accuracy_error=float(np.sqrt(grid.differing[pick]) / count),
+        dataclasses.replace(policy, thresholds=chosen.thresholds),
+        accuracy=chosen.accuracy,
+        accuracy_error=float(np.sqrt(grid.differing[best]) / count),
         ensemble_accuracy=target / count,
-        latency_ms=float(grid.latency_ms[pick]),
-        shares=tuple(grid.shares[pick].tolist()),
+        latency_ms=chosen.latency_ms,
+        shares=chosen.shares,
         curve=_curve(grid, count),
     )
 
 
+def _grid(
+    logits: Array, labels: Labels, stages: tuple[float, ...], policy: Policy, ensemble_correct: npt.NDArray[np.bool_]
+) -> Grid:
+    """Evaluate every combination of candidate thresholds."""
+    exits, count, _ = logits.shape
+    confidences, correct = _at_every_exit(logits, labels, policy)
+    differing = correct != ensemble_correct
+    per_exit = max(2, int(min(50, COMBINATIONS ** (1 / max(exits - 1, 1)) + 1e-9)))
+    candidates = [_candidates(confidences[exit], per_exit) for exit in range(exits - 1)]
+    combinations = np.array(list(itertools.product(*candidates, [0.0])), np.float32)  # every image takes the last exit
+    images = np.arange(count)
+
+    def evaluate(thresholds: Array) -> tuple[int, int, npt.NDArray[np.int64]]:
+        """Return the numbers of images that are correct, that differ from the ensemble, and that take each exit."""
+        taken = (confidences >= thresholds[:, None]).argmax(axis=0)  # the first exit whose threshold is reached
+        return (
+            int(np.count_nonzero(correct[taken, images])),
+            int(np.count_nonzero(differing[taken, images])),
+            np.bincount(taken, minlength=exits),
+        )
+
+    right, other, takers = (np.array(column, np.float64) for column in zip(*map(evaluate, combinations)))
+    latency_ms = (takers * np.cumsum(stages)).sum(axis=1) / count
+    return Grid(combinations[:, :-1].astype(np.float64), right, other, latency_ms, takers / count)
+
+
+def _at_every_exit(logits: Array, labels: Labels, policy: Policy) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return the confidence (E, N) and correctness (E, N) of every image at every exit, as if none had exited."""
+    policy = dataclasses.replace(policy, thresholds=(NEVER_EXIT,) * (len(logits) - 1))
+    total, decisions = np.zeros_like(logits[0]), []
+    for exit, exit_logits in enumerate(logits):
+        decisions.append(decide(policy, exit, exit_logits, total))
+        total = decisions[-1].total
+    correct = [decision.probabilities.argmax(axis=1) == labels for decision in decisions]
+    return np.stack([decision.confidence for decision in decisions]), np.stack(correct)
+
+
+def _candidates(confidences: Array, count: int) -> Array:
+    """Thresholds to try: always exit, some quantiles, never exit.
+
+    Most quantiles are low, because the images that are left for a late exit have a low confidence.
+    """
+    quantiles = np.linspace(0, 1, count)[1:-1] ** 2
+    return np.array([0.0, *np.quantile(confidences, quantiles), NEVER_EXIT][:count], np.float32)
+
+
 def _within_drop(grid: Grid, target: int, count: int, drop: float) -> int:
+    """Index of the fastest combination within `drop` points of the ensemble, by a margin of one standard error."""
     least = target - drop / 100 * count - 1e-6
-    safest = grid.right - np.sqrt(grid.differing)
-    if grid.right.max() < least:
-        best = (target - grid.right.max()) / count * 100
+    safest = grid.correct - np.sqrt(grid.differing)
+    if grid.correct.max() < least:
+        best = (target - grid.correct.max()) / count * 100
         raise ConfigError(
             f"no thresholds keep within {drop:g} points of the ensemble; the best loses {best:.2f}",
             fix=f"give --max-accuracy-drop {np.ceil(best * 100) / 100:g}, or train longer",
         )
     if safest.max() >= least:
         return _first(grid.latency_ms, among=safest >= least)
-    log.warning("%d images are too few to be sure of %g points; the safest thresholds are taken", count, drop)
-    return _first(-safest, grid.latency_ms, among=grid.right >= least)
+    log.warning("%d images are too few to guarantee %g points; the safest thresholds are chosen", count, drop)
+    return _first(-safest, grid.latency_ms, among=grid.correct >= least)
 
 
 def _within_latency(grid: Grid, limit: float) -> int:
+    """Index of the most accurate combination within `limit` milliseconds."""
     if grid.latency_ms.min() > limit + 1e-9:
         raise ConfigError(
             f"no thresholds keep within {limit:g} ms; the fastest take {grid.latency_ms.min():.3f} ms",
             fix="allow more, or compile with --recipe int8",
         )
-    return _first(-grid.right, grid.latency_ms, among=grid.latency_ms <= limit + 1e-9)
+    return _first(-grid.correct, grid.latency_ms, among=grid.latency_ms <= limit + 1e-9)
 
 
 def _first(*keys: Floats, among: npt.NDArray[np.bool_]) -> int:
-    """The index with the least first key (then second …) among the marked."""
+    """Index with the smallest first key (ties: second key, and so on) where `among` is True."""
     indices = np.flatnonzero(among)
     return int(indices[np.lexsort([key[indices] for key in reversed(keys)])[0]])
 
 
-def _grid(
-    logits: Array, labels: Labels, stages: tuple[float, ...], policy: Policy, ensemble_right: npt.NDArray[np.bool_]
-) -> Grid:
-    exits, count, _ = logits.shape
-    confidences, right = _exits(logits, labels, policy)
-    tries = max(2, int(min(50, SETTINGS ** (1 / max(exits - 1, 1)) + 1e-9)))
-    reach = np.ones((1, count), np.float32)  # for each setting so far, who comes as far as this exit
-    thresholds, shares = np.empty((1, 0)), np.empty((1, 0))
-    sums = np.zeros((3, 1))  # right, differing, images x milliseconds
-    for exit in range(exits):
-        tried = _candidates(confidences[exit], tries if exit < exits - 1 else 1)
-        exited = (confidences[exit] >= tried[:, None]).astype(np.float32)  # (tried, N)
-        facts = [right[exit], right[exit] != ensemble_right, np.full(count, sum(stages[: exit + 1]))]
-        sums = np.stack([(s[:, None] + reach @ (exited * fact).T).ravel() for s, fact in zip(sums, facts)])
-        shares = _crossed(shares, (reach @ exited.T / count).ravel())
-        thresholds = _crossed(thresholds, np.tile(tried, len(reach)))
-        reach = (reach[:, None] * (1 - exited)).reshape(-1, count)
-    return Grid(thresholds[:, :-1], sums[0], sums[1], sums[2] / count, shares)
-
-
-def _crossed(table: Floats, column: npt.NDArray[np.floating[Any]]) -> Floats:
-    """Every row of the table (S, C) repeated as often as the column (S * K,) has values for it: (S * K, C + 1)."""
-    return np.column_stack([np.repeat(table, len(column) // len(table), axis=0), column])
-
-
-def _exits(logits: Array, labels: Labels, policy: Policy) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Confidence and correctness (E, N) of every exit, were all images to come there."""
-    policy = dataclasses.replace(policy, thresholds=(NEVER_EXIT,) * (len(logits) - 1))
-    total, steps = np.zeros_like(logits[0]), []
-    for exit, found in enumerate(logits):
-        steps.append(decide(policy, exit, found, total))
-        total = steps[-1].total
-    right = [seen.probabilities.argmax(axis=1) == labels for seen in steps]
-    return np.stack([seen.confidence for seen in steps]), np.stack(right)
-
-
-def _candidates(confidences: Array, tries: int) -> Array:
-    """Always, some quantiles, never. More of them low: whom a late exit sees is unsure already."""
-    quantiles = np.linspace(0, 1, tries)[1:-1] ** 2
-    return np.array([0.0, *np.quantile(confidences, quantiles), NEVER_EXIT][:tries], np.float32)
-
-
 def _curve(grid: Grid, count: int) -> tuple[CurvePoint, ...]:
     best, front = -1.0, []
-    for i in np.lexsort([-grid.right, grid.latency_ms]).tolist():
-        if grid.right[i] > best:
-            best = grid.right[i]
+    for i in np.lexsort([-grid.correct, grid.latency_ms]).tolist():
+        if grid.correct[i] > best:
+            best = grid.correct[i]
             front.append(i)
     spread = np.linspace(0, len(front) - 1, min(len(front), CURVE_POINTS)).round().astype(int)
-    return tuple(_point(grid, front[i], count) for i in spread)
+    return tuple(_trade_off(grid, front[i], count) for i in spread)
 
 
-def _point(grid: Grid, i: int, count: int) -> CurvePoint:
+def _trade_off(grid: Grid, i: int, count: int) -> CurvePoint:
     return CurvePoint(
-        accuracy=float(grid.right[i] / count),
+        accuracy=float(grid.correct[i] / count),
         latency_ms=float(grid.latency_ms[i]),
         thresholds=tuple(grid.thresholds[i].tolist()),
         shares=tuple(grid.shares[i].tolist()),

@@ -22,7 +22,7 @@ from edgekd.backends.base import AnyBackend
 from edgekd.backends.runner import CompiledGraph
 from edgekd.compiler.gate import read_back
 from edgekd.errors import BackendError, EdgekdError
-from edgekd.quantization.cpu import quantize
+from edgekd.quantization import quantize
 from edgekd.runtime.engine import Engine
 from edgekd.testing.students import small_student
 from edgekd.types import Array

@@ -1,4 +1,4 @@
-"""Training augmentation: every random number comes from the generator that is handed in, in a fixed order."""
+"""Augmentation of training images, with every random number from a given generator, in a fixed order."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ Draws: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Augment:
-    """How training pictures are varied; the default leaves them as they are.
+    """Settings of the augmentation; the default changes nothing.
 
-    crop_scale: range of the share of the picture's area that is cut out. crop_ratio: range of that piece's width to
-    height, relative to the picture's own (to a square's if the aspect ratio is kept). hflip, vflip, transpose:
-    probabilities. rotation: largest angle in degrees. jitter: brightness, contrast, saturation (0.3: a factor from
-    0.7 to 1.3) and hue (0.1: a tenth of the colour circle either way).
+    Attributes:
+        crop_scale: Range of the crop's area, as a fraction of the image's.
+        crop_ratio: Range of the crop's aspect ratio, relative to the image's (to 1 if `resize` keeps the aspect ratio).
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        transpose: Probability of swapping both axes.
+        rotation: Maximum angle in degrees, in either direction.
+        jitter: Strengths of brightness, contrast, saturation (0.3: a factor from 0.7 to 1.3) and hue (0.1: a tenth of
+            the colour circle in either direction).
     """
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -37,7 +42,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale: two shares of the area, 0 < low <= high <= 1")
+            raise ValueError("crop_scale: two fractions of the area, 0 < low <= high <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError("crop_ratio: two ratios, 0 < low <= high")
         for name in ("hflip", "vflip", "transpose"):
@@ -50,16 +55,27 @@ class Augment:
 
     @property
     def crops(self) -> bool:
+        """True if images are cropped."""
         return (self.crop_scale, self.crop_ratio) != ((1, 1), (1, 1))
 
 
 def augmented(image: Image.Image, augment: Augment, preprocess: Preprocess, rng: np.random.Generator) -> Array:
-    """One RGB picture, varied, to the network's input: float32 (3, H, W), scaled as `preprocess` does it."""
+    """Augment one RGB image and convert it to the network's input.
+
+    Args:
+        image: An RGB image of any size.
+        augment: Settings of the augmentation.
+        preprocess: Size and standardisation of the result.
+        rng: Source of all random numbers.
+
+    Returns:
+        float32 (3, image_size, image_size), standardised.
+    """
     draw = rng.random(12)
     image = _cropped(image, augment, preprocess, draw[:4]) if augment.crops else preprocess.resized(image)
     image = _jittered(image, augment, draw[4:8])
     if augment.rotation:
-        fill = tuple(round(255 * m) for m in preprocess.mean)  # zeros, once they are standardised
+        fill = tuple(round(255 * m) for m in preprocess.mean)  # zeros after standardisation
         image = image.rotate((2 * draw[8] - 1) * augment.rotation, Image.Resampling.BILINEAR, fillcolor=fill)
     pixels = np.asarray(image)
     if draw[9] < augment.hflip:
@@ -72,7 +88,7 @@ def augmented(image: Image.Image, augment: Augment, preprocess: Preprocess, rng:
 
 
 def _cropped(image: Image.Image, augment: Augment, preprocess: Preprocess, draw: Draws) -> Image.Image:
-    """A random piece, resized: cut and scaled in one pass, which is what makes it cheap."""
+    """Crop and resize a random part of the image in one pass, which makes it cheap."""
     width, height = image.size
     whole = (width, height) if preprocess.resize == "stretch" else (min(image.size),) * 2
     low, high = augment.crop_scale

@@ -1,4 +1,4 @@
-"""Batches of a split's images, the same ones whatever the number of workers, the order or the restarts."""
+"""Images of a split and their order, independent of the number of workers and of restarts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ Key: TypeAlias = tuple[int, int]
 
 
 class ImageSet(Dataset[Sample]):
-    """The images of one part. `set[epoch, index]` is (float32 (3, H, W), label, index).
+    """Images of one subset: `images[epoch, index]` is (float32 (3, H, W), label, index).
 
-    Augmentation is a function of (seed, epoch, index) alone; without it the epoch does not matter.
+    Augmentation is a function of (seed, epoch, index) alone; without it the epoch has no influence.
+
+    Args:
+        items: The images' paths and labels.
+        data: Folder that the paths are relative to.
+        preprocess: Preprocessing of the images.
+        augment: Augmentation; None for none.
+        seed: Seed of the augmentation.
 
     Raises:
-        DataError: a file that cannot be read; it is named.
+        DataError: When indexed: the file cannot be read; it is named.
     """
 
     def __init__(
@@ -61,10 +68,17 @@ class ImageSet(Dataset[Sample]):
 
 
 class EpochSampler(Sampler[Key]):
-    """(epoch, index) pairs for one of `world` processes, as many for each.
+    """Yields (epoch, index) pairs for one of `world` processes, the same number for each.
 
-    The order is a function of (seed, epoch). Where `count` does not divide by `world`, the first samples of the order
-    come again at its end, to be dropped by their index in an evaluation.
+    The order is a function of (seed, epoch). If `count` is no multiple of `world`, the first samples of the order are
+    repeated at its end; an evaluation drops them by their index.
+
+    Args:
+        count: Number of images.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world: Number of processes.
+        shuffle: Shuffle the images; else they are in their own order.
     """
 
     def __init__(self, count: int, *, seed: int = 0, rank: int = 0, world: int = 1, shuffle: bool = True) -> None:
@@ -76,7 +90,7 @@ class EpochSampler(Sampler[Key]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
+        """Set the epoch, from 0, of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -86,19 +100,27 @@ class EpochSampler(Sampler[Key]):
         order = np.arange(self.count)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        mine = np.resize(order, len(self) * self.world)[self.rank :: self.world]
-        return iter([(self.epoch, int(index)) for index in mine])
+        own = np.resize(order, len(self) * self.world)[self.rank :: self.world]
+        return iter([(self.epoch, int(index)) for index in own])
 
 
 class ClassSampler(EpochSampler):
-    """Batches of `per_class` images (K) of each of batch_size / K classes (P), for triplets.
+    """Yields batches of `per_class` images (K) of each of batch_size / K classes (P), for triplets.
 
-    classes: of each image. The order is a function of (seed, epoch): each batch draws its classes, and each class deals
-    out its images in shuffled rounds, so that none is twice in a batch. An epoch has as many batches as fit in the
-    images; small classes come more often than in plain shuffling, and large ones are not seen whole.
+    The order is a function of (seed, epoch): each batch draws its classes, and each class yields its images in shuffled
+    rounds, so that no image is in a batch twice. An epoch has as many batches as the images fill. Compared with plain
+    shuffling, small classes are oversampled and large ones undersampled.
+
+    Args:
+        classes: Name of the class of each image.
+        per_class: Images of a class in a batch, K.
+        batch_size: Images in a batch, P * K.
+        seed: Seed of the order.
+        rank: Number of this process.
+        world: Number of processes.
 
     Raises:
-        ConfigError: a batch that these classes cannot fill, or of one class only.
+        ConfigError: The classes cannot fill such a batch, or it would have one class.
     """
 
     def __init__(
@@ -133,16 +155,18 @@ class ClassSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        hands = [_hands(own, self.per_class, rng) for own in self.members]
+        groups = [_shuffled_groups(own, self.per_class, rng) for own in self.members]
         drawn = self.batch_size // self.per_class
         batches = [
-            [int(index) for k in rng.permutation(len(hands))[:drawn] for index in next(hands[k])]
+            [int(index) for k in rng.permutation(len(groups))[:drawn] for index in next(groups[k])]
             for _ in range(len(self) // self.batch_size * self.world)
         ]
         return iter([(self.epoch, index) for batch in batches[self.rank :: self.world] for index in batch])
 
 
-def _hands(own: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.intp]]:
-    """Without end: `count` of one class's images at a time; what a round leaves over waits for its next shuffle."""
+def _shuffled_groups(
+    members: npt.NDArray[np.intp], count: int, rng: np.random.Generator
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Yield groups of `count` images of one class without end; each round is shuffled, and its remainder is dropped."""
     while True:
-        yield from rng.permutation(own)[: len(own) // count * count].reshape(-1, count)
+        yield from rng.permutation(members)[: len(members) // count * count].reshape(-1, count)

@@ -68,14 +68,14 @@ def run_jobs(
     """
     states: dict[str, JobState] = {}
     names = {job.name for job in jobs}
-    waiting, running = list(jobs), dict[Future[int], ChildJob]()
+    pending, running = list(jobs), dict[Future[int], ChildJob]()
     executor: _Executor = _RayCluster(at_once) if at_once > 1 and find_spec("ray") else _LocalProcesses(at_once)
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            while waiting or running:
-                ready = [job for job in waiting if _is_ready(job, names, states)] if time.monotonic() < deadline else []
+            while pending or running:
+                ready = [job for job in pending if _is_ready(job, names, states)] if time.monotonic() < deadline else []
                 for job in ready[: at_once - len(running)]:
-                    waiting.remove(job)
+                    pending.remove(job)
                     running[pool.submit(executor.run, job)] = job
                 if not running:  # the deadline has passed, or every job left depends on one that failed
                     break
@@ -86,7 +86,7 @@ def run_jobs(
                         on_end(job, states[job.name])
         finally:
             executor.stop()
-    return states | {job.name: "skipped" for job in waiting}
+    return states | {job.name: "skipped" for job in pending}
 
 
 def _is_ready(job: ChildJob, names: Collection[str], states: dict[str, JobState]) -> bool:

@@ -1,4 +1,4 @@
-"""Batches read by processes that end quietly: no shared memory, no traceback of theirs, whatever stops the training."""
+"""Data loading in worker processes that use no shared memory and print no traceback when training is interrupted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Result: TypeAlias = Sample | EdgekdError
 class Batch(tuple[torch.Tensor, ...]):
     """Images float32 (N, 3, H, W), labels (N,) and indices (N,).
 
-    It goes from process to process as arrays through a pipe. Torch would put tensors into shared memory, of which a
-    container has 64 MiB, and hand them over by a thread that prints a traceback when the reader is interrupted.
+    It is sent between processes as arrays through a pipe. Torch would put tensors into shared memory, of which a
+    container has 64 MiB, and pass them by a thread that prints a traceback when the reader is interrupted.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -37,7 +37,7 @@ def _batch(*arrays: npt.NDArray[Any]) -> Batch:
 
 
 def _collate(samples: Sequence[Result]) -> Batch | EdgekdError:
-    """A batch, or the error of an image; torch's own collation would use shared memory in a process."""
+    """Return a batch, or the error of an image; torch's own collation would use shared memory in a worker."""
     good = [sample for sample in samples if not isinstance(sample, EdgekdError)]
     if len(good) < len(samples):
         return next(sample for sample in samples if isinstance(sample, EdgekdError))
@@ -46,7 +46,7 @@ def _collate(samples: Sequence[Result]) -> Batch | EdgekdError:
 
 
 class _Results(Dataset[Result]):
-    """Samples, or their errors: torch would raise one again with a traceback as its text."""
+    """Samples, or their errors, which torch would re-raise with a traceback as their text."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images
@@ -59,11 +59,55 @@ class _Results(Dataset[Result]):
 
 
 class Loader(DataLoader[Result]):
-    """A DataLoader that yields each `Batch`.
+    """Yields `Batch`es of a sampler's images.
+
+    A script that trains with workers needs `if __name__ == "__main__":`, as always with Python's processes.
+
+    Args:
+        images: The images.
+        batch_size: Images in a batch.
+        sampler: Order of the images.
+        workers: Processes that read images and stay alive between epochs; 0 reads in this process.
+        drop_last: Drop the last batch if it is smaller.
 
     Raises:
-        EdgekdError: an image that cannot be read, processes that cannot be started, or one that was killed.
+        ConfigError: Dropping the last batch would leave none.
+        EdgekdError: While iterating: an image cannot be read, workers cannot be started, or one was killed.
     """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int,
+        sampler: EpochSampler,
+        workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        if drop_last and len(sampler) < batch_size:
+            raise ConfigError(
+                f"{len(sampler)} training images a process do not fill a batch of {batch_size}",
+                fix=f"use --batch-size {max(1, len(sampler) // 2)} or less",
+            )
+        if workers:
+            start_processes()
+        super().__init__(
+            _Results(images),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            drop_last=drop_last,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            # a fork of a process in which OpenVINO has run gives wrong pixels or dies
+            multiprocessing_context="forkserver" if workers else None,
+        )
+        self.epoch_sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, from 0, of the next iteration."""
+        self.epoch_sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
@@ -72,7 +116,7 @@ class Loader(DataLoader[Result]):
         except OSError as error:  # semaphores are files in /dev/shm
             raise TrainingError(
                 f"{self.num_workers} processes that read images cannot be started: {error.strerror or error}",
-                fix="use fewer --workers, 0 for none, or make room in /dev/shm",
+                fix="use fewer --workers, 0 for none, or free some of /dev/shm",
             ) from error
         while True:
             try:
@@ -83,7 +127,7 @@ class Loader(DataLoader[Result]):
                 if "DataLoader worker" not in str(error):
                     raise
                 raise TrainingError(
-                    "a process that reads images was killed, perhaps for want of memory",
+                    "a process that reads images was killed, perhaps because memory ran out",
                     fix="continue with --resume and fewer --workers",
                 ) from error
             if isinstance(batch, EdgekdError):
@@ -92,7 +136,7 @@ class Loader(DataLoader[Result]):
 
 
 def start_processes() -> None:
-    """Start the server from which a loader's processes are forked, which first imports torch; it is not waited for."""
+    """Start the server from which workers are forked, and let it import torch in the background."""
     with _uninterrupted():
         forkserver.set_forkserver_preload([__name__])
         forkserver.ensure_running()
@@ -100,21 +144,21 @@ def start_processes() -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Signals wait for the end of the block; processes that begin in it inherit the mask and never hear of Ctrl-C.
+    """Defer signals to the end of the block; processes that start in it inherit the mask and ignore Ctrl-C.
 
-    The mask alone would not do: another thread of this process may take the signal.
+    The mask alone is not enough: another thread of this process may receive the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    shield_tracker()  # begun later, it would lift the mask
-    came: list[int] = []
-    waiting = True
+    shield_tracker()  # started later, it would remove the mask
+    received: list[int] = []
+    deferring = True
 
     def hold(number: int, _: object) -> None:
-        if waiting:
-            came.append(number)
-        else:  # the end of the block was itself interrupted, and this handler is still there
+        if deferring:
+            received.append(number)
+        else:  # the end of the block was itself interrupted, and this handler is still installed
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
@@ -126,39 +170,8 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        waiting = False
+        deferring = False
         for number, handler in before.items():
             signal.signal(number, handler)
-        for sent in came:
+        for sent in received:
             signal.raise_signal(sent)
-
-
-def loader(
-    images: ImageSet, *, batch_size: int, sampler: EpochSampler, workers: int = 0, drop_last: bool = False
-) -> Loader:
-    """Batches of the sampler's images, read by `workers` processes that stay alive.
-
-    A script that trains with workers needs `if __name__ == "__main__":`, as always with Python's processes.
-
-    Raises:
-        ConfigError: dropping the last, smaller batch would leave none.
-    """
-    if drop_last and len(sampler) < batch_size:
-        raise ConfigError(
-            f"{len(sampler)} training images a process do not fill a batch of {batch_size}",
-            fix=f"use --batch-size {max(1, len(sampler) // 2)} or less",
-        )
-    if workers:
-        start_processes()
-    return Loader(
-        _Results(images),
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        drop_last=drop_last,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-        # a fork of a process in which OpenVINO has run gives wrong pixels or dies
-        multiprocessing_context="forkserver" if workers else None,
-    )

@@ -1,34 +1,63 @@
-"""Everything that a training run is asked for, as one frozen table that is written into the run folder."""
+"""Protocol: all settings of a training run, as one frozen table that is written into the run folder."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from edgekd.data.preprocess import Preprocess
-from edgekd.distill.base import Settings
+from edgekd.distill.criterion import LossSettings
 from edgekd.errors import ArtifactError
-from edgekd.models.base import Stem
+from edgekd.models.base import FOUR_STAGES, ExitPoint, Stem
+from edgekd.schema import to_table
 from edgekd.training.augment import Augment
 from edgekd.training.precision import Precision
 
-PLACES = ("source", "data", "workers")
+RESUMABLE = ("source", "data", "workers")
 """Settings that may differ between a run and its continuation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol(Settings):
-    """Settings of data, network, losses and optimiser; files under `training/protocols/`.
+class Protocol(LossSettings):
+    """Settings of data, network, loss and optimiser; shipped ones are in `training/protocols/`.
 
-    data, teacher: where the images and the teacher's run folder are. stem: of networks that have a choice (see
-    `models.build`); `auto` keeps that of the first weights, else imagenet. lr: the peak. schedule `step` multiplies by
-    gamma at each milestone (epochs); `onecycle` rises over warmup_epochs and falls to zero along a cosine. precision:
-    `auto` is left to `precision.choose`. ema: decay of the averaged weights, 0 for none. weights: `hub`, `none`, or a
-    file. clip_norm: largest gradient norm, 0 for no clipping. sampler: `pxk` puts per_class images of each of
-    batch_size / per_class classes into a batch. anchor_every: keep the weights every so many epochs for students that
-    follow this network's path (method `multipart`); 0 for never.
+    The settings of the loss are those of `LossSettings`.
+
+    Attributes:
+        source: Name of the protocol that the settings come from.
+        data: Folder of the images.
+        teacher: Run folder of the teacher; empty for none.
+        network: Name of the network (see `edgekd.models.networks.build`).
+        stem: First layers, of networks that have a choice; `auto` takes those of the initial weights, else imagenet.
+        exits: Exits of a multi-exit network (see `edgekd.models.networks.build`).
+        weights: Initial weights: `hub`, `none`, or a file or run folder.
+        preprocess: Preprocessing of the images.
+        augment: Augmentation of the training images.
+        split: Method of the split (`ratio:3,1,1`, `kfold:5`), or a split.json.
+        fold: Fold of a k-fold split.
+        group: Grouping of images that must not be separated by the split.
+        seed: Seed of initial weights, order and augmentation.
+        epochs: Epochs of the run.
+        batch_size: Images in a batch, per process.
+        sampler: Order of the training images; `pxk` puts per_class images of each of batch_size / per_class classes
+            into a batch.
+        per_class: Images of a class in a batch of the sampler `pxk`.
+        optimizer: Optimiser.
+        lr: Peak learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay.
+        schedule: `step` multiplies the learning rate by gamma at each milestone; `onecycle` rises over warmup_epochs
+            and falls to zero along a cosine.
+        milestones: Epochs of the schedule `step`.
+        gamma: Factor of the schedule `step`.
+        warmup_epochs: Epochs over which the learning rate rises from zero.
+        precision: Arithmetic of a training step; `auto` is decided by `precision.choose`.
+        clip_norm: Maximum gradient norm; 0 for no clipping.
+        ema: Decay of the exponential moving average of the weights; 0 for none.
+        anchor_every: Epochs between checkpoints that are kept for students trained with `multipart`; 0 for none.
+        workers: Processes that read images.
     """
 
     source: str = ""
@@ -36,7 +65,7 @@ class Protocol(Settings):
     teacher: str = ""
     network: str = ""
     stem: Literal["auto", Stem] = "auto"
-    exits: tuple[int | str, ...] = (1, 2, 3, 4)
+    exits: tuple[ExitPoint, ...] = FOUR_STAGES
     weights: str = "hub"
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(224))
     augment: Augment = field(default_factory=Augment)
@@ -72,16 +101,16 @@ class Protocol(Settings):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
         if min(self.milestones, default=0) < 0:
-            raise ValueError("milestones: epochs from 0 on")
+            raise ValueError("milestones: epochs from 0")
         if self.per_class < 2:
-            raise ValueError(f"per_class: {self.per_class} is below 2, so that no two images of a class meet")
+            raise ValueError(f"per_class: {self.per_class} is below 2, so that no batch has two images of a class")
         if self.anchor_every > self.epochs:
             raise ValueError(f"anchor_every: {self.anchor_every} is above epochs, {self.epochs}, so none would be kept")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: {self.ema} is not in 0..1")
 
     def lr_at(self, epoch: float) -> float:
-        """Learning rate at a fractional epoch, counted from 0."""
+        """Return the learning rate at a fractional epoch, counted from 0."""
         if epoch < self.warmup_epochs:
             return self.lr * (epoch + 1e-3) / self.warmup_epochs
         if self.schedule == "step":
@@ -92,16 +121,25 @@ class Protocol(Settings):
         return self.lr
 
 
-def refuse_other_settings(folder: Path, made: Protocol, asked: Protocol) -> None:
-    """A run goes on as it was begun; what is now left to `auto` is as it was then.
+def refuse_other_settings(folder: Path, made: Protocol, requested: Protocol) -> None:
+    """Refuse to continue a run under other settings; `auto` stands for what it was decided to be.
+
+    Args:
+        folder: The run folder, for the error.
+        made: Settings that the run was begun with.
+        requested: Settings to continue it with.
 
     Raises:
-        ArtifactError: other settings are asked for than `folder` was made with; they are named.
+        ArtifactError: Settings differ; they are named.
     """
-    pairs = {f.name: (getattr(made, f.name), getattr(asked, f.name)) for f in fields(made) if f.name not in PLACES}
-    other = [f"{k} {new!r}, not {old!r}" for k, (old, new) in pairs.items() if new not in (old, "auto")]
+    old, new = to_table(made), to_table(requested)
+    other = [
+        f"{key} {new.get(key)!r}, not {old.get(key)!r}"
+        for key in dict.fromkeys([*new, *old])
+        if key not in RESUMABLE and new.get(key) not in (old.get(key), "auto")
+    ]
     if other:
         raise ArtifactError(
-            f"{folder} was begun under other settings than now asked for: {'; '.join(other)}",
-            fix="leave these out to go on with it as it is, or choose another --out",
+            f"{folder} was begun under other settings than now requested: {'; '.join(other)}",
+            fix="leave these out to continue it as it is, or choose another --out",
         )

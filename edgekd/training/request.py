@@ -18,9 +18,9 @@ PROTOCOL_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """One run, or a sweep of runs, as `edgekd train` and `edgekd distill` are asked for it.
+    """The options of `edgekd train` or `edgekd distill`: one run, or a sweep of runs.
 
-    A field that is None was not given: the protocol file decides, or the run that is resumed.
+    A field that is None was not given and overrides neither the protocol file nor the run that is resumed.
 
     Attributes:
         command: `train` learns from labels alone and has no default network; `distill` has one.
@@ -31,7 +31,7 @@ class TrainRequest:
         image_size: The protocol's `preprocess.image_size`, in pixels.
         overrides: Any other protocol keys, as `KEY=VALUE`; they win over the fields.
         labels: CSV file in place of class folders.
-        resume: Continue what was begun in `out`.
+        resume: Continue the run or sweep in `out`.
         exclude_bad: Train without the images that cannot be used.
         devices: GPUs, or processes under torchrun.
         seeds: Seeds of a sweep, `0,1,2`.
@@ -71,7 +71,7 @@ class TrainRequest:
 
     @property
     def is_sweep(self) -> bool:
-        """True if several seeds or folds are asked for."""
+        """True if several runs are requested, by seeds or folds."""
         return bool(self.seeds or self.folds)
 
     def protocol_values(self) -> dict[str, Any]:

@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 def resolve(request: TrainRequest) -> Protocol:
     """Return the settings that a request trains under; of a sweep, those that its runs share.
 
-    A new run has the protocol file's settings, then what flags give. A resumed run has its own: what a named protocol
-    file or a flag says otherwise is refused, and what they do not say changes nothing.
+    A new run takes the settings of the protocol file, overridden by flags. A resumed run keeps its own: keys that a
+    protocol file or a flag gives must agree with them; keys that neither gives are not compared.
 
     Raises:
-        ConfigError: Settings that cannot be, or no network.
+        ConfigError: Unknown keys, wrong values, or no network.
         ArtifactError: Other settings than the resumed run's.
     """
-    begun = request.out / PROTOCOL
-    if request.resume and not request.is_sweep and begun.is_file():
-        return _resumed(request, begun)
+    own_file = request.out / PROTOCOL
+    if request.resume and not request.is_sweep and own_file.is_file():
+        return _resume(request, own_file)
     protocol = _load(request.protocol or DEFAULT_PROTOCOL, request)
     if request.command == "train":
         protocol = _on_labels_alone(protocol, request)
@@ -47,19 +47,19 @@ def has_teachers_split(protocol: Protocol, request: TrainRequest) -> bool:
     return bool(protocol.teacher) and not own_split
 
 
-def _resumed(request: TrainRequest, begun: Path) -> Protocol:
-    made = config.load(Protocol, "protocols", str(begun))
-    named: dict[str, Any] = {}
+def _resume(request: TrainRequest, own_file: Path) -> Protocol:
+    original = config.load(Protocol, "protocols", str(own_file))
+    file_values: dict[str, Any] = {}
     if request.protocol:
         config.load(Protocol, "protocols", request.protocol)  # its own mistakes are reported as its own
-        named = _flattened(config.read_table("protocols", request.protocol))
-    wanted = _load(str(begun), request, named)
-    if "method" in named and request.command == "train":
-        wanted = _on_labels_alone(wanted, request)
-    if {"split", "group"} & named.keys():
-        wanted = _split_like_teacher(wanted, request)
-    refuse_other_settings(request.out, made, wanted)
-    return dataclasses.replace(made, data=wanted.data, workers=wanted.workers)
+        file_values = _flattened(config.read_table("protocols", request.protocol))
+    requested = _load(str(own_file), request, file_values)
+    if "method" in file_values and request.command == "train":
+        requested = _on_labels_alone(requested, request)
+    if {"split", "group"} & file_values.keys():
+        requested = _split_like_teacher(requested, request)
+    refuse_other_settings(request.out, original, requested)
+    return dataclasses.replace(original, data=requested.data, workers=requested.workers)
 
 
 def _load(name: str, request: TrainRequest, below: Mapping[str, Any] | None = None) -> Protocol:

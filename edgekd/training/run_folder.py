@@ -1,4 +1,4 @@
-"""The run folder: protocol.toml, split.json, metrics.csv, model.safetensors, resume.pt and TensorBoard events."""
+"""Run folder: protocol.toml, split.json, metrics.csv, model.safetensors, anchors, resume.pt and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from edgekd import config
 from edgekd._version import __version__
-from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Split, check_classes
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, sweep
-from edgekd.models.base import Outputs, exits_of
+from edgekd.models.base import ExitPoint, MultiExitNetwork
 from edgekd.models.networks import build, stem_of
 from edgekd.models.weights import read_safetensors
-from edgekd.policy import Policy
 from edgekd.serialization import BLANK, SCHEMA, from_table, read_bytes, seal, to_json
 from edgekd.training.protocol import Protocol
 
@@ -35,16 +33,23 @@ MODEL, RESUME, METRICS, PROTOCOL, SPLIT = "model.safetensors", "resume.pt", "met
 
 
 @dataclass(frozen=True)
-class Header:
-    """What model.safetensors says of itself, so that it can be rebuilt without any other file.
+class RunMetadata:
+    """Metadata in model.safetensors and in anchors, from which the network can be rebuilt without any other file.
 
-    sha256: of the whole file, with `artifact.BLANK` in its place; `save_model` sets it.
+    Attributes:
+        network: The network's name.
+        classes: Names of the classes.
+        preprocess: Preprocessing of the images.
+        exits: Exits as they were given to `build`.
+        provenance: Hashes, versions and settings; see `provenance`.
+        sha256: SHA-256 of the whole file with `serialization.BLANK` in its place; `save_model` sets it.
+        schema: Version of this table.
     """
 
     network: str
     classes: tuple[str, ...]
     preprocess: Preprocess
-    exits: tuple[int | str, ...]
+    exits: tuple[ExitPoint, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     schema: int = SCHEMA
@@ -52,89 +57,86 @@ class Header:
     def __post_init__(self) -> None:
         check_classes(self.classes)
 
-    def build(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """The network that these weights are of, without them: they tell its stem."""
+    def build(self, state: Mapping[str, Tensor]) -> MultiExitNetwork:
+        """Build the network with random weights; `state`, the trained ones, decides its stem."""
         size, stem = self.preprocess.image_size, stem_of(self.network, state)
         return build(self.network, classes=len(self.classes), image_size=size, exits=self.exits, stem=stem)
 
-    def metadata(self, out: Outputs) -> ModelMetadata:
-        """The metadata of this network's student.onnx. out: what the network answers to an image."""
-        exits, policy = exits_of(out), Policy((1.0,) * len(out.logits))
-        return ModelMetadata(self.network, self.classes, self.preprocess, exits, policy, self.provenance)
+
+def save_model(path: Path, network: nn.Module, metadata: RunMetadata) -> None:
+    """Write model.safetensors or an anchor: the weights and their metadata."""
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    text = to_json(dataclasses.replace(metadata, sha256=BLANK)).decode()
+    data = save(state, metadata={"edgekd": text, "format": "pt"})
+    atomic_write(path, data.replace(BLANK.encode(), seal(data).encode()))
+
+
+def load_model(folder: Path) -> tuple[MultiExitNetwork, RunMetadata]:
+    """Return the trained network of a run folder, on the CPU and in eval mode, and its metadata.
+
+    Raises:
+        ArtifactError: See `read_metadata`; or the weights are not this network's.
+    """
+    state, metadata = _read_model(folder)
+    network = metadata.build(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{folder / MODEL} is no {metadata.network}: {reason}", fix="train again") from None
+    return network.eval(), metadata
+
+
+def read_metadata(folder: Path) -> RunMetadata:
+    """Read the metadata of a run folder's model.safetensors.
+
+    Raises:
+        ArtifactError: It is no run folder, its first epoch is not finished, or the file is damaged.
+    """
+    return _read_model(folder)[1]
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunMetadata]:
+    path = folder / MODEL
+    if not path.is_file():
+        known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
+        raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
+    return _read_weights(path)
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], RunMetadata]:
+    state, table = read_safetensors(path)
+    if table is None:
+        raise ArtifactError(
+            f"{path} was not written by edgekd", fix="give it to edgekd train --weights, which takes any weights"
+        )
+    return state, from_table(RunMetadata, table, where=str(path))
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """The weights that a teacher kept on its way: files[k] after (k + 1) * every epochs."""
+    """Checkpoints of a teacher's training.
+
+    Attributes:
+        every: Epochs between two anchors.
+        files: Files of the anchors; files[k] has the weights after (k + 1) * every epochs.
+    """
 
     every: int
     files: tuple[Path, ...]
 
     def at(self, epoch: int) -> Path:
-        """What a student learns from in an epoch (from 0): the last one too when the teacher's training is over."""
+        """Return the anchor for a student's epoch, from 0; after the teacher's last epoch it is the last one."""
         return self.files[min(epoch // self.every, len(self.files) - 1)]
 
 
-def save_model(path: Path, network: nn.Module, header: Header) -> None:
-    """Write model.safetensors or an anchor: weights only, with the header."""
-    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    text = to_json(dataclasses.replace(header, sha256=BLANK)).decode()
-    data = save(state, metadata={"edgekd": text, "format": "pt"})
-    atomic_write(path, data.replace(BLANK.encode(), seal(data).encode()))
-
-
-def read_header(folder: Path) -> Header:
-    """The header of a run folder's model.safetensors.
-
-    Raises:
-        ArtifactError: no run folder, training not finished its first epoch, or a damaged file.
-    """
-    return _model(folder)[1]
-
-
-def _model(folder: Path) -> tuple[dict[str, Tensor], Header]:
-    path = folder / MODEL
-    if not path.is_file():
-        known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
-        raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
-    return _weights(path)
-
-
-def _weights(path: Path) -> tuple[dict[str, Tensor], Header]:
-    state, header = read_safetensors(path)
-    if header is None:
-        raise ArtifactError(f"{path} was not written by edgekd", fix="give it to edgekd train --weights instead")
-    return state, from_table(Header, header, where=str(path))
-
-
-def load_model(folder: Path) -> tuple[nn.Module, Header]:
-    """The trained network of a run folder, on the CPU, in eval mode.
-
-    Raises:
-        ArtifactError: as `read_header`; or weights that are not this network's.
-    """
-    state, header = _model(folder)
-    network = header.build(state)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{folder / MODEL} is no {header.network}: {reason}", fix="train again") from None
-    return network.eval(), header
-
-
-def anchor(folder: Path, epoch: int) -> Path:
-    """Where a run folder keeps the weights that it had after `epoch` epochs."""
-    return folder / "anchors" / f"epoch_{epoch:04d}.safetensors"
-
-
 def anchors(folder: Path) -> Anchors:
-    """The anchors of a teacher's run folder, all of them there and whole.
+    """Find the anchors of a teacher's run folder and check that they are complete.
 
     Raises:
-        ArtifactError: one is missing, damaged or another network's; the command that makes them is given.
+        ArtifactError: One is missing, damaged or another network's; the command that makes them is given.
     """
-    own, made = read_header(folder), config.load(Protocol, "protocols", str(folder / PROTOCOL))
+    own, made = read_metadata(folder), config.load(Protocol, "protocols", str(folder / PROTOCOL))
     every = made.anchor_every or min(5, made.epochs)
     files = tuple(anchor(folder, epoch) for epoch in range(every, made.epochs + 1, every))
     anew = ["edgekd", "train", "--data", made.data, "--protocol", str(folder / PROTOCOL)]
@@ -145,20 +147,25 @@ def anchors(folder: Path) -> Anchors:
             fix=f"if its training was stopped, continue it with --resume; else train it anew: {shlex.join(anew)}",
         )
     for file in files:
-        found = _weights(file)[1]
+        found = _read_weights(file)[1]
         if (found.network, found.classes, found.exits) != (own.network, own.classes, own.exits):
             raise ArtifactError(f"{file} is no anchor of {own.network}", fix="train the teacher anew")
     return Anchors(every, files)
 
 
-def provenance(protocol: Any, split: Split, *, teacher: Path | None) -> dict[str, Any]:
-    """Where a model comes from: hashes, versions, and the weights it started with."""
+def anchor(folder: Path, epoch: int) -> Path:
+    """Return the path of the checkpoint that a run folder keeps after `epoch` epochs."""
+    return folder / "anchors" / f"epoch_{epoch:04d}.safetensors"
+
+
+def provenance(protocol: Protocol, split: Split, *, teacher: Path | None) -> dict[str, Any]:
+    """Return where a model comes from: hashes, versions, and its initial weights."""
     digest = hashlib.sha256(json.dumps(json.loads(to_json(protocol)), sort_keys=True).encode()).hexdigest()
     return {
         "protocol": protocol.source,
         "protocol_sha256": digest,
         "weights": Path(protocol.weights).name,
-        "teacher": read_header(teacher).network if teacher else None,
+        "teacher": read_metadata(teacher).network if teacher else None,
         "method": protocol.method,
         "epochs": protocol.epochs,
         "seed": protocol.seed,
@@ -171,7 +178,13 @@ def provenance(protocol: Any, split: Split, *, teacher: Path | None) -> dict[str
 
 
 def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write resume.pt: tensors and plain values only. The SHA-256 of all before it is the zip archive's comment."""
+    """Write resume.pt; the SHA-256 of everything before it is the zip archive's comment.
+
+    Args:
+        folder: The run folder.
+        state: Tensors and plain values: `epoch` (finished ones), `history`, `best` (validation accuracy), `digest` (of
+            the protocol), and the states of `network`, `criterion`, `optimizer` and, if there is one, `ema`.
+    """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     buffer.seek(-2, io.SEEK_END)
@@ -181,10 +194,10 @@ def save_resume(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
-    """resume.pt, or None before the first epoch's end.
+    """Read resume.pt, or return None before the end of the first epoch.
 
     Raises:
-        ArtifactError: damaged, or written under another protocol.
+        ArtifactError: The file is damaged, or was written under another protocol.
     """
     path, anew = folder / RESUME, "remove the folder and train anew"
     if not path.is_file():
@@ -204,16 +217,16 @@ def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
         raise ArtifactError(f"{path} holds weights that are not finite", fix=anew)
     if state.get("digest") != digest:
         raise ArtifactError(
-            f"{folder} was trained under other settings than now asked for",
+            f"{folder} was trained under other settings than now requested",
             fix=f"resume with the settings in {folder / PROTOCOL}, or choose another --out",
         )
     return state
 
 
 def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Write metrics.csv, one row an epoch."""
+    """Write metrics.csv, one row for each epoch."""
     text = io.StringIO()
-    names = list({name: 0 for row in history for name in row})  # epochs of a first stage have other terms
+    names = list({name: 0 for row in history for name in row})  # epochs of an initial stage have other terms
     writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
@@ -221,10 +234,10 @@ def write_metrics(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def start(folder: Path, *, resume: bool) -> None:
-    """Refuse to write over a run that is there; clear away what one that was killed was writing.
+    """Prepare a run folder: refuse to overwrite a run, and remove half-written files of one that was killed.
 
     Raises:
-        ArtifactError: the folder holds a run and `resume` is off, or holds other files, or is none.
+        ArtifactError: The folder contains a run and `resume` is off, or contains other files, or is a file.
     """
     if not folder.exists():
         return

@@ -1,4 +1,4 @@
-"""A linear support vector machine on a trained network's features, as in rows that paper A compares with."""
+"""A linear support vector machine on a trained network's features, a baseline in the tables of Gao et al. 2022."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ BATCH = 64
 def fit_svm(
     network: nn.Module, point: str, *, split: Split, data: Path, preprocess: Preprocess
 ) -> Callable[[Array], Array]:
-    """Fit an SVM (linear kernel, C = 1, standardised features) on the training images' features at a feature point.
+    """Fit an SVM (linear kernel, C = 1, standardised features) on the training images' features.
 
-    Maps are averaged over their pixels. Returns what maps images (N, 3, H, W) to scores (1, N, C): their order is the
-    SVM's, their softmax is no probability that was fitted.
+    Args:
+        network: The trained network.
+        point: Name of the feature point; a map is averaged over its positions.
+        split: The split, of which the training images are used.
+        data: Folder of the images.
+        preprocess: Preprocessing of the images.
+
+    Returns:
+        A function from images (N, 3, H, W) to scores (1, N, C). They rank the classes; their softmax is not a fitted
+        probability.
 
     Raises:
         ConfigError: scikit-learn is missing, or there is no such feature point.
@@ -40,21 +48,21 @@ def fit_svm(
     items = split.subset("train")
     require_unchanged(items, data)
     chunks = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
-    rows = [features(network, point, load_batch([data / i.path for i in subset], preprocess)) for subset in chunks]
-    machine = make_pipeline(StandardScaler(), SVC(kernel="linear", break_ties=True))
-    machine.fit(np.concatenate(rows), [i.label for i in items])
+    rows = [features(network, point, load_batch([data / i.path for i in chunk], preprocess)) for chunk in chunks]
+    svm = make_pipeline(StandardScaler(), SVC(kernel="linear", break_ties=True))
+    svm.fit(np.concatenate(rows), [i.label for i in items])
 
-    def answer(images: Array) -> Array:
-        scores = machine.decision_function(features(network, point, images))
+    def scores_of(images: Array) -> Array:
+        scores = svm.decision_function(features(network, point, images))
         scores = np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores
         return scores.astype(np.float32)[None]
 
-    return answer
+    return scores_of
 
 
 @torch.no_grad()
 def features(network: nn.Module, point: str, images: Array) -> Array:
-    """Features (N, D) of images (N, 3, H, W) at a feature point."""
+    """Compute the features (N, D) of images (N, 3, H, W) at a feature point."""
     network.eval()
     device, rows = next(network.parameters()).device, []
     for start in range(0, len(images), BATCH):

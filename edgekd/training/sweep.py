@@ -189,7 +189,7 @@ def is_finished(folder: Path, protocol: Protocol) -> bool:
     """Return True if a run is trained and tested.
 
     Raises:
-        ArtifactError: It was begun under other settings than `protocol`; they are named.
+        ArtifactError: It was started under other settings than `protocol`; they are named.
     """
     if not (folder / run_folder.PROTOCOL).is_file():
         return False

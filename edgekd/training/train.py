@@ -1,4 +1,4 @@
-"""`edgekd train` and `edgekd distill`: images (and a teacher) to a run folder."""
+"""Training of a network on a folder of images, with or without a teacher, into a run folder."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgekd.config import write_toml
 from edgekd.data.folders import check
 from edgekd.data.images import require_unchanged
 from edgekd.data.split import Split, Subset, read_split
 from edgekd.data.splitting import images_of, make_split
-from edgekd.distill.base import needs_anchors, needs_teacher
+from edgekd.distill.methods import needs_anchors, needs_teacher
 from edgekd.errors import ConfigError
 from edgekd.files import atomic_write, locked
 from edgekd.host import default_threads
+from edgekd.models.base import MultiExitNetwork
 from edgekd.models.networks import build, has_stems, hub_name, stem_of
 from edgekd.models.weights import load_state, read_state
 from edgekd.serialization import to_json
 from edgekd.training import run_folder
 from edgekd.training.dataset import ClassSampler, EpochSampler, ImageSet
-from edgekd.training.loader import Loader, loader, start_processes
-from edgekd.training.loop import Progress, Task, fit
+from edgekd.training.loader import Loader, start_processes
+from edgekd.training.loop import Metrics, Task, TrainingProgress, fit
 from edgekd.training.precision import choose
 from edgekd.training.protocol import Protocol
+from edgekd.types import Progress
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +46,33 @@ def train(
     resume: bool = False,
     exclude_bad: bool = False,
     devices: int = 1,
-    on_check: Callable[[int, int], None] | None = None,
+    on_check: Progress | None = None,
     on_split: Callable[[Split], None] | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, float]]:
+    progress: TrainingProgress | None = None,
+) -> list[Metrics]:
     """Train `protocol.network` on the images under `data` and write the run folder `out`.
 
-    teacher: a run folder, for methods that learn from one; the protocol's if not given. devices: processes or GPUs;
-    under torchrun each process calls this alike and the first one writes. labels: a CSV file instead of class folders;
-    a run that is resumed has its images in its split.
+    Under torchrun every process makes the same call, and the first one writes.
+
+    Args:
+        data: Folder of the images.
+        out: The run folder.
+        protocol: Settings of the run.
+        teacher: Run folder of the teacher, for methods that need one; by default the protocol's.
+        labels: A CSV file of labels, where the images are not in class folders. A resumed run has them in its split.
+        resume: Continue the run in `out`, if there is one.
+        exclude_bad: Exclude images that cannot be used; else they are an error.
+        devices: Number of processes or GPUs.
+        on_check: Called while the images are checked.
+        on_split: Called with the split before training.
+        progress: Called after each batch.
+
+    Returns:
+        One row of metrics for each epoch.
 
     Raises:
-        EdgekdError: anything wrong with images, split, settings, teacher or weights, before training starts; another
-            process trains into `out`.
+        EdgekdError: Images, split, settings, teacher or weights cannot be used, which is found before training starts;
+            or another process trains into `out`; or training fails.
     """
     if teacher is None and protocol.teacher:
         teacher = Path(protocol.teacher)
@@ -69,17 +85,15 @@ def train(
         if fabric.is_global_zero:
             run_folder.start(out, resume=resume)
             if protocol.workers:
-                start_processes()  # they get ready while the images are checked
+                start_processes()  # they start up while the images are checked
             split = _split(data, out, protocol=protocol, labels=labels, exclude_bad=exclude_bad, on_check=on_check)
             if on_split:
                 on_split(split)
-            protocol, net = _decided(protocol, classes=len(split.classes), device=fabric.device)
+            protocol, net = _resolved(protocol, classes=len(split.classes), device=fabric.device)
             task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
             for source in (teacher, Path(protocol.weights)):
-                _refuse_seen(source, split)
-            if not (
-                out / run_folder.SPLIT
-            ).is_file():  # nothing is written before all that was asked for proved possible
+                _refuse_test_images(source, split)
+            if not (out / run_folder.SPLIT).is_file():  # nothing is written before all settings proved possible
                 write_toml(out / run_folder.PROTOCOL, protocol)
                 atomic_write(out / run_folder.SPLIT, to_json(split))
         protocol = fabric.broadcast(protocol)
@@ -95,7 +109,7 @@ def train(
 
 @contextlib.contextmanager
 def _ending_together(fabric: Fabric) -> Iterator[None]:
-    """Stop the processes that the first one started with it: they would wait, and then blame the connection."""
+    """On Ctrl-C, stop the processes that the first one started: they would wait and then report a lost connection."""
     try:
         yield
     except KeyboardInterrupt:
@@ -105,14 +119,14 @@ def _ending_together(fabric: Fabric) -> Iterator[None]:
 
 
 def _fabric(devices: int, precision: str | None = None) -> Fabric:
-    """The processes and their device; those that are already at work together stay together."""
+    """Launch the processes on their devices; processes that are already connected stay so."""
     fabric = Fabric(devices=devices, accelerator="auto", precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
 
 
-def _decided(protocol: Protocol, *, classes: int, device: torch.device) -> tuple[Protocol, nn.Module]:
-    """The protocol with what it leaves to `auto` decided, and its network."""
+def _resolved(protocol: Protocol, *, classes: int, device: torch.device) -> tuple[Protocol, MultiExitNetwork]:
+    """Resolve the protocol's `auto` settings; return it with its network."""
     net, size = network(protocol, classes=classes), protocol.preprocess.image_size
     stem = stem_of(protocol.network, net.state_dict())
     precision = choose(protocol.precision, net, device=device, image_size=size)
@@ -129,9 +143,9 @@ def _split(
     protocol: Protocol,
     labels: Path | None,
     exclude_bad: bool,
-    on_check: Callable[[int, int], None] | None,
+    on_check: Progress | None,
 ) -> Split:
-    """The split of the run that is resumed, whose images must be what they were; or a new one."""
+    """Return the split of the run that is resumed, whose images must not have changed, or make a new one."""
     if (out / run_folder.SPLIT).is_file():
         split = read_split(out)
         require_unchanged([*split.subset("train"), *split.subset("val")], data)
@@ -141,11 +155,11 @@ def _split(
     return make_split(checked, method=protocol.split, fold=protocol.fold, seed=protocol.seed, group=protocol.group)
 
 
-def _refuse_seen(folder: Path | None, split: Split) -> None:
-    """A teacher, or first weights, must not have been trained on images, by any name, that will test the student.
+def _refuse_test_images(folder: Path | None, split: Split) -> None:
+    """Refuse a teacher, or initial weights, trained on images that test the student; file names may differ.
 
     Raises:
-        ConfigError: the run folder's training part holds some of them.
+        ConfigError: The run folder's training images include test images.
     """
     if folder is not None and (folder / run_folder.SPLIT).is_file():
         seen = {i.digest for i in read_split(folder).subsets.get("train", ())}
@@ -157,14 +171,14 @@ def _refuse_seen(folder: Path | None, split: Split) -> None:
 
 
 def _task(
-    data: Path, split: Split, net: nn.Module, *, protocol: Protocol, teacher: Path | None, fabric: Fabric
+    data: Path, split: Split, net: MultiExitNetwork, *, protocol: Protocol, teacher: Path | None, fabric: Fabric
 ) -> Task:
     return Task(
         network=net,
         train=_loader(data, split, "train", protocol=protocol, fabric=fabric),
         val=_loader(data, split, "val", protocol=protocol, fabric=fabric),
         protocol=protocol,
-        header=run_folder.Header(
+        metadata=run_folder.RunMetadata(
             protocol.network,
             split.classes,
             protocol.preprocess,
@@ -190,22 +204,22 @@ def _loader(data: Path, split: Split, subset: Subset, *, protocol: Protocol, fab
         sampler = ClassSampler(
             classes, per_class=per_class, batch_size=size, seed=protocol.seed, rank=rank, world=world
         )
-    return loader(images, batch_size=size, sampler=sampler, workers=workers, drop_last=train)
+    return Loader(images, batch_size=size, sampler=sampler, workers=workers, drop_last=train)
 
 
-def network(protocol: Protocol, *, classes: int) -> nn.Module:
-    """The protocol's network with its first weights: from a file or run folder, the hub, or seeded chance.
+def network(protocol: Protocol, *, classes: int) -> MultiExitNetwork:
+    """Build the protocol's network with its initial weights: from a file, a run folder, the hub, or seeded random ones.
 
     Raises:
-        ConfigError: see `models.build` and `load_state`.
-        ArtifactError: no weights in that file or folder.
+        ConfigError: See `build` and `load_state`.
+        ArtifactError: There are no weights in that file or folder.
     """
     torch.manual_seed(protocol.seed)
     size, weights = protocol.preprocess.image_size, protocol.weights
     state: Mapping[str, Tensor] = {}
     if weights == "hub":
         hub = build(hub_name(protocol.network), classes=classes, image_size=224, pretrained=True)
-        state = hub.backbone.state_dict()  # type: ignore[union-attr]
+        state = hub.backbone.state_dict()
     elif weights != "none":
         path = Path(weights)
         state = read_state(path / run_folder.MODEL if path.is_dir() else path)
@@ -216,22 +230,23 @@ def network(protocol: Protocol, *, classes: int) -> nn.Module:
     return net
 
 
-def _teacher(folder: Path, split: Split, protocol: Protocol) -> nn.Module:
-    """The frozen teacher.
+def _teacher(folder: Path, split: Split, protocol: Protocol) -> MultiExitNetwork:
+    """Load the teacher.
 
     Raises:
-        ConfigError: other classes or another standardisation than the student's.
+        ConfigError: Its classes or its preprocessing differ from the student's.
     """
-    net, header = run_folder.load_model(folder)
-    if header.classes != split.classes:
+    net, metadata = run_folder.load_model(folder)
+    if metadata.classes != split.classes:
         raise ConfigError(
-            f"teacher {folder} knows the classes {', '.join(header.classes)}; the data has {', '.join(split.classes)}",
+            f"teacher {folder} knows the classes {', '.join(metadata.classes)}; "
+            f"the data has {', '.join(split.classes)}",
             fix="train a teacher on these classes",
         )
-    sizes = header.preprocess.image_size, protocol.preprocess.image_size
-    if dataclasses.replace(header.preprocess, image_size=sizes[1]) != protocol.preprocess:
+    sizes = metadata.preprocess.image_size, protocol.preprocess.image_size
+    if dataclasses.replace(metadata.preprocess, image_size=sizes[1]) != protocol.preprocess:
         raise ConfigError(
-            f"teacher {folder} was trained with {header.preprocess}, the student asks for {protocol.preprocess}",
+            f"teacher {folder} was trained with {metadata.preprocess}, the student uses {protocol.preprocess}",
             fix="give both the same preprocess.mean, preprocess.std and preprocess.resize",
         )
     if sizes[0] != sizes[1]:

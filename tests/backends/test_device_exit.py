@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,25 +15,22 @@ import pytest
 from fakes.cuda import Cuda
 from fakes.machine import IMAGES, RNG, Box, engine_of, policies
 
-from edgekd.backends.tensorrt.device_exit import ARGUMENTS, MEASURES, SOURCE, ptx
+from edgekd.backends.tensorrt.device_exit import ARGUMENTS, ptx, source
+from edgekd.confidence import CONFIDENCE_MEASURES, ConfidenceMeasure
 from edgekd.errors import BackendError, ConfigError
-from edgekd.policy import Average, Measure, Policy, decide
+from edgekd.policy import Average, Policy, decide
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import open_engine
 
-HOST = (
-    """
+HOST = """
 #include <cmath>
 #define __global__
 #define __device__
-"""
-    + SOURCE
-    + """
+{source}
 static void (*sink)(unsigned long long, unsigned int);
-extern "C" void cudaGraphSetConditional(unsigned long long handle, unsigned int value) { sink(handle, value); }
-extern "C" void tell(void (*to)(unsigned long long, unsigned int)) { sink = to; }
+extern "C" void cudaGraphSetConditional(unsigned long long handle, unsigned int value) {{ sink(handle, value); }}
+extern "C" void tell(void (*to)(unsigned long long, unsigned int)) {{ sink = to; }}
 """
-)
 
 
 class Kernel:
@@ -53,33 +51,44 @@ class Kernel:
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Kernel]:
+    """The kernel by confidence measure."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if not compiler:
         pytest.skip("no C++ compiler to run the kernel on the CPU with")
-    folder = tmp_path_factory.mktemp("kernel")
-    (folder / "decide.cpp").write_text(HOST)
-    flags = [compiler, "-shared", "-fPIC", "-O1", str(folder / "decide.cpp"), "-o", str(folder / "decide.so")]
-    subprocess.run(flags, check=True)
-    return Kernel(ctypes.CDLL(str(folder / "decide.so")))
+
+    @functools.cache
+    def kernel(measure: str) -> Kernel:
+        folder = tmp_path_factory.mktemp("kernel")
+        code = HOST.format(source=source(Policy((1.0,), confidence=measure)))
+        (folder / "decide.cpp").write_text(code)
+        flags = [compiler, "-shared", "-fPIC", "-O1", str(folder / "decide.cpp"), "-o", str(folder / "decide.so")]
+        subprocess.run(flags, check=True)
+        return Kernel(ctypes.CDLL(str(folder / "decide.so")))
+
+    return kernel
 
 
+@pytest.mark.parametrize("measure", CONFIDENCE_MEASURES)
 @pytest.mark.parametrize("sm", ["7.5", "8.7", "9.0", "12.0"])
-def test_nvrtc_compiles_the_kernel(sm: str) -> None:
+def test_nvrtc_compiles_the_kernel(sm: str, measure: str) -> None:
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="no CUDA bindings to compile with")
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:
         pytest.skip(f"no NVRTC to compile with: {error}")
-    code = ptx(sm).decode()
+    code = ptx(source(Policy((1.0,), confidence=measure)), sm).decode()
     assert f".target sm_{sm.replace('.', '')}" in code
     assert ".visible .entry decide(" in code
     assert ".extern .func cudaGraphSetConditional" in code  # the driver has it
 
 
 @pytest.mark.parametrize("average", ["own", "mean"])
-@pytest.mark.parametrize("measure", MEASURES)
-def test_the_kernel_decides_as_the_policy_does(kernel: Kernel, measure: Measure, average: Average) -> None:
+@pytest.mark.parametrize("measure", CONFIDENCE_MEASURES)
+def test_the_kernel_decides_as_the_policy_does(
+    kernels: Callable[[str], Kernel], measure: str, average: Average
+) -> None:
+    kernel = kernels(measure)
     policy = Policy((0.7, 1.0, 1.9), (0.6, 0.4), confidence=measure, average=average)
     for logits in RNG.normal(size=(40, 3, 1, 7)).astype(np.float32) * 4:
         ours, said = np.zeros(7, np.float32), np.zeros(9, np.float32)
@@ -87,7 +96,7 @@ def test_the_kernel_decides_as_the_policy_does(kernel: Kernel, measure: Measure,
         for exit in range(3):
             threshold = (*policy.thresholds, 0.0)[exit]
             at = [x.ctypes.data for x in (logits[exit], ours, said)]
-            rest = (7, exit, policy.temperatures[exit], threshold, MEASURES.index(measure), int(average == "mean"), 77)
+            rest = (7, exit, policy.temperatures[exit], threshold, int(average == "mean"), 77)
             kernel(*at, *rest)
             seen = decide(policy, exit, logits[exit], total)
             assert said[0] == pytest.approx(seen.confidence[0], abs=1e-5)
@@ -98,7 +107,10 @@ def test_the_kernel_decides_as_the_policy_does(kernel: Kernel, measure: Measure,
             total = seen.total
 
 
-def test_the_gpu_ends_the_cascade(box: Callable[..., Box], kernel: Kernel, small_student: Path, tmp_path: Path) -> None:
+def test_the_gpu_ends_the_cascade(
+    box: Callable[..., Box], kernels: Callable[[str], Kernel], small_student: Path, tmp_path: Path
+) -> None:
+    kernel = kernels("max_probability")
     cuda = box("10.16", kernel=kernel).cuda
     engine, reference = engine_of(small_student, tmp_path), open_engine(small_student, threads=1)
     for policy in reversed(policies(reference.logits(IMAGES))):
@@ -113,6 +125,13 @@ def test_the_gpu_ends_the_cascade(box: Callable[..., Box], kernel: Kernel, small
         after = cuda.launches, cuda.syncs, cuda.runs
         stages = int((want.exits + 1).sum())  # no later stage runs
         assert [b - a for a, b in zip(before, after)] == [20, 20, stages]
+
+
+def test_a_measure_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    entropy = CONFIDENCE_MEASURES["entropy"]
+    monkeypatch.setitem(CONFIDENCE_MEASURES._loaded, "entropy", ConfidenceMeasure("entropy", entropy.of_batch))
+    with pytest.raises(BackendError, match=r"'entropy' has no CUDA form[\s\S]*another --confidence"):
+        source(Policy((1.0,), confidence="entropy"))
 
 
 def test_where_the_gpu_cannot(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:

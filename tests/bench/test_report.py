@@ -17,6 +17,7 @@ from edgekd.bench.report import html, write_report
 from edgekd.cli.main import app
 from edgekd.errors import ArtifactError, ConfigError, DataError
 
+pytest.importorskip("matplotlib")
 VOID = {"meta", "img", "br", "path", "use", "rect"}
 
 

@@ -27,6 +27,7 @@ def edgekd(words: list[str]) -> str:
 
 
 def test_printed_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
     (tmp_path / "a place").mkdir()
     monkeypatch.chdir(tmp_path / "a place")
     words, ran = ["data", "synthetic", "--out", "my cells"], []

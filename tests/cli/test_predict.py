@@ -146,7 +146,7 @@ def test_top_classes_and_probabilities(two_maps_onnx: Path, pictures: Path) -> N
 def test_out_is_whole_and_what_its_name_says(two_maps_onnx: Path, pictures: Path, tmp_path: Path) -> None:
     for name in ("r.csv", "r.json"):
         text = edgekd("predict", two_maps_onnx, pictures, tmp_path / "gone.png", "--out", tmp_path / name, code=1)
-        assert "4 of 5 images answered" in text
+        assert "4 of 5 images classified" in text
         assert len(files((tmp_path / name).read_text(), name[2:])) == 5
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -155,8 +155,8 @@ def test_out_is_whole_and_what_its_name_says(two_maps_onnx: Path, pictures: Path
     ("words", "said"),
     [
         (["--json", "--csv"], "--json and --csv"),
-        (["--out", "r.txt"], "neither CSV nor JSON"),
-        (["--probabilities"], "goes with --csv"),
+        (["--out", "r.txt"], "ends in neither .csv nor .json"),
+        (["--probabilities"], "needs --csv"),
         (["--top-k", "6"], "has 5 classes"),
     ],
 )
@@ -234,7 +234,7 @@ def test_what_is_no_picture_is_a_data_error(source: object, two_maps_onnx: Path)
 
 def test_a_classifier_tells_what_it_is_and_closes(two_maps_onnx: Path, pictures: Path) -> None:
     with Classifier(two_maps_onnx, threads=1) as classifier:
-        assert repr(classifier) == "<Classifier onnxruntime fp32, full: 5 classes, 2 exits, 16 pixels, threads 1>"
+        assert repr(classifier) == "<Classifier onnxruntime fp32, full: 5 classes, 2 exits, image size 16, threads 1>"
         assert classifier.classes == tuple("abcde")
         assert classifier.exits[classifier.predict(pictures / "a.png").exit] == "exit_1"
     for call in (

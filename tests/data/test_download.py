@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import pickle
@@ -18,10 +19,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
-from edgekd.data import download
-from edgekd.data.download import Source, fetch, get, unzip
+from edgekd.data.archives import unzip
+from edgekd.data.download import fetch, get
 from edgekd.data.folders import check, scan
-from edgekd.errors import DataError
+from edgekd.data.layouts import DATA_LAYOUTS, Source
+from edgekd.errors import ConfigError, DataError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
@@ -73,7 +75,15 @@ def source(server: Server, name: str = "set.zip", content: bytes = CONTENT) -> S
     return Source(f"http://127.0.0.1:{server.server_address[1]}/{name}", hashlib.md5(content).hexdigest())
 
 
-def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None:
+def serve(name: str, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a data set come from another address, in its own form."""
+    layout = DATA_LAYOUTS[name]
+    assert layout.source
+    source = dataclasses.replace(source, unpack=layout.source.unpack)
+    monkeypatch.setitem(DATA_LAYOUTS._loaded, name, dataclasses.replace(layout, source=source))
+
+
+def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> None:
     target, steps = tmp_path / "set.zip", []
     server.limit = 100_000
     with pytest.raises(DataError, match=r"(?s)200000 bytes are missing.*0\.1 MB are kept"):
@@ -96,7 +106,7 @@ def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) ->
 
 
 def test_wrong_checksum_and_wrong_part(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="wrong checksum"):
+    with pytest.raises(DataError, match="had a wrong checksum"):
         fetch(Source(source(server).url, "0" * 32), tmp_path / "set.zip")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "set.zip.part").write_bytes(CONTENT + b"more")
@@ -111,7 +121,7 @@ def test_an_archive_of_the_users_stays(
 ) -> None:
     content = zipped({"set/a/1.png": b"1", "set/b/2.png": b"2"})
     server.files["set.zip"] = content
-    monkeypatch.setitem(download.SOURCES, "kather2016", source(server, "set.zip", content))
+    serve("kather2016", source(server, "set.zip", content), monkeypatch)
     own = {"set.zip": content if right else b"something else", "set.zip.part": b"of a browser"}
     for name, data in own.items():
         (tmp_path / name).write_bytes(data)
@@ -124,7 +134,7 @@ def test_an_archive_of_the_users_stays(
 def test_no_file_and_no_server(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="404"):
         fetch(source(server, "none.zip"), tmp_path / "none.zip")
-    with pytest.raises(DataError, match=r"(?s)cannot be fetched: .*refused.*check the network"):
+    with pytest.raises(DataError, match=r"(?s)cannot be downloaded: .*refused.*check the network"):
         fetch(Source("http://127.0.0.1:9/set.zip", ""), tmp_path / "set.zip")
 
 
@@ -143,7 +153,7 @@ def test_kather_arrives_as_class_folders(
     tiles = {f"Kather/{p.relative_to(data)}": p.read_bytes() for p in data.rglob("*.tif")}
     content = zipped({**tiles, "__MACOSX/Kather/._x": b""})
     server.files["k.zip"] = content
-    monkeypatch.setitem(download.SOURCES, "kather2016", source(server, "k.zip", content))
+    serve("kather2016", source(server, "k.zip", content), monkeypatch)
     get("kather2016", tmp_path / "kather")
     assert len(check(scan(tmp_path / "kather")).folder.items) == 24
     assert [p.name for p in tmp_path.iterdir()] == ["kather"]
@@ -225,7 +235,7 @@ def test_cifar100_through_torchvision(server: Server, tmp_path: Path, monkeypatc
     server.files["cifar-100-python.tar.gz"] = content
     here = source(server, "cifar-100-python.tar.gz", content)
     sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setitem(download.SOURCES, "cifar100", here)
+    serve("cifar100", here, monkeypatch)
     monkeypatch.setattr(CIFAR100, "tgz_md5", here.md5)
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
@@ -242,12 +252,13 @@ def test_cifar100_through_torchvision(server: Server, tmp_path: Path, monkeypatc
 
 
 def test_the_shipped_address_is_torchvisions() -> None:
-    shipped = download.SOURCES["cifar100"]
+    shipped = DATA_LAYOUTS["cifar100"].source
+    assert shipped
     assert (shipped.url, shipped.md5) == (CIFAR100.url, CIFAR100.tgz_md5)
 
 
-def test_sets_that_cannot_be_got(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"ask for it at https://www\.cs\.uoi\.gr"):
+def test_data_sets_without_a_download(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"request it at https://www\.cs\.uoi\.gr"):
         get("sipakmed", tmp_path)
-    with pytest.raises(DataError, match="Did you mean 'kather2016'"):
+    with pytest.raises(ConfigError, match=r"no data layout 'kather'[\s\S]*Did you mean 'kather2016'"):
         get("kather", tmp_path)

@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.multi_exit_outputs import SETTING, outputs, step
+from helpers.multi_exit_outputs import THREE_EXITS, outputs, training_batch
 
-from edgekd.distill.base import Settings, names
 from edgekd.distill.byot import be_your_own_teacher, soft_ce
-from edgekd.distill.criterion import Criterion
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.methods import method_names
+from edgekd.distill.sd import SelfDistillationOptions
 from edgekd.errors import ConfigError
 from edgekd.models.base import Outputs
 
@@ -51,8 +52,8 @@ def test_loss_against_numpy() -> None:
         expected -= 0.7 * (hot * log_softmax(s[m])).sum() / 6
         expected -= 0.3 * (np.exp(log_softmax(s[2] / 3)) * log_softmax(s[m] / 3)).sum() / 6
         expected += 0.03 * np.sqrt(((f[m] - f[2]) ** 2).sum())
-    loss = Criterion(Settings(method="byot"), SETTING)
-    assert loss(step(out, target)).item() == pytest.approx(expected, rel=1e-5)
+    loss = Criterion(LossSettings(method="byot"), student=THREE_EXITS)
+    assert loss(training_batch(out, target=target)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_equal_exits_leave_the_teacher_s_entropy() -> None:
@@ -88,8 +89,8 @@ def test_the_deepest_exit_learns_from_labels_alone() -> None:
 def test_gradients_are_finite(dtype: torch.dtype, batch: int) -> None:
     """Batch 1, one class, and features of 1,000, whose squares overflow half precision; then the same image twice."""
     for out in (outputs(batch, dtype=dtype, scale=1e3), twice(outputs(1, dtype=dtype), batch)):
-        loss = Criterion(Settings(method="byot"), SETTING)
-        value = loss(step(out, torch.zeros(batch, dtype=torch.long)))
+        loss = Criterion(LossSettings(method="byot"), student=THREE_EXITS)
+        value = loss(training_batch(out))
         value.backward()
         assert value.dtype == torch.float32
         assert all(torch.isfinite(t.grad).all() for t in (*out.logits, *out.features[:-1]) if t.grad is not None)
@@ -105,9 +106,12 @@ def twice(out: Outputs, batch: int) -> Outputs:
 
 def test_settings_reach_the_loss() -> None:
     out, target = outputs(), torch.tensor([0, 1, 2, 3, 4, 0])
-    asked = Settings(method="byot", temperature=5.0, feature_weight=0.5, label_smoothing=0.1)
+    options = {"byot": SelfDistillationOptions(feature_weight=0.5)}
+    settings = LossSettings(method="byot", temperature=5.0, label_smoothing=0.1, options=options)
     expected = be_your_own_teacher(out, target, temperature=5.0, feature_weight=0.5, label_smoothing=0.1)
-    assert Criterion(asked, SETTING)(step(out, target)).item() == pytest.approx(expected.item())
+    assert Criterion(settings, student=THREE_EXITS)(training_batch(out, target=target)).item() == pytest.approx(
+        expected.item()
+    )
     smooth = be_your_own_teacher(out, target, temperature=3.0, feature_weight=0.0, label_smoothing=0.1)
     plain = be_your_own_teacher(out, target, temperature=3.0, feature_weight=0.0)
     parts = [torch.nn.functional.cross_entropy(s, target, label_smoothing=0.1) for s in out.logits]
@@ -117,12 +121,12 @@ def test_settings_reach_the_loss() -> None:
 
 
 def test_it_brings_its_own_cross_entropy_and_needs_exits() -> None:
-    assert names("byot") == ["byot"]
+    assert method_names("byot") == ["byot"]
     with pytest.raises(ConfigError, match="compares exits"):
-        Criterion(Settings(method="byot"))
+        Criterion(LossSettings(method="byot"))
 
 
 def test_unequal_widths_are_named() -> None:
     out = Outputs((torch.zeros(1, 2),) * 2, (torch.zeros(1, 4), torch.zeros(1, 8)), ())
     with pytest.raises(ConfigError, match="exit_0 4, exit_1 8"):
-        Criterion(Settings(method="byot"), SETTING)(step(out, torch.tensor([0])))
+        Criterion(LossSettings(method="byot"), student=THREE_EXITS)(training_batch(out))

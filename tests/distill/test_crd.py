@@ -12,30 +12,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.multi_exit_outputs import one_exit, training_batch
 from helpers.resume import resumes_exactly
 from helpers.tiny_protocol import TINY
 from torch import Tensor
 
 from edgekd.data.split import read_split
-from edgekd.distill.base import METHODS, Setting, Settings, Shapes, Step, View
-from edgekd.distill.crd import Contrast, nce
-from edgekd.distill.criterion import Criterion
+from edgekd.distill.base import FeatureShapes, LossContext, TrainingBatch
+from edgekd.distill.crd import ContrastiveDistillation, ContrastiveOptions, nce
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.methods import METHODS
 from edgekd.errors import ConfigError
-from edgekd.models.base import Outputs
 from edgekd.training import run_folder
 from edgekd.training.train import train
 
 LABELS = (0, 0, 1, 2, 0, 1, 2, 0, 0)
+SHAPES = {"student": FeatureShapes(pooled=4), "teacher": FeatureShapes(pooled=3)}
 
 
-def contrast(negatives: int = 6) -> Contrast:
+def contrast(negatives: int = 6) -> ContrastiveDistillation:
     torch.manual_seed(0)
-    return Contrast(LABELS, student=4, teacher=3, width=5, negatives=negatives)
+    options = ContrastiveOptions(width=5, negatives=negatives)
+    return ContrastiveDistillation(options, LossContext(labels=LABELS, **SHAPES))
 
 
-def step(student: Tensor, teacher: Tensor, index: list[int]) -> Step:
-    out, target = Outputs((torch.zeros(len(index), 3),), (), ()), torch.tensor([LABELS[i] for i in index])
-    return Step(View(out, pooled=student), View(out, pooled=teacher), target, torch.tensor(index), 0)
+def batch_of(student: Tensor, teacher: Tensor, index: list[int]) -> TrainingBatch:
+    pair = (one_exit(len(index), pooled=pooled) for pooled in (student, teacher))
+    return training_batch(*pair, target=[LABELS[i] for i in index], index=index)
 
 
 def features(batch: int) -> tuple[Tensor, Tensor]:
@@ -61,9 +64,11 @@ def test_against_the_published_formula() -> None:
     weights = [(e.weight.detach().double().numpy(), e.bias.detach().double().numpy()) for e in loss.embed]
     for seed in range(2):
         torch.manual_seed(seed)
-        drawn = np.concatenate([np.array(index)[:, None], loss.draw(torch.tensor([0, 1, 0])).numpy()], axis=1)
+        drawn = np.concatenate(
+            [np.array(index)[:, None], loss.sample_negatives(torch.tensor([0, 1, 0])).numpy()], axis=1
+        )
         torch.manual_seed(seed)
-        found = loss(step(s, t, index)).item()
+        found = loss(batch_of(s, t, index)).item()
         embedded = [x.double().numpy() @ w.T + b for x, (w, b) in zip((s, t), weights)]
         embedded = [e / np.linalg.norm(e, axis=1, keepdims=True) for e in embedded]
         expected = 0.0
@@ -83,15 +88,15 @@ def test_against_the_published_formula() -> None:
 
 def test_least_where_networks_agree() -> None:
     """Next to nothing when each image is found and every other rejected."""
-    sure = torch.tensor([[[100.0, -100.0, -100.0]]]).repeat(2, 1, 1)
-    assert nce(sure, torch.zeros(2)).item() == pytest.approx(0, abs=1e-6)
-    assert nce(-sure, torch.zeros(2)).item() > 500
+    confident = torch.tensor([[[100.0, -100.0, -100.0]]]).repeat(2, 1, 1)
+    assert nce(confident, torch.zeros(2)).item() == pytest.approx(0, abs=1e-6)
+    assert nce(-confident, torch.zeros(2)).item() > 500
 
 
 def test_negatives_are_of_other_classes_and_all_alike() -> None:
     """Classes of 5, 2 and 2 images: 4, 7 and 7 candidates, each drawn as often."""
     torch.manual_seed(0)
-    drawn = contrast(negatives=28_000).draw(torch.tensor([0, 1, 2])).numpy()
+    drawn = contrast(negatives=28_000).sample_negatives(torch.tensor([0, 1, 2])).numpy()
     for own, row in enumerate(drawn):
         others = [i for i, label in enumerate(LABELS) if label != own]
         assert sorted(set(row)) == others
@@ -102,12 +107,11 @@ def test_negatives_are_of_other_classes_and_all_alike() -> None:
 @pytest.mark.parametrize("index", [[0], [0, 1], [0, 0, 2]], ids=["one", "class", "duplicates"])
 def test_gradients_are_finite(index: list[int], dtype: torch.dtype) -> None:
     """exp(1 / 0.07) is beyond half precision; so are sums of these features."""
-    setting = Setting(Shapes(pooled=4), Shapes(pooled=3), LABELS, 3)
-    criterion = Criterion(Settings(method="crd"), setting)
+    criterion = Criterion(LossSettings(method="crd"), **SHAPES, labels=LABELS)
     s, t = (torch.full((len(index), width), 200.0, dtype=dtype) for width in (4, 3))
     for _ in range(3):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = criterion(step(s.requires_grad_(), t, index))
+            loss = criterion(batch_of(s.requires_grad_(), t, index))
         loss.backward()
     grads = [s.grad, *(p.grad for p in criterion.parameters())]
     assert len(grads) == 5
@@ -119,8 +123,8 @@ def test_gradients_are_finite(index: list[int], dtype: torch.dtype) -> None:
 
 def test_one_class_has_no_negatives() -> None:
     assert METHODS["crd"].weight == 0.8
-    with pytest.raises(ConfigError, match="the training part has 1 class"):
-        Criterion(Settings(method="crd"), Setting(Shapes(pooled=4), Shapes(pooled=3), (1, 1, 1), 2))
+    with pytest.raises(ConfigError, match="the training images have 1 class"):
+        Criterion(LossSettings(method="crd"), **SHAPES, labels=(1, 1, 1))
 
 
 def test_memory_and_embeddings_are_trained_saved_and_resumed(cells: Path, tmp_path: Path) -> None:
@@ -133,7 +137,7 @@ def test_memory_and_embeddings_are_trained_saved_and_resumed(cells: Path, tmp_pa
     assert {name.removeprefix("crd.") for name in saved} == {
         *("bank", "log_mean", "embed.0.weight", "embed.0.bias", "embed.1.weight", "embed.1.bias")
     }
-    assert saved["crd.bank"].shape == (2, len(read_split(whole).part("train")), 128)
+    assert saved["crd.bank"].shape == (2, len(read_split(whole).subset("train")), 128)
     assert saved["crd.log_mean"].isfinite().all()
 
 
@@ -141,19 +145,21 @@ TWO = """
 import sys
 from pathlib import Path
 import torch
-from edgekd.runtime.preprocess import Preprocess
+from edgekd.data.preprocess import Preprocess
+from edgekd.distill.sskd import SelfSupervisionOptions
 from edgekd.training import loop
 from edgekd.training.protocol import Protocol
 from edgekd.training.train import train
 
 data, teacher, out = map(Path, sys.argv[1:])
-kept, setup = [], loop._setup
-loop._setup = lambda *args: kept.append(setup(*args)) or kept[0]
+kept, start = [], loop._start_session
+loop._start_session = lambda *args: kept.append(start(*args)) or kept[0]
 protocol = Protocol(network="test_resnet", method="crd+sskd", weights="none", preprocess=Preprocess(32), epochs=3,
-                    batch_size=8, lr=0.01, workers=0, init_epochs=1, split=str(teacher / "split.json"))
+                    batch_size=8, lr=0.01, workers=0, split=str(teacher / "split.json"),
+                    options={"sskd": SelfSupervisionOptions(init_epochs=1)})
 train(data, out, protocol=protocol, teacher=teacher, devices=2)
-live = kept[0]
-torch.save([live.criterion.state_dict(), live.task.network.state_dict()], f"{out}-{live.fabric.global_rank}.pt")
+session, rank = kept[0], kept[0].fabric.global_rank
+torch.save([session.criterion.state_dict(), session.task.network.state_dict()], f"{out}-{rank}.pt")
 """
 
 

@@ -8,37 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from helpers.multi_exit_outputs import THREE_EXITS, one_exit, outputs, training_batch
 
-from edgekd.distill.base import METHODS, Setting, Settings, Shapes, Step, View, method, names, needs_teacher
+from edgekd import config
+from edgekd.distill.base import FeatureShapes
 from edgekd.distill.ce import multi_exit_ce
-from edgekd.distill.criterion import Criterion
+from edgekd.distill.criterion import Criterion, LossSettings
 from edgekd.distill.kd import soft_kl
+from edgekd.distill.methods import method_names, needs_teacher
 from edgekd.distill.sd import self_distillation
 from edgekd.errors import ConfigError
 from edgekd.models.base import Outputs
+from edgekd.training.protocol import Protocol
 
 LN3 = math.log(3.0)
-
-
-def outputs(exits: int = 4, batch: int = 6, classes: int = 5, *, grad: bool = True) -> Outputs:
-    generator = torch.Generator().manual_seed(1)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_(grad)
-
-    return Outputs(
-        tuple(tensor(batch, classes) for _ in range(exits)), tuple(tensor(batch, 8) for _ in range(exits)), ()
-    )
-
-
-def step(out: Outputs, teacher: Tensor | None, target: Tensor) -> Step:
-    """A batch of the first epoch; the teacher has one exit."""
-    view = None if teacher is None else View(Outputs((teacher,), (), ()))
-    return Step(View(out), view, target, torch.arange(len(target)), 0)
-
-
-FOUR_EXITS = Setting(Shapes(exits=4))
 
 
 def test_soft_kl_by_hand() -> None:
@@ -97,7 +80,7 @@ def test_gradients_stop_at_the_deepest_exit_and_the_teacher() -> None:
     assert out.features[-1].grad is None
     assert all(s.grad is not None and s.grad.abs().sum() > 0 for s in (*out.logits[:-1], *out.features[:-1]))
     teacher = torch.randn(6, 5, requires_grad=True)
-    Criterion(Settings(method="kd"))(step(outputs(), teacher, torch.zeros(6, dtype=torch.long))).backward()
+    Criterion(LossSettings(method="kd"))(training_batch(outputs(), one_exit(teacher))).backward()
     assert teacher.grad is None
 
 
@@ -108,16 +91,16 @@ def test_gradients_are_finite(dtype: torch.dtype, batch: int) -> None:
     logits = [torch.full((batch, 5), 100.0, dtype=dtype).requires_grad_() for _ in range(4)]
     features = [torch.full((batch, 8), 200.0, dtype=dtype).requires_grad_() for _ in range(4)]
     out = Outputs(tuple(logits), tuple(features), ())
-    criterion = Criterion(Settings(method="kd+sd"), FOUR_EXITS)
-    criterion(step(out, torch.randn(batch, 5) * 100, torch.zeros(batch, dtype=torch.long))).backward()
+    criterion = Criterion(LossSettings(method="kd+sd"), student=FeatureShapes(exits=4))
+    criterion(training_batch(out, one_exit(torch.randn(batch, 5) * 100))).backward()
     assert all(torch.isfinite(t.grad).all() for t in logits if t.grad is not None)
 
 
 def test_criterion_sums_its_weighted_terms() -> None:
     out, target, teacher = outputs(), torch.tensor([0, 1, 2, 3, 4, 0]), torch.randn(6, 5)
-    asked = Settings(method="kd+sd", loss_weights={"ce": 0.5, "kd": 2.0, "sd": 0.1})
-    criterion = Criterion(asked, FOUR_EXITS)
-    total = criterion(step(out, teacher, target))
+    settings = LossSettings(method="kd+sd", loss_weights={"ce": 0.5, "kd": 2.0, "sd": 0.1})
+    criterion = Criterion(settings, student=THREE_EXITS)
+    total = criterion(training_batch(out, one_exit(teacher), target=target))
     expected = (
         0.5 * multi_exit_ce(out.logits, target)
         + 2 * sum(soft_kl(s, teacher, temperature=3.0) for s in out.logits)
@@ -129,22 +112,35 @@ def test_criterion_sums_its_weighted_terms() -> None:
 
 
 def test_names_of_methods() -> None:
-    assert names("kd+sd") == names("ce+kd+sd") == ["ce", "kd", "sd"]
+    assert method_names("kd+sd") == method_names("ce+kd+sd") == ["ce", "kd", "sd"]
     assert needs_teacher("kd+sd")
     assert not needs_teacher("sd")
     with pytest.raises(ConfigError, match="Did you mean 'kd'"):
-        names("kdd")
+        method_names("kdd")
     with pytest.raises(ConfigError, match="twice"):
-        names("kd+kd")
-    with pytest.raises(ValueError, match="registered twice"):
-        method("kd")(METHODS["kd"].make)
+        method_names("kd+kd")
     with pytest.raises(ConfigError, match="Did you mean 'kd'"):
-        Criterion(Settings(method="kd", loss_weights={"kdd": 1.0}))
+        Criterion(LossSettings(method="kd", loss_weights={"kdd": 1.0}))
     with pytest.raises(ConfigError, match="compares exits"):
-        Criterion(Settings(method="sd"))
+        Criterion(LossSettings(method="sd"))
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"loss_weights": {"kd": -1.0}}, {"label_smoothing": 1.0}])
 def test_impossible_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Settings(**wrong)
+        LossSettings(**wrong)
+
+
+def test_a_method_that_did_not_declare_what_it_reads() -> None:
+    batch = training_batch(one_exit(2))
+    with pytest.raises(TypeError, match="declare `needs_teacher = True`"):
+        batch.stage_pairs()
+    with pytest.raises(TypeError, match=r"declare `needs = \('pooled',\)`"):
+        _ = batch.student.pooled
+
+
+def test_an_unknown_method_s_options() -> None:
+    with pytest.raises(ConfigError, match=r"hybrd: unknown key; .*Did you mean 'hybrid'"):
+        config.load(Protocol, "protocols", "demo", overrides={"hybrd.margin": 1.0})
+    with pytest.raises(ConfigError, match=r"sd\.feature_weight.*-1\.0 is negative"):
+        config.load(Protocol, "protocols", "demo", overrides={"sd.feature_weight": -1.0})

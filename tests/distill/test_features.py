@@ -15,26 +15,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.multi_exit_outputs import one_exit, training_batch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgekd import config
 from edgekd.data.preprocess import Preprocess
-from edgekd.distill.ab import Boundaries, boundary_loss
+from edgekd.distill.ab import ActivationBoundaries, BoundaryOptions, boundary_loss
 from edgekd.distill.at import attention_loss
-from edgekd.distill.base import Setting, Settings, Shapes, Step, View
-from edgekd.distill.criterion import Criterion
-from edgekd.distill.fitnets import Hint, hint_loss
-from edgekd.distill.vid import Information, vid_loss
+from edgekd.distill.base import FeatureShapes, InitOptions, LossContext, Options, TrainingBatch
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.fitnets import FitNets, hint_loss
+from edgekd.distill.vid import VariationalInformation, vid_loss
 from edgekd.errors import ConfigError
-from edgekd.models.base import Outputs
+from edgekd.models.feature_points import MapShape
 from edgekd.training import loop, run_folder
 from edgekd.training.protocol import Protocol
 from edgekd.training.train import train
 
-Map = tuple[int, int, int]
 METHODS = ("fitnets", "at", "vid", "ab")
-STUDENT: tuple[Map, ...] = ((3, 8, 8), (4, 4, 4))
-TEACHER: tuple[Map, ...] = ((5, 8, 8), (6, 4, 4))
+STUDENT: tuple[MapShape, ...] = ((3, 8, 8), (4, 4, 4))
+TEACHER: tuple[MapShape, ...] = ((5, 8, 8), (6, 4, 4))
 
 
 def array(*values: float) -> Tensor:
@@ -42,25 +43,25 @@ def array(*values: float) -> Tensor:
     return torch.tensor(values).view(1, 1, 1, -1)
 
 
-def setting(student: tuple[Map, ...] = STUDENT, teacher: tuple[Map, ...] = TEACHER) -> Setting:
-    return Setting(Shapes(student, student), Shapes(teacher, teacher))
+def shapes(
+    student: tuple[MapShape, ...] = STUDENT, teacher: tuple[MapShape, ...] = TEACHER
+) -> dict[str, FeatureShapes]:
+    return {"student": FeatureShapes(student, student, exits=1), "teacher": FeatureShapes(teacher, teacher, exits=1)}
 
 
-def view(maps: tuple[Tensor, ...]) -> View:
-    logits = torch.zeros(len(maps[0]), 5, requires_grad=True)
-    return View(Outputs((logits,), (), ()), maps, maps)
+def context(student: tuple[MapShape, ...] = STUDENT, teacher: tuple[MapShape, ...] = TEACHER) -> LossContext:
+    return LossContext(**shapes(student, teacher))
 
 
-def step(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], *, epoch: int = 0) -> Step:
+def batch_of(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], *, epoch: int = 0) -> TrainingBatch:
     """A batch of one class."""
-    batch = len(student[0])
-    return Step(view(student), view(teacher), torch.zeros(batch, dtype=torch.long), torch.arange(batch), epoch)
+    return training_batch(*(one_exit(len(maps[0]), maps=maps) for maps in (student, teacher)), epoch=epoch)
 
 
-def maps(shapes: tuple[Map, ...], batch: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def maps(sizes: tuple[MapShape, ...], batch: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Random maps; the last two images are one and the same."""
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(batch, *shape, generator=generator) for shape in shapes]
+    made = [torch.randn(batch, *shape, generator=generator) for shape in sizes]
     for m in made:
         m[-1] = m[max(0, batch - 2)]
     return tuple(m.to(dtype).requires_grad_() for m in made)
@@ -91,17 +92,17 @@ def test_attention_against_numpy() -> None:
 
 def test_hint_against_numpy() -> None:
     """1x1 convolution, BN of the batch and ReLU on the second point; weight 100."""
-    loss = Hint(Settings(), setting())
+    loss = FitNets(InitOptions(), context())
     s, t = maps(STUDENT), maps(TEACHER, seed=1)
     weight = loss.regressor[0].weight.detach().numpy()[:, :, 0, 0]
     x = np.einsum("od,bdhw->bohw", weight, s[1].detach().numpy())
     x = (x - x.mean((0, 2, 3), keepdims=True)) / np.sqrt(x.var((0, 2, 3), keepdims=True) + 1e-5)
     expected = ((np.maximum(x, 0) - t[1].detach().numpy()) ** 2).mean()
-    assert loss(step(s, t)).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(batch_of(s, t)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_vid_against_numpy() -> None:
-    loss = Information(setting())
+    loss = VariationalInformation(Options(), context())
     s, t = maps(STUDENT), maps(TEACHER, seed=1)
     expected = 0.0
     for point, student, teacher in zip(loss.points, s, t):
@@ -113,34 +114,35 @@ def test_vid_against_numpy() -> None:
             )
         variance = np.log1p(np.exp(point.raw_variance.detach().numpy()))[:, None, None] + 1e-5
         expected += 0.5 * ((x - teacher.detach().numpy()) ** 2 / variance + np.log(variance)).mean()
-    assert loss(step(s, t)).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(batch_of(s, t)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_boundaries_against_numpy() -> None:
     """Four points of one shape, so no connectors: weights 1/8, 1/4, 1/2 and 1."""
-    shapes: tuple[Map, ...] = ((3, 5, 5),) * 4
-    loss = Boundaries(Settings(), setting(shapes, shapes))
-    s, t = maps(shapes), maps(shapes, seed=1)
+    four: tuple[MapShape, ...] = ((3, 5, 5),) * 4
+    loss = ActivationBoundaries(BoundaryOptions(), context(four, four))
+    s, t = maps(four), maps(four, seed=1)
     expected = 0.0
     for weight, student, teacher in zip((1 / 8, 1 / 4, 1 / 2, 1), s, t):
         for a, b in zip(student.detach().numpy().flat, teacher.detach().numpy().flat):
             wrong = max(0.0, 1 - a) if b > 0 else max(0.0, 1 + a)
             expected += weight * wrong**2 / 3 * 3 / 1000
-    assert loss.init(step(s, t)).item() == pytest.approx(expected, rel=1e-5)
+    assert loss.init_loss(batch_of(s, t)).item() == pytest.approx(expected, rel=1e-5)
     assert not list(loss.parameters())
 
 
 def test_student_that_equals_its_teacher() -> None:
     """0; for VID, whose mean is then exact, half the logarithm of the first variance, 5, at each point."""
     positive = tuple(m.detach().abs() + 1 for m in maps(STUDENT))
-    batch, same = step(positive, positive), setting(STUDENT, STUDENT)
-    hint, vid, ab = Hint(Settings(), same), Information(same), Boundaries(Settings(), same)
+    batch, same = batch_of(positive, positive), context(STUDENT, STUDENT)
+    hint, vid = FitNets(InitOptions(), same), VariationalInformation(Options(), same)
+    ab = ActivationBoundaries(BoundaryOptions(), same)
     for conv in (m for module in (hint, vid) for m in module.modules() if isinstance(m, nn.Conv2d)):
         nn.init.dirac_(conv.weight)
     hint.regressor[1].eval()  # the mean and variance of BN are then 0 and 1
     assert hint(batch).item() == pytest.approx(0, abs=1e-9)
     assert vid(batch).item() == pytest.approx(2 * 0.5 * math.log(5), rel=1e-5)
-    assert ab.init(batch).item() == 0  # all at the margin or above
+    assert ab.init_loss(batch).item() == 0  # all at the margin or above
     assert sum(attention_loss(m, m) for m in positive) == 0
 
 
@@ -150,10 +152,10 @@ def test_student_that_equals_its_teacher() -> None:
 def test_gradients(name: str, batch: int, dtype: torch.dtype) -> None:
     """Finite for one image, duplicates, one class and half precision, of maps whose squares fp16 cannot hold; every
     parameter of the method has one, the teacher has none; autocast changes nothing."""
-    criterion = Criterion(Settings(method=name), setting())
-    s, t = (maps(shapes, batch, seed=k, dtype=dtype) for k, shapes in enumerate((STUDENT, TEACHER)))
+    criterion = Criterion(LossSettings(method=name), **shapes())
+    s, t = (maps(sizes, batch, seed=k, dtype=dtype) for k, sizes in enumerate((STUDENT, TEACHER)))
     s, t = (tuple((300 * m.detach()).requires_grad_() for m in part) for part in (s, t))
-    loss = criterion(step(s, t))
+    loss = criterion(batch_of(s, t))
     loss.backward()
     used = s[1:] if name == "fitnets" else s
     assert all(torch.isfinite(m.grad).all() and m.grad.abs().sum() > 0 for m in used)
@@ -161,17 +163,17 @@ def test_gradients(name: str, batch: int, dtype: torch.dtype) -> None:
     assert all(p.grad.abs().sum() > 0 for p in criterion.parameters())
     assert all(m.grad is None for m in t)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert criterion(step(s, t)).item() == loss.item()
+        assert criterion(batch_of(s, t)).item() == loss.item()
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("side", [2, 4, 7, 8, 16, 19])
 def test_maps_of_other_sizes(name: str, side: int) -> None:
     """The teacher's maps are larger, as large, smaller by a whole factor or not."""
-    student: tuple[Map, ...] = ((3, 8, 8),)
-    teacher: tuple[Map, ...] = ((5, side, side),)
-    criterion = Criterion(Settings(method=name), setting(student, teacher))
-    loss = criterion(step(maps(student), maps(teacher)))
+    student: tuple[MapShape, ...] = ((3, 8, 8),)
+    teacher: tuple[MapShape, ...] = ((5, side, side),)
+    criterion = Criterion(LossSettings(method=name), **shapes(student, teacher))
+    loss = criterion(batch_of(maps(student), maps(teacher)))
     assert torch.isfinite(loss)
     assert criterion.terms[name] > 0
 
@@ -180,7 +182,7 @@ def test_dead_maps() -> None:
     """All zero, as behind a dead ReLU."""
     dead = tuple(torch.zeros(2, *shape, requires_grad=True) for shape in STUDENT)
     for name in METHODS:
-        Criterion(Settings(method=name), setting())(step(dead, maps(TEACHER, 2))).backward()
+        Criterion(LossSettings(method=name), **shapes())(batch_of(dead, maps(TEACHER, 2))).backward()
         assert all(torch.isfinite(m.grad).all() for m in dead if m.grad is not None)
 
 
@@ -189,25 +191,26 @@ def test_first_stages() -> None:
     s, t = maps(STUDENT), maps(TEACHER, seed=1)
 
     def terms(epoch: int, **settings: Any) -> dict[str, float]:
-        criterion = Criterion(Settings(**settings), setting())
-        criterion(step(s, t, epoch=epoch))
+        criterion = Criterion(LossSettings(**settings), **shapes())
+        criterion(batch_of(s, t, epoch=epoch))
         return {name: float(value) for name, value in criterion.terms.items()}
 
     assert terms(29, method="ab+kd").keys() == {"ab"}
     assert terms(30, method="ab+kd").keys() == {"ce", "kd", "ab"}
     assert terms(30, method="ab+kd")["ab"] == 0
-    assert terms(2, method="ab", init_epochs=2)["ab"] == 0
+    assert terms(2, method="ab", options={"ab": BoundaryOptions(init_epochs=2)})["ab"] == 0
     assert terms(0, method="fitnets").keys() == {"ce", "fitnets"}
     assert terms(0, method="fitnets")["fitnets"] > 0
-    assert terms(1, method="fitnets+kd", init_epochs=2).keys() == {"fitnets"}
-    assert terms(2, method="fitnets+kd", init_epochs=2)["fitnets"] == 0
+    two = {"fitnets": InitOptions(init_epochs=2)}
+    assert terms(1, method="fitnets+kd", options=two).keys() == {"fitnets"}
+    assert terms(2, method="fitnets+kd", options=two)["fitnets"] == 0
     # the weight counts in that stage, too
     torch.manual_seed(0)
     usual = terms(0, method="ab")["ab"]
     torch.manual_seed(0)
     assert terms(0, method="ab", loss_weights={"ab": 3.0})["ab"] == pytest.approx(3 * usual)
-    with pytest.raises(ConfigError, match="init_epochs is 0"):
-        terms(0, method="ab", init_epochs=0)
+    with pytest.raises(ConfigError, match=r"ab\.init_epochs.*0 is not above 0"):
+        config.load(Protocol, "protocols", "demo", overrides={"ab.init_epochs": 0})
 
 
 TINY = Protocol(
@@ -251,7 +254,7 @@ def test_training(cells: Path, teacher: Path, tmp_path: Path, monkeypatch: pytes
     if name in METHODS:
         protocol = replace(protocol, student_points=("layer1", "layer2"), teacher_points=("layer2", "layer3"))
     if name == "ab":
-        protocol = replace(protocol, init_epochs=1)
+        protocol = replace(protocol, options={"ab": BoundaryOptions(init_epochs=1)})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(cells, whole, protocol=protocol, teacher=teacher)
     with pytest.raises(Stop):
@@ -283,7 +286,7 @@ def test_first_stage_in_two_processes(cells: Path, teacher: Path, tmp_path: Path
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "edgekd"]
     command += ["distill", "--data", str(cells), "--teacher", str(teacher), "--student", "test_resnet"]
     command += ["--method", "ab", "--weights", "none", "--epochs", "2", "--image-size", "32", "--devices", "2"]
-    command += ["--set", "batch_size=4", "--set", "init_epochs=1", "--set", "workers=0"]
+    command += ["--set", "batch_size=4", "--set", "ab.init_epochs=1", "--set", "workers=0"]
     command += ["--split", str(teacher / run_folder.SPLIT), "--out", str(tmp_path / "two")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
@@ -293,7 +296,7 @@ def test_first_stage_in_two_processes(cells: Path, teacher: Path, tmp_path: Path
 
 def test_impossible_training(cells: Path, teacher: Path, tmp_path: Path) -> None:
     protocol = replace(TINY, method="ab", split=str(teacher / run_folder.SPLIT))
-    with pytest.raises(ConfigError, match="needs 30 epochs for its first stage, and the run has 2"):
+    with pytest.raises(ConfigError, match="needs 30 epochs for its initial stage, and the run has 2"):
         train(cells, tmp_path / "short", protocol=protocol, teacher=teacher)
     with pytest.raises(ConfigError, match=r"layer1, the teacher .*layer3.*: not as many"):
         train(cells, tmp_path / "points", protocol=replace(protocol, student_points=("layer1",)), teacher=teacher)

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.multi_exit_outputs import one_exit, training_batch
 from helpers.resume import resumes_exactly
 from torch import Tensor
 
 from edgekd import config
 from edgekd.data.preprocess import Preprocess
-from edgekd.distill.base import Settings, Step, Triplet, View
-from edgekd.distill.criterion import Criterion
-from edgekd.distill.hybrid import batch_all, batch_hard, distances
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.hybrid import HybridOptions, batch_all, batch_hard, distances
 from edgekd.errors import ConfigError
-from edgekd.models.base import Outputs
 from edgekd.training import run_folder
 from edgekd.training.protocol import Protocol
 from edgekd.training.train import train
@@ -29,12 +28,6 @@ MINE = {"all": batch_all, "hard": batch_hard}
 
 def value(feature: Tensor, target: list[int], mining: str, *, squared: bool = True, margin: float = 1.0) -> float:
     return MINE[mining](distances(feature, squared=squared), torch.tensor(target), margin=margin).item()
-
-
-def step(feature: Tensor, target: list[int]) -> Step:
-    logits = torch.zeros(len(target), 5)
-    view = View(Outputs((logits,), (), ()), pooled=feature)
-    return Step(view, None, torch.tensor(target), torch.arange(len(target)), 0)
 
 
 def test_by_hand() -> None:
@@ -82,9 +75,10 @@ def test_known_values(mining: str) -> None:
 def test_gradients_are_finite(target: list[int], mining: Any, squared: bool, dtype: torch.dtype) -> None:
     """Batch 1, one class, classes of one image, duplicates; large values in half precision, and autocast."""
     feature = torch.full((len(target), 8), 200.0, dtype=dtype).requires_grad_()
-    criterion = Criterion(Settings(method="hybrid", triplet=Triplet(mining=mining, squared=squared)))
+    options = {"hybrid": HybridOptions(mining=mining, squared=squared)}
+    criterion = Criterion(LossSettings(method="hybrid", options=options))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = criterion(step(feature, target))
+        loss = criterion(training_batch(one_exit(len(target), pooled=feature), target=target))
     loss.backward()
     assert feature.grad is not None
     assert torch.isfinite(feature.grad).all()
@@ -93,25 +87,25 @@ def test_gradients_are_finite(target: list[int], mining: Any, squared: bool, dty
 
 def test_combines_with_distillation_and_smooth_labels() -> None:
     feature, target = torch.tensor([[0.0], [2.0], [3.0]]), [0, 0, 1]
-    criterion = Criterion(Settings(method="kd+hybrid", label_smoothing=0.1, loss_weights={"hybrid": 2.0}))
-    batch = step(feature, target)
-    total = criterion(Step(batch.student, batch.student, batch.target, batch.index, 0))
+    criterion = Criterion(LossSettings(method="kd+hybrid", label_smoothing=0.1, loss_weights={"hybrid": 2.0}))
+    output = one_exit(3, pooled=feature)
+    total = criterion(training_batch(output, output, target=target))
     assert criterion.terms["hybrid"].item() == pytest.approx(2 * 4)
     assert criterion.terms["kd"].item() == pytest.approx(0, abs=1e-6)
     assert total.item() == pytest.approx(2 * 4 + math.log(5), rel=1e-5)
 
 
 def test_settings_from_the_command_line(tmp_path: Path) -> None:
-    pairs = ["method=hybrid", "triplet.mining=hard", "triplet.squared=false", "sampler=pxk", "per_class=2"]
+    pairs = ["method=hybrid", "hybrid.mining=hard", "hybrid.squared=false", "sampler=pxk", "per_class=2"]
     protocol = config.load(Protocol, "protocols", "demo", overrides=config.parse_overrides(pairs))
-    assert protocol.triplet == Triplet(mining="hard", squared=False)
+    assert protocol.options["hybrid"] == HybridOptions(mining="hard", squared=False)
     config.write_toml(tmp_path / "protocol.toml", protocol)
     assert config.load(Protocol, "protocols", str(tmp_path / "protocol.toml")) == protocol
-    wrong = config.parse_overrides(["triplet.mining=semi", "triplet.margins=1", "per_class=0"])
-    with pytest.raises(ConfigError, match=r"(?s)triplet\.mar.*Did you mean 'margin'.*'semi' is none of all, hard"):
+    wrong = config.parse_overrides(["hybrid.mining=semi", "hybrid.margins=1", "per_class=0"])
+    with pytest.raises(ConfigError, match=r"(?s)hybrid\.mar.*Did you mean 'margin'.*'semi' is none of all, hard"):
         config.load(Protocol, "protocols", "demo", overrides=wrong)
-    for key in ("triplet.margin=-1", "per_class=1", "anchor_every=9"):
-        with pytest.raises(ConfigError, match=key.partition("=")[0].replace("triplet.", r"triplet\.")):
+    for key in ("hybrid.margin=-1", "per_class=1", "anchor_every=9"):
+        with pytest.raises(ConfigError, match=key.partition("=")[0].replace("hybrid.", r"hybrid\.")):
             config.load(Protocol, "protocols", "demo", overrides=config.parse_overrides([key]))
 
 
@@ -123,7 +117,7 @@ def test_training_on_batches_of_classes(cells: Path, tmp_path: Path) -> None:
         weights="none",
         precision="32-true",
         preprocess=Preprocess(32),
-        triplet=Triplet(squared=False),
+        options={"hybrid": HybridOptions(squared=False)},
         label_smoothing=0.1,
         sampler="pxk",
         per_class=2,

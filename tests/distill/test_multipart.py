@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.multi_exit_outputs import one_exit, training_batch
 from helpers.resume import resumes_exactly
 from helpers.tiny_protocol import TINY
 from safetensors.torch import load_file
 from torch import Tensor
 
-from edgekd.distill.base import Settings, Step, View, needs_anchors, needs_teacher
-from edgekd.distill.criterion import Criterion
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.methods import needs_anchors, needs_teacher
 from edgekd.errors import ArtifactError
-from edgekd.models.base import Outputs
 from edgekd.training import loop, run_folder
 from edgekd.training.train import train
 
@@ -29,19 +29,18 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def test_value_by_hand() -> None:
     """Teacher (3/4, 1/4), student (1/2, 1/2), label 0, tau 2: half of ln 2 and half of 4 KL at tau 2."""
-    student, teacher = (View(Outputs((torch.tensor([logits]),), (), ())) for logits in ([0.0, 0], [2 * math.log(3), 0]))
-    batch = Step(student, teacher, torch.tensor([0]), torch.tensor([0]), 0)
+    batch = training_batch(*(one_exit(torch.tensor([logits])) for logits in ([0.0, 0], [2 * math.log(3), 0])))
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    criterion = Criterion(Settings(method="multipart", temperature=2.0))
+    criterion = Criterion(LossSettings(method="multipart", temperature=2.0))
     assert criterion(batch).item() == pytest.approx(0.5 * math.log(2) + 0.5 * 4 * kl, rel=1e-5)
-    asked = Settings(method="multipart", temperature=2.0, loss_weights={"ce": 0.2, "multipart": 0.8})
-    assert Criterion(asked)(batch).item() == pytest.approx(0.2 * math.log(2) + 0.8 * 4 * kl, rel=1e-5)
+    settings = LossSettings(method="multipart", temperature=2.0, loss_weights={"ce": 0.2, "multipart": 0.8})
+    assert Criterion(settings)(batch).item() == pytest.approx(0.2 * math.log(2) + 0.8 * 4 * kl, rel=1e-5)
     assert needs_teacher("multipart")
     assert needs_anchors("hybrid+multipart")
     assert not needs_anchors("kd+hybrid")
 
 
-def test_paper_c_anchors() -> None:
+def test_anchors_of_garg2022() -> None:
     """Ten anchors of five epochs: the student's epochs 0 to 4 learn from the first; after 50 the last stays."""
     anchors = run_folder.Anchors(5, tuple(run_folder.anchor(Path("t"), 5 * k) for k in range(1, 11)))
     names = [anchors.at(epoch).name for epoch in (0, 4, 5, 49, 50, 80)]

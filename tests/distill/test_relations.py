@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.multi_exit_outputs import one_exit, training_batch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from edgekd.distill import rkd
-from edgekd.distill.base import Settings, Step, View
-from edgekd.distill.criterion import Criterion
-from edgekd.distill.pkt import neighbour_loss
+from edgekd.distill.base import TrainingBatch
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.pkt import similarity_loss
 from edgekd.distill.rkd import angle_loss, distance_loss, relation_loss
-from edgekd.models.base import Outputs
 
 METHODS = ("rkd", "pkt")
 RIGHT_ANGLE = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
@@ -29,15 +29,9 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
-def step(student: Tensor, teacher: Tensor) -> Step:
+def batch_of(student: Tensor, teacher: Tensor) -> TrainingBatch:
     """A batch of one class."""
-
-    def view(pooled: Tensor) -> View:
-        return View(Outputs((torch.zeros(len(pooled), 5),), (), ()), pooled=pooled)
-
-    return Step(
-        view(student), view(teacher), torch.zeros(len(student), dtype=torch.long), torch.arange(len(student)), 0
-    )
+    return training_batch(*(one_exit(len(pooled), pooled=pooled) for pooled in (student, teacher)))
 
 
 def test_rkd_by_hand() -> None:
@@ -57,7 +51,7 @@ def test_pkt_by_hand() -> None:
     """Two orthogonal rows: kernel 1 and 1/2, so 2/3 and 1/3; two alike: 1/2 and 1/2. Both rows are the same."""
     alike, orthogonal = torch.tensor([[5.0, 0.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     expected = 2 * (2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)) / 4
-    assert neighbour_loss(alike, orthogonal).item() == pytest.approx(expected, abs=1e-6)
+    assert similarity_loss(alike, orthogonal).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_rkd_against_numpy() -> None:
@@ -90,24 +84,24 @@ def test_pkt_against_numpy() -> None:
         return kernel / kernel.sum(1, keepdims=True)
 
     p, q = neighbours(t.detach().numpy()), neighbours(s.detach().numpy())
-    assert neighbour_loss(s, t).item() == pytest.approx((p * np.log(p / q)).mean(), rel=1e-4)
+    assert similarity_loss(s, t).item() == pytest.approx((p * np.log(p / q)).mean(), rel=1e-4)
 
 
 def test_what_changes_nothing() -> None:
     """A student that equals its teacher, or its teacher scaled; for RKD also moved; for PKT each row scaled."""
     f = rows(6, 8)
     assert relation_loss(f, f).item() == 0
-    assert neighbour_loss(f, f).item() == 0
+    assert similarity_loss(f, f).item() == 0
     assert relation_loss(3 * f + 5, f).item() == pytest.approx(0, abs=1e-6)
-    assert neighbour_loss(f * torch.arange(1, 7)[:, None], f).item() == pytest.approx(0, abs=1e-7)
-    assert relation_loss(rows(1, 4), rows(1, 8)).item() == neighbour_loss(rows(1, 4), rows(1, 8)).item() == 0
+    assert similarity_loss(f * torch.arange(1, 7)[:, None], f).item() == pytest.approx(0, abs=1e-7)
+    assert relation_loss(rows(1, 4), rows(1, 8)).item() == similarity_loss(rows(1, 4), rows(1, 8)).item() == 0
 
 
 def test_pkt_depends_on_the_batch() -> None:
     """Each image twice: about half the value, as each neighbour's part halves and its logarithm stays."""
     s, t = rows(6, 4), rows(6, 4, seed=1)
-    twice = neighbour_loss(s.repeat(2, 1), t.repeat(2, 1)).item()
-    assert twice == pytest.approx(neighbour_loss(s, t).item() / 2, rel=1e-3)
+    twice = similarity_loss(s.repeat(2, 1), t.repeat(2, 1)).item()
+    assert twice == pytest.approx(similarity_loss(s, t).item() / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -120,8 +114,8 @@ def test_gradients(name: str, kind: str, dtype: torch.dtype) -> None:
         s[1] = s[0] + (1e-7 if kind == "nearly" else 0)
     s = {"all alike": s[:1].repeat(6, 1), "dead": s * 0, "large": s * 10_000}.get(kind, s).to(dtype).requires_grad_()
     t = rows(len(s), 5, seed=1, dtype=dtype)
-    criterion = Criterion(Settings(method=name, loss_weights={name: 1.0}))
-    loss = criterion(step(s, t))
+    criterion = Criterion(LossSettings(method=name, loss_weights={name: 1.0}))
+    loss = criterion(batch_of(s, t))
     loss.backward()
     assert s.grad is not None
     assert torch.isfinite(s.grad).all()
@@ -129,10 +123,10 @@ def test_gradients(name: str, kind: str, dtype: torch.dtype) -> None:
     assert t.grad is None
     assert not list(criterion.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert criterion(step(s, t)).item() == loss.item()
+        assert criterion(batch_of(s, t)).item() == loss.item()
 
 
-@pytest.mark.parametrize("loss", [relation_loss, neighbour_loss])
+@pytest.mark.parametrize("loss", [relation_loss, similarity_loss])
 def test_gradient_against_differences(loss: object) -> None:
     s, t = rows(5, 3, dtype=torch.float64), rows(5, 4, seed=1, dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, (s, t.detach()), eps=1e-2, atol=1e-3, rtol=2e-2)

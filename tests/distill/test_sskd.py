@@ -3,55 +3,66 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from helpers.multi_exit_outputs import one_exit, training_batch
 from helpers.resume import resumes_exactly
 from helpers.tiny_protocol import TINY
 from torch import Tensor, nn
 
-from edgekd.distill.base import METHODS, Setting, Settings, Shapes, Step, View
-from edgekd.distill.criterion import Criterion
-from edgekd.distill.sskd import SelfSupervision, best_ranked, likeness
+from edgekd.distill.base import FeatureShapes, LossContext, NetworkOutput, TrainingBatch
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.methods import METHODS
+from edgekd.distill.sskd import (
+    SelfSupervisedDistillation,
+    SelfSupervisionOptions,
+    best_ranked,
+    rotation_similarity,
+)
 from edgekd.errors import ConfigError
-from edgekd.models.base import Outputs
 from edgekd.training import run_folder
-from edgekd.training.protocol import Protocol
 from edgekd.training.train import network, train
 
 Array = npt.NDArray[np.float64]
-SETTING = Setting(Shapes(pooled=4), Shapes(pooled=3), (0, 1, 2), 5)
+SHAPES = {"student": FeatureShapes(pooled=4), "teacher": FeatureShapes(pooled=3)}
 
 
-def view(batch: int, width: int, seed: int) -> View:
-    """What a network answers to `batch` images and their rotations."""
+def loss_of(*, student: int = 4, teacher: int = 3) -> SelfSupervisedDistillation:
+    context = LossContext(student=FeatureShapes(pooled=student), teacher=FeatureShapes(pooled=teacher))
+    return SelfSupervisedDistillation(SelfSupervisionOptions(), context)
+
+
+def output(batch: int, width: int, seed: int) -> NetworkOutput:
+    """A network's output for `batch` images and their rotations."""
     generator = torch.Generator().manual_seed(seed)
     logits, pooled = (torch.randn(4 * batch, size, generator=generator) for size in (5, width))
-    return View(Outputs((3 * logits.requires_grad_(),), (), ()), pooled=pooled.requires_grad_())
+    return one_exit(3 * logits.requires_grad_(), pooled=pooled.requires_grad_())
 
 
-def step(student: View, teacher: View, target: list[int], epoch: int = 60) -> Step:
-    return Step(student, teacher, torch.tensor(target), torch.arange(len(target)), epoch)
+def batch_of(student: NetworkOutput, teacher: NetworkOutput, target: list[int], epoch: int = 60) -> TrainingBatch:
+    return training_batch(student, teacher, target=target, epoch=epoch)
 
 
 def test_rotations_by_hand() -> None:
     image = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(2, 3, 2, 2)
-    turned = SelfSupervision(student=4, teacher=3).expand(image)
+    turned = loss_of().expand(image)
     assert turned.shape == (8, 3, 2, 2)
     assert torch.equal(turned[:2], image)
     assert turned[2::2, 0].flatten(1).tolist() == [[2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]]
     assert torch.equal(turned[2::2], turned[3::2])
 
 
-def test_likeness_by_hand() -> None:
+def test_similarity_by_hand() -> None:
     """Images along two axes; rotations along (1, 0), (1, 1) and (3, 4), the lengths of no matter."""
     axes, diagonal = [[2.0, 0.0], [0.0, 1.0]], math.sqrt(0.5)
     rows = torch.tensor([*axes, *axes, [1.0, 1.0], [1.0, 1.0], [3.0, 4.0], [3.0, 4.0]])
     expected = torch.tensor([[1, 0], [0, 1], [diagonal] * 2, [diagonal] * 2, [0.6, 0.8], [0.6, 0.8]])
-    assert torch.allclose(likeness(rows, 2), expected)
+    assert torch.allclose(rotation_similarity(rows, 2), expected)
 
 
 def test_which_answers_are_kept_by_hand() -> None:
@@ -87,16 +98,15 @@ def plain(tensor: Tensor) -> Array:
 
 def test_against_the_authors_layout() -> None:
     torch.manual_seed(0)
-    student, teacher, target = view(6, 4, 1), view(6, 3, 2), [0, 1, 2, 3, 4, 0]
-    criterion = Criterion(Settings(method="sskd"), SETTING)
+    student, teacher, target = output(6, 4, 1), output(6, 3, 2), [0, 1, 2, 3, 4, 0]
+    criterion = Criterion(LossSettings(method="sskd"), **SHAPES)
     loss = criterion.losses["sskd"]
-    assert isinstance(loss, SelfSupervision)
-    found = criterion(step(student, teacher, target)).item()
-    s, t = plain(student.out.logits[0]), plain(teacher.out.logits[0])
+    assert isinstance(loss, SelfSupervisedDistillation)
+    found = criterion(batch_of(student, teacher, target)).item()
+    s, t = plain(student.outputs.logits[0]), plain(teacher.outputs.logits[0])
     normal, turned = np.arange(24) % 4 == 0, np.arange(24) % 4 != 0
     likely = []
     for head, one in ((loss.student_head, student), (loss.teacher_head, teacher)):
-        assert one.pooled is not None
         rows = plain(head(one.pooled))
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         likely.append(rows[turned] @ rows[normal].T)
@@ -108,37 +118,37 @@ def test_against_the_authors_layout() -> None:
 
 
 def test_a_student_like_its_teacher_costs_nothing() -> None:
-    teacher = view(4, 3, 2)
-    loss = SelfSupervision(student=3, teacher=3)
+    teacher = output(4, 3, 2)
+    loss = loss_of(student=3)
     loss.student_head.load_state_dict(loss.teacher_head.state_dict())
-    assert loss(step(teacher, teacher, [0, 1, 2, 3])).item() == pytest.approx(0, abs=1e-5)
+    assert loss(batch_of(teacher, teacher, [0, 1, 2, 3])).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_first_stage_by_hand() -> None:
     """All rotations like all images: ln B. The head then learns to find its image."""
-    loss = SelfSupervision(student=4, teacher=3)
-    alike = View(Outputs((torch.zeros(16, 5),), (), ()), pooled=torch.ones(16, 3))
-    assert loss.init(step(view(4, 4, 1), alike, [0] * 4, 0)).item() == pytest.approx(math.log(4), rel=1e-6)
+    loss = loss_of()
+    alike = one_exit(16, pooled=torch.ones(16, 3))
+    assert loss.init_loss(batch_of(output(4, 4, 1), alike, [0] * 4, 0)).item() == pytest.approx(math.log(4), rel=1e-6)
     with torch.no_grad():
         nn.init.eye_(loss.teacher_head[0].weight), nn.init.eye_(loss.teacher_head[2].weight)
         nn.init.zeros_(loss.teacher_head[0].bias), nn.init.zeros_(loss.teacher_head[2].bias)
-    own = View(Outputs((torch.zeros(12, 5),), (), ()), pooled=torch.eye(3).repeat(4, 1))
+    own = one_exit(12, pooled=torch.eye(3).repeat(4, 1))
     expected = math.log(1 + 2 / math.e)  # cosines 1, 0, 0
-    assert loss.init(step(view(3, 4, 1), own, [0] * 3, 0)).item() == pytest.approx(expected, rel=1e-5)
+    assert loss.init_loss(batch_of(output(3, 4, 1), own, [0] * 3, 0)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_stage_trains_its_own() -> None:
     torch.manual_seed(0)
-    criterion = Criterion(Settings(method="kd+sskd"), SETTING)
-    assert criterion.init_epochs == {"sskd": 60}
+    criterion = Criterion(LossSettings(method="kd+sskd"), **SHAPES)
+    assert criterion.losses["sskd"].init_epochs == 60
     assert criterion.weights == {"ce": 0.1, "kd": 1.0, "sskd": 1.0}
-    student, teacher = view(4, 4, 1), view(4, 3, 2)
-    criterion(step(student, teacher, [0, 1, 2, 3], 59)).backward()
+    student, teacher = output(4, 4, 1), output(4, 3, 2)
+    criterion(batch_of(student, teacher, [0, 1, 2, 3], 59)).backward()
     with_gradient = {n.split(".")[1] for n, p in criterion.named_parameters() if p.grad is not None}
     assert with_gradient == {"teacher_head"}
     assert set(criterion.terms) == {"sskd"}
     criterion.zero_grad()
-    criterion(step(student, teacher, [0, 1, 2, 3], 60)).backward()
+    criterion(batch_of(student, teacher, [0, 1, 2, 3], 60)).backward()
     with_gradient = {n.split(".")[1] for n, p in criterion.named_parameters() if p.grad is not None}
     assert with_gradient == {"student_head"}
     assert all(p.grad is None or p.grad.abs().sum() > 0 for p in criterion.parameters())
@@ -152,10 +162,10 @@ def test_gradients_are_finite(batch: int, epoch: int, dtype: torch.dtype) -> Non
     """Batch 1, duplicates of one class, half precision, logits of 100."""
     torch.manual_seed(0)
     logits, pooled = (torch.full((4 * batch, n), 100.0, dtype=dtype).requires_grad_() for n in (5, 4))
-    teacher = View(Outputs((torch.randn(4 * batch, 5) * 100,), (), ()), pooled=torch.full((4 * batch, 3), 100.0))
-    criterion = Criterion(Settings(method="sskd"), SETTING)
+    teacher = one_exit(torch.randn(4 * batch, 5) * 100, pooled=torch.full((4 * batch, 3), 100.0))
+    criterion = Criterion(LossSettings(method="sskd"), **SHAPES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = criterion(step(View(Outputs((logits,), (), ()), pooled=pooled), teacher, [0] * batch, epoch))
+        loss = criterion(batch_of(one_exit(logits, pooled=pooled), teacher, [0] * batch, epoch))
     loss.backward()
     grads = [t.grad for t in (logits, pooled, *criterion.parameters()) if t.grad is not None]
     assert len(grads) == (6 if epoch else 4)
@@ -164,12 +174,12 @@ def test_gradients_are_finite(batch: int, epoch: int, dtype: torch.dtype) -> Non
 
 def test_two_stages_of_a_run(cells: Path, tmp_path: Path) -> None:
     """The student's weights rest while the teacher's head learns; both heads are resumed and not exported."""
-    assert METHODS["sskd"].teacher
+    assert METHODS["sskd"].needs_teacher
     teacher, out = tmp_path / "t", tmp_path / "s"
     train(cells, teacher, protocol=TINY)
     before = (teacher / run_folder.MODEL).read_bytes()
-    settings = {"method": "sskd", "split": str(teacher / run_folder.SPLIT), "epochs": 2, "init_epochs": 1}
-    protocol = Protocol(**{**vars(TINY), **settings})
+    settings = {"method": "sskd", "split": str(teacher / run_folder.SPLIT), "epochs": 2}
+    protocol = replace(TINY, **settings, options={"sskd": SelfSupervisionOptions(init_epochs=1)})
 
     def stop(done: int, total: int, loss: float) -> None:
         if done > total // 2:
@@ -189,4 +199,4 @@ def test_two_stages_of_a_run(cells: Path, tmp_path: Path) -> None:
     header = (whole / run_folder.METRICS).read_text().splitlines()[0].split(",")
     assert {"loss_ce", "loss_sskd"} <= set(header)
     with pytest.raises(ConfigError, match="60 epochs"):
-        train(cells, tmp_path / "short", protocol=Protocol(**{**vars(protocol), "init_epochs": -1}), teacher=teacher)
+        train(cells, tmp_path / "short", protocol=replace(protocol, options={}), teacher=teacher)

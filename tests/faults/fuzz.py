@@ -40,7 +40,7 @@ import mutate
 
 HANG_S, MEMORY_MIB, ADDRESS_GIB = 15.0, 2048, 9  # of the processor's time; ten times as much on the clock
 HARMLESS = ("same", "refused", "other")
-ALLOWED = ("preprocess", "init_epochs", "max_accuracy_drop")  # numbers below 0 mean something here
+ALLOWED = ("preprocess", "max_accuracy_drop")  # numbers below 0 mean something here
 Outcome = tuple[str, str]
 
 
@@ -86,7 +86,7 @@ def resealed(data: bytes, digest: bytes) -> bytes:
 
 
 def blanked(text: str) -> str:
-    """A metadata or header as JSON, ready for `resealed`."""
+    """Metadata as JSON, ready for `resealed`."""
     from edgekd.serialization import BLANK
 
     table = json.loads(text)
@@ -516,13 +516,13 @@ class SafetensorsResealed(SafetensorsBytes):
         from edgekd.policy import softmax
         from edgekd.training.run_folder import load_model
 
-        network, header = load_model(self.folder)
+        network, metadata = load_model(self.folder)
         if self.edited == self.good:
             return "same", ""
         with torch.no_grad():
-            size = header.preprocess.image_size
+            size = metadata.preprocess.image_size
             out = network(torch.zeros(1, 3, size, size)).logits[0]
-        metrics(softmax(out.numpy()), np.zeros(1, int), header.classes)  # as evaluation does, which refuses NaN
+        metrics(softmax(out.numpy()), np.zeros(1, int), metadata.classes)  # as evaluation does, which refuses NaN
         return nonsense(
             {
                 "weights not finite": not all(bool(torch.isfinite(v).all()) for v in network.state_dict().values()),

@@ -54,29 +54,29 @@ def refused(line: str, said: str, work: Path) -> None:
     [
         ("evaluate run --plot run/model.safetensors", "names no kind of picture"),
         ("evaluate run --plot student.onnx", "names no kind of picture"),
-        ("evaluate run --plot photo.png", "is no plot"),
-        ("evaluate run --out student.onnx", "is no file of edgekd evaluate"),
-        ("evaluate run --out record.json", "is no file of edgekd evaluate"),
+        ("evaluate run --plot photo.png", "is not a plot"),
+        ("evaluate run --out student.onnx", "is not a file of edgekd evaluate"),
+        ("evaluate run --out record.json", "is not a file of edgekd evaluate"),
         ("evaluate run --out site", "is a folder"),
-        ("export run --out run/split.json", "is no student.onnx"),
-        ("export run --out run/model.safetensors", "is no student.onnx"),
-        ("export run --out student.engine/stage_0.onnx", "is no student.onnx"),
+        ("export run --out run/split.json", "is not a student.onnx"),
+        ("export run --out run/model.safetensors", "is not a student.onnx"),
+        ("export run --out student.engine/stage_0.onnx", "is not a student.onnx"),
         ("export run --out site", "is a folder"),
-        ("predict student.engine cells --out record.json", "is no file of edgekd predict"),
-        ("predict student.engine cells --out record.csv", "is no file of edgekd predict"),
+        ("predict student.engine cells --out record.json", "is not a file of edgekd predict"),
+        ("predict student.engine cells --out record.csv", "is not a file of edgekd predict"),
         ("compile student.onnx --out run", "is no engine"),
         ("compile student.onnx --out site", "is no engine"),
         ("compile student.onnx --out notes.md", "is no engine"),
         (f"{BENCH} --out record.json", "records are never changed"),
         (f"{BENCH} --out site", "records are never changed"),
-        (f"{BENCH} --out notes.json", "is no table of edgekd bench"),
+        (f"{BENCH} --out notes.json", "is not a table of edgekd bench"),
         (f"{BENCH} --out new.md", "a table would replace it"),
         (f"{TRAIN} --out run", "already holds a run"),
         (f"{TRAIN} --out site", "is not empty and no run folder"),
         (f"{TRAIN} --out site --resume", "is not empty and no run folder"),
         (f"{TRAIN} --out notes.md", "is a file"),
         (f"{TRAIN} --out site --seeds 0,1", "is no summary of a sweep"),
-        ("reproduce gao2022-table3 --data cells --out site --runs runs", "is no table of edgekd reproduce"),
+        ("reproduce gao2022-table3 --data cells --out site --runs runs", "is not a table of edgekd reproduce"),
         ("data synthetic --out site", "is not empty"),
         ("data synthetic --out notes.md", "is not empty"),
         ("data get kather2016 --out site", "is not empty"),
@@ -157,16 +157,16 @@ def test_every_output_is_known_again(base: Path, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(html(record, data=base / "cells"))
     atomic_write(tmp_path / "summary.json", to_json(summary({})))
     edgekd("evaluate", base / "run", "--plot", tmp_path / "plot.png", "--out", tmp_path / "measures.json")
-    assert files.PLOT.has(tmp_path / "plot.png")
-    assert files.NETWORK.has(base / "student.onnx")
-    assert files.ENGINE.has(base / "student.engine" / "manifest.json")
-    assert files.MARKDOWN.has(base / "record.md")
-    assert files.CSV.has(base / "record.csv")
-    assert files.PAGE.has(tmp_path / "page.html")
-    assert files.SUMMARY.has(tmp_path / "summary.json")
-    assert files.MEASURES.has(tmp_path / "measures.json")
-    assert all(files.RESULT.has(path) for path in root.glob("*.json"))
-    assert all(files.PAPER.has(path) for path in root.glob("*-table*.md"))
+    assert files.PLOT.matches(tmp_path / "plot.png")
+    assert files.NETWORK.matches(base / "student.onnx")
+    assert files.ENGINE.matches(base / "student.engine" / "manifest.json")
+    assert files.MARKDOWN.matches(base / "record.md")
+    assert files.CSV.matches(base / "record.csv")
+    assert files.PAGE.matches(tmp_path / "page.html")
+    assert files.SUMMARY.matches(tmp_path / "summary.json")
+    assert files.MEASURES.matches(tmp_path / "measures.json")
+    assert all(files.RESULT.matches(path) for path in root.glob("*.json"))
+    assert all(files.PAPER.matches(path) for path in root.glob("*-table*.md"))
 
 
 def test_compiling_onto_a_link_keeps_it(base: Path, tmp_path: Path) -> None:

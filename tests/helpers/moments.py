@@ -17,7 +17,7 @@ from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Item
 from edgekd.errors import EdgekdError
 from edgekd.training.dataset import EpochSampler, ImageSet
-from edgekd.training.loader import loader
+from edgekd.training.loader import Loader
 
 
 def main(folder: Path, times: int, ms: float) -> None:
@@ -30,7 +30,7 @@ def main(folder: Path, times: int, ms: float) -> None:
             ctrl_c = threading.Timer(k // 2 * ms / 1000, os.killpg, (0, signal.SIGINT))
             if k % 2:
                 ctrl_c.start()
-            reading = loader(images, batch_size=4, sampler=EpochSampler(len(items)), workers=2)
+            reading = Loader(images, batch_size=4, sampler=EpochSampler(len(items)), workers=2)
             while True:
                 for _ in reading:
                     batches += 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgekd.distill.base import needs_anchors
+from edgekd.distill.methods import needs_anchors
 from edgekd.training import loop, run_folder
 from edgekd.training.protocol import Protocol
 from edgekd.training.train import train

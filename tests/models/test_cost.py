@@ -53,7 +53,7 @@ def test_published_parameters_of_large_networks(name: str, parameters_m: float) 
 
 
 @pytest.mark.parametrize(("name", "parameters_m", "size_mb"), [("mixnet_s", 2.6, 10.44), ("mixnet_l", 5.8, 23.218)])
-def test_paper_c(name: str, parameters_m: float, size_mb: float) -> None:
+def test_parameters_of_garg2022(name: str, parameters_m: float, size_mb: float) -> None:
     """At 8 classes. The paper's sizes are parameters x 4 bytes; a checkpoint also holds the buffers, 1.3 % more."""
     found = cost(name, classes=8, image_size=112)
     assert found.parameters / 1e6 == pytest.approx(parameters_m, abs=0.05)
@@ -86,7 +86,7 @@ def test_the_example_of_torchstat() -> None:
     assert returned / 2**20 == pytest.approx(3.56, abs=0.005)
 
 
-def test_memory_of_paper_b() -> None:
+def test_memory_of_chen2022() -> None:
     """It prints ShuffleNetV2's memory as 1/7 of DenseNet-121's; torchstat gives 20.85 and 147.1 MB."""
     assert cost("shufflenet_v2_x1_0", classes=1000, image_size=224).activation_mib == pytest.approx(20.85, abs=0.01)
 

@@ -31,10 +31,10 @@ class Small(nn.Module):
 
 
 def test_points_in_the_order_in_which_they_end() -> None:
-    found = feature_points.points(Small(), image_size=8)
+    found = feature_points.trace(Small(), image_size=8).points()
     order = ["stem.0", "stem.1", "stem", "block.0", "block.1", "block.2", "block", "squeeze.0", "squeeze.1"]
     assert [p.name for p in found][:9] == order
-    assert found[2] == feature_points.Point("stem", "Sequential", (4, 8, 8))
+    assert found[2] == feature_points.FeaturePoint("stem", "Sequential", (4, 8, 8))
     assert found[6].shape == (6, 4, 4)
     assert "unused" not in [p.name for p in found]
 
@@ -60,18 +60,23 @@ def test_a_point_that_is_unknown_or_silent() -> None:
     with pytest.raises(ConfigError, match="'unused' never fired"), feature_points.observe(net, ["unused"]):
         net(x)
     with pytest.raises(ConfigError, match="'unused' never fired"):
-        feature_points.preactivations(net, ["unused"], image_size=8)
+        feature_points.trace(net, image_size=8).preactivations(["unused"])
     with pytest.raises(ConfigError, match="cannot work on images of 2 x 2"):
-        feature_points.points(build("alexnet", classes=5, image_size=2), image_size=2)
+        feature_points.trace(build("alexnet", classes=5, image_size=2), image_size=2)
 
 
 def test_defaults_of_a_small_network() -> None:
     net = Small()
-    assert feature_points.stages(net, image_size=8) == ("stem", "block")  # not the Identity behind it
-    assert feature_points.preactivations(net, ["stem", "block"], image_size=8) == ("stem.1:input", "block.2:input")
-    assert feature_points.pooled(net, image_size=8) == "head.2:input"
+    trace = feature_points.trace(net, image_size=8)
+    assert trace.stages() == ("stem", "block")  # not the Identity behind it
+    assert trace.preactivations(["stem", "block"]) == ("stem.1:input", "block.2:input")
+    assert trace.pooled() == "head.2:input"
+    assert trace.flat("head.2:input").shape == (1, 6)
+    assert trace.map_shape("block.2:input") == (6, 4, 4)
+    with pytest.raises(ConfigError, match=r"'head\.1' is no map: its shape is \(1, 6\)"):
+        trace.map_shape("head.1")
     with pytest.raises(ConfigError, match="'squeeze' has no activation module"):
-        feature_points.preactivations(net, ["squeeze"], image_size=8)  # it only weighs channels
+        trace.preactivations(["squeeze"])  # it only weighs channels
 
 
 @pytest.mark.parametrize(
@@ -90,17 +95,26 @@ def test_defaults_of_a_small_network() -> None:
 def test_defaults_of_real_networks(name: str, ends: str, pooled: str) -> None:
     size = 64 if name != "alexnet" else 96
     net = build(name, classes=5, image_size=size)
-    found = feature_points.stages(net, image_size=size)
-    assert found == tuple(ends.split())
-    assert len(feature_points.preactivations(net, found, image_size=size)) == 4
+    trace = feature_points.trace(net, image_size=size)
+    assert trace.stages() == tuple(ends.split())
+    assert len(trace.preactivations(trace.stages())) == 4
     if pooled:
-        assert feature_points.pooled(net, image_size=size) == pooled
+        assert trace.pooled() == pooled
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ghostnet_100", "mobilenetv2_100", "densenet121", "efficientnet_b0"])
+def test_stages_agree_with_timm(name: str) -> None:
+    """timm's `feature_info` gives the same resolutions and channels; where it names another module, the same map."""
+    net = build(name, classes=5, image_size=64)
+    trace, info = feature_points.trace(net, image_size=64), net.backbone.feature_info
+    theirs = [(stage["num_chs"], 64 // stage["reduction"]) for stage in info][-4:]
+    assert [trace.map_shape(stage)[:2] for stage in trace.stages()] == theirs
 
 
 @pytest.mark.parametrize("name", ["ghostnet_100", "mobilenet_v2", "squeezenet1_1"])
 def test_the_pooled_feature_is_the_classifiers_before_dropout(name: str) -> None:
     net = build(name, classes=5, image_size=64).eval()
-    point, x = feature_points.pooled(net, image_size=64), torch.randn(2, 3, 64, 64)
+    point, x = feature_points.trace(net, image_size=64).pooled(), torch.randn(2, 3, 64, 64)
     last = [n for n, m in net.backbone.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1] + ":input"
     with torch.no_grad(), feature_points.observe(net, [point, last]) as still:
         net(x)
@@ -152,8 +166,7 @@ def test_looking_changes_nothing() -> None:
     net.backbone.features[3].eval()
     mode, state = [m.training for m in net.modules()], {k: v.clone() for k, v in net.state_dict().items()}
     random = torch.get_rng_state()
-    feature_points.stages(net, image_size=64)
-    feature_points.pooled(net, image_size=64)
+    feature_points.trace(net, image_size=64).pooled()
     feature_points.check_cuts(net.backbone, ["features.3"], image_size=64)
     assert [m.training for m in net.modules()] == mode
     assert torch.equal(torch.get_rng_state(), random)
@@ -162,4 +175,4 @@ def test_looking_changes_nothing() -> None:
 
 def test_a_network_without_maps_has_no_stages() -> None:
     with pytest.raises(ConfigError, match="no maps"):
-        feature_points.stages(build("mlp", classes=5, image_size=64), image_size=64)
+        feature_points.trace(build("mlp", classes=5, image_size=64), image_size=64).stages()

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.multi_exit_outputs import THREE_EXITS, training_batch
 from torch import Tensor, nn
 
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
-from edgekd.distill.base import METHODS, Setting, Settings, Shapes, Step, View
+from edgekd.distill.base import NetworkOutput
+from edgekd.distill.criterion import Criterion, LossSettings
 from edgekd.errors import ConfigError
 from edgekd.export import export
 from edgekd.models.base import Outputs, exits_of
@@ -31,7 +33,7 @@ STEM = {32: "small", 96: "imagenet", 224: "imagenet"}
 
 
 def lively(**kwargs: object) -> MSDNet:
-    """In eval mode, with running statistics of its own, so that no two maps are alike by chance."""
+    """In eval mode, with running statistics of its own, so that no two maps happen to be alike."""
     torch.manual_seed(0)
     net = msdnet(**kwargs)  # type: ignore[arg-type]
     for m in net.modules():
@@ -133,17 +135,16 @@ def test_impossible_exits(exits: tuple[int | str, ...]) -> None:
         build("msdnet", classes=5, image_size=32, exits=exits)
 
 
-def test_a_view_of_fewer_images() -> None:
-    view = View(lively(classes=5, stem="small")(torch.randn(3, 3, 32, 32)))
-    assert torch.equal(view.first(2).out.logits[1], view.out.logits[1][:2])
+def test_an_output_of_fewer_images() -> None:
+    output = NetworkOutput(lively(classes=5, stem="small")(torch.randn(3, 3, 32, 32)))
+    assert torch.equal(output.first(2).outputs.logits[1], output.outputs.logits[1][:2])
 
 
 def test_joint_training_reaches_every_parameter() -> None:
     """The paper's loss is the sum of cross-entropies: method `ce`."""
     torch.manual_seed(0)
     net, target = msdnet(classes=5, stem="small"), torch.tensor([0, 1, 2, 3])
-    loss = METHODS["ce"].make(Settings(), Setting())
-    loss(Step(View(net(torch.randn(4, 3, 32, 32))), None, target, target, 0)).backward()
+    Criterion(LossSettings())(training_batch(net(torch.randn(4, 3, 32, 32)), target=target)).backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not idle
 
@@ -151,10 +152,9 @@ def test_joint_training_reaches_every_parameter() -> None:
 @pytest.mark.parametrize("name", ["sd", "byot", "scan"])
 def test_methods_that_compare_features_refuse_unequal_widths(name: str) -> None:
     net = MSDNet(LARGE, classes=5, exits=(1, 2)).eval()
-    view = View(net(torch.randn(2, 3, 96, 96)))
-    loss = METHODS[name].make(Settings(method=name), Setting(Shapes(exits=2)))
+    criterion = Criterion(LossSettings(method=name), student=THREE_EXITS)
     with pytest.raises(ConfigError, match=r"exit_0 \d+, exit_1 \d+") as caught:
-        loss(Step(view, None, torch.tensor([0, 1]), torch.tensor([0, 1]), 0))
+        criterion(training_batch(net(torch.randn(2, 3, 96, 96)), target=[0, 1]))
     assert "multi-exit-resnet18" in caught.value.fix
 
 

@@ -30,7 +30,7 @@ def count(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def test_parameters_of_paper_a() -> None:
+def test_parameters_of_gao2022() -> None:
     """ResNet18 with a CIFAR stem and 100 classes: 11.22 M. With four exits the paper prints 12.33 M; ours has
     12.30 M, since it gives neither the ratio of the context block (16, GCNet's) nor the widths of the bottlenecks
     (a quarter, ResNet's)."""
@@ -288,7 +288,7 @@ def test_other_shapes_are_named() -> None:
 
 
 def test_weights_of_another_architecture() -> None:
-    with pytest.raises(ConfigError, match=r"fits this network nowhere: it has blocks\.0"):
+    with pytest.raises(ConfigError, match=r"does not fit this network: it has blocks\.0"):
         load_state(SingleExit(resnet18()), {"blocks.0.weight": torch.zeros(3, 3)}, source="w")
 
 

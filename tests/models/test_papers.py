@@ -1,4 +1,4 @@
-"""The small networks of paper A's tables: shapes, parameters worked by hand, training and export."""
+"""The small networks in the tables of Gao et al. 2022: shapes, parameters worked by hand, training and export."""
 
 from __future__ import annotations
 

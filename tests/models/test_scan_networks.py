@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.multi_exit_outputs import SETTING, outputs, step
+from helpers.multi_exit_outputs import THREE_EXITS, outputs, training_batch
 from torch import Tensor, nn
 
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.data.preprocess import Preprocess
-from edgekd.distill.base import Setting, Settings, Shapes, names
-from edgekd.distill.criterion import Criterion
+from edgekd.distill.base import FeatureShapes
+from edgekd.distill.criterion import Criterion, LossSettings
+from edgekd.distill.methods import method_names
 from edgekd.distill.scan import scan_loss
 from edgekd.errors import ConfigError
 from edgekd.export import export
@@ -124,8 +125,8 @@ def test_loss_against_numpy() -> None:
         expected -= 0.5 * (hot * log_softmax(s[m])).sum() / 6
         expected -= 0.5 * 9 * (np.exp(log_softmax(s[2] / 3)) * log_softmax(s[m] / 3)).sum() / 6
         expected += 5e-7 * ((f[m] - f[2]) ** 2).sum()
-    loss = Criterion(Settings(method="scan"), SETTING)
-    assert loss(step(out, target)).item() == pytest.approx(expected, rel=1e-5)
+    loss = Criterion(LossSettings(method="scan"), student=THREE_EXITS)
+    assert loss(training_batch(out, target=target)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_equal_exits_leave_the_teacher_s_entropy() -> None:
@@ -154,7 +155,7 @@ def test_gradients_are_finite(dtype: torch.dtype, batch: int) -> None:
     one = outputs(1, dtype=dtype)
     repeated = Outputs(*(tuple(t.detach().repeat(batch, 1).requires_grad_() for t in part) for part in one[:2]), ())
     for out in (outputs(batch, dtype=dtype, scale=1e3), repeated):
-        value = Criterion(Settings(method="scan"), SETTING)(step(out, torch.zeros(batch, dtype=torch.long)))
+        value = Criterion(LossSettings(method="scan"), student=THREE_EXITS)(training_batch(out))
         value.backward()
         assert value.dtype == torch.float32
         assert all(torch.isfinite(t.grad).all() for t in (*out.logits, *out.features[:-1]) if t.grad is not None)
@@ -162,22 +163,24 @@ def test_gradients_are_finite(dtype: torch.dtype, batch: int) -> None:
 
 def test_settings_reach_the_loss() -> None:
     out, target = outputs(), torch.tensor([0, 1, 2, 3, 4, 0])
-    asked = Settings(method="scan", temperature=5.0, label_smoothing=0.1)
+    settings = LossSettings(method="scan", temperature=5.0, label_smoothing=0.1)
     expected = scan_loss(out, target, temperature=5.0, label_smoothing=0.1)
-    assert Criterion(asked, SETTING)(step(out, target)).item() == pytest.approx(expected.item())
+    assert Criterion(settings, student=THREE_EXITS)(training_batch(out, target=target)).item() == pytest.approx(
+        expected.item()
+    )
     assert expected.item() != pytest.approx(scan_loss(out, target, temperature=5.0).item())
 
 
 def test_it_brings_its_own_cross_entropy_and_needs_exits() -> None:
-    assert names("scan") == ["scan"]
+    assert method_names("scan") == ["scan"]
     with pytest.raises(ConfigError, match="compares exits"):
-        Criterion(Settings(method="scan"))
+        Criterion(LossSettings(method="scan"))
 
 
 def test_a_step_of_training_reaches_every_parameter() -> None:
     torch.manual_seed(0)
     net, target = scan_resnet18(classes=5, stem="small"), torch.tensor([0, 1])
-    loss = Criterion(Settings(method="scan"), Setting(Shapes(exits=4)))
-    loss(step(net(torch.randn(2, 3, 32, 32)), target)).backward()
+    loss = Criterion(LossSettings(method="scan"), student=FeatureShapes(exits=4))
+    loss(training_batch(net(torch.randn(2, 3, 32, 32)), target=target)).backward()
     idle = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not idle

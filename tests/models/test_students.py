@@ -1,4 +1,4 @@
-"""The script of benchmarks/ that measures what int8 costs: a trained run and a network of chance weights, small."""
+"""The script of benchmarks/ that measures what int8 costs: a trained run and a network of random weights, small."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_students_script(cells: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "students.py", cells, tmp_path / "run", *names, *small]
     done = subprocess.run([*command, "--out", tmp_path / "t"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    run, chance = json.loads((tmp_path / "t.json").read_text())["networks"]
+    run, untrained = json.loads((tmp_path / "t.json").read_text())["networks"]
     assert (run["network"], run["exits"], run["weights"]) == ("squeezenet1_1", 1, "trained (ratio:3,1,1, none)")
-    assert (chance["network"], chance["exits"], chance["weights"]) == ("multi-exit-squeezenet1_1", 4, "chance")
+    assert (untrained["network"], untrained["exits"], untrained["weights"]) == ("multi-exit-squeezenet1_1", 4, "random")
     assert len(run["labels"]) == min(12, len(read_split(tmp_path / "run").subset("test")))
     assert [(r["backend"], r["precision"]) for r in run["results"]] == [
         ("onnxruntime", "fp32"),

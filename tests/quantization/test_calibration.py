@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.errors import BackendError, ConfigError
 from edgekd.files import cache_folder
 from edgekd.quantization import calibration
-from edgekd.quantization.calibration import Entropy, Histogram, MinMax, Percentile, divergence, ranges
+from edgekd.quantization.calibration import Entropy, Histogram, MinMax, Percentile, activation_ranges, divergence
 
 IMAGES = np.random.default_rng(0).normal(size=(20, 3, 4, 4)).astype(np.float32)
 
@@ -37,11 +37,11 @@ def seen(kind: type[MinMax], values: np.ndarray, *, parts: int = 7) -> float:
     collector = kind()
     for part in np.array_split(values.astype(np.float32), parts):
         collector.add(part)
-    return collector.magnitude()
+    return collector.amax()
 
 
 def test_inner_tensors_inputs_and_outputs_are_measured(tmp_path: Path) -> None:
-    found = ranges(network(), ["images", "doubled", "answer"], IMAGES, method="minmax", folder=tmp_path)
+    found = activation_ranges(network(), ["images", "doubled", "answer"], IMAGES, method="minmax", folder=tmp_path)
     assert found["images"] == np.abs(IMAGES).max()
     assert found["doubled"] == pytest.approx(2 * np.abs(IMAGES).max())
     assert found["answer"] == pytest.approx(np.abs(2 * IMAGES - 1).max())
@@ -54,8 +54,8 @@ def test_merged_bins_are_the_bins_of_all_values_at_once() -> None:
     found = Histogram()
     for part in np.array_split(values, 9):
         found.add(part)
-    assert found.reach >= found.largest == np.abs(values).max()
-    expected, _ = np.histogram(np.abs(values).astype(np.float64), calibration.BINS, range=(0, found.reach))
+    assert found.upper_edge >= found.largest == np.abs(values).max()
+    expected, _ = np.histogram(np.abs(values).astype(np.float64), calibration.BINS, range=(0, found.upper_edge))
     assert found.counts.sum() == len(values)
     assert np.abs(found.counts - expected).sum() <= 4  # float32 may fall to the other side of an edge
 
@@ -104,18 +104,18 @@ def test_entropy_clips_outliers_and_keeps_what_is_even() -> None:
 
 
 def test_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ranges(network(), ["doubled"], IMAGES, method="entropy", folder=tmp_path)
+    first = activation_ranges(network(), ["doubled"], IMAGES, method="entropy", folder=tmp_path)
     monkeypatch.setattr(calibration, "_session", None)
-    assert ranges(network(), ["doubled"], IMAGES, method="entropy", folder=tmp_path) == first
+    assert activation_ranges(network(), ["doubled"], IMAGES, method="entropy", folder=tmp_path) == first
     tuned = network()
     tuned.metadata_props.add(key="edgekd", value="other thresholds")
-    assert ranges(tuned, ["doubled"], IMAGES, method="entropy", folder=tmp_path) == first
+    assert activation_ranges(tuned, ["doubled"], IMAGES, method="entropy", folder=tmp_path) == first
 
 
 @pytest.mark.parametrize("what", ["weights", "images", "order", "method", "tensors"])
 def test_whatever_differs_is_measured_anew(what: str, tmp_path: Path) -> None:
     model, tensors, images, method = network(), ["doubled"], IMAGES, "minmax"
-    ranges(model, tensors, images, method=method, folder=tmp_path)
+    activation_ranges(model, tensors, images, method=method, folder=tmp_path)
     if what == "weights":
         model = network(2.0000002)
     elif what == "images":
@@ -126,13 +126,13 @@ def test_whatever_differs_is_measured_anew(what: str, tmp_path: Path) -> None:
         method = "percentile"
     else:
         tensors = ["doubled", "answer"]
-    ranges(model, tensors, images, method=method, folder=tmp_path)
+    activation_ranges(model, tensors, images, method=method, folder=tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "other key", "no numbers"])
 def test_a_damaged_or_foreign_file_is_not_used(damage: str, tmp_path: Path) -> None:
-    first = ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path)
+    first = activation_ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path)
     (file,) = tmp_path.glob("*.json")
     kept = json.loads(file.read_text())
     if damage == "cut":
@@ -141,13 +141,13 @@ def test_a_damaged_or_foreign_file_is_not_used(damage: str, tmp_path: Path) -> N
         file.write_text(json.dumps({**kept, "key": "0" * 64, "ranges": {"doubled": 1.0}}))
     else:
         file.write_text(json.dumps({**kept, "ranges": {"doubled": None}}))
-    assert ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path) == first
+    assert activation_ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path) == first
     assert json.loads(file.read_text()) == kept
 
 
 def test_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ranges(network(), ["doubled"], IMAGES, method="minmax")
+    activation_ranges(network(), ["doubled"], IMAGES, method="minmax")
     assert [f.parent for f in tmp_path.rglob("*.json")] == [tmp_path / "edgekd" / "calibration"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder("calibration") == Path.home() / ".cache" / "edgekd" / "calibration"
@@ -155,30 +155,32 @@ def test_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_where_nothing_can_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
-    assert ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path / "file" / "in it")
-    assert "cannot be kept" in caplog.text
+    assert activation_ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path / "file" / "in it")
+    assert "cannot be cached" in caplog.text
 
 
 def test_without_onnxruntime_only_what_is_kept_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path)
+    first = activation_ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    assert ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path) == first
+    assert activation_ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path) == first
     with pytest.raises(BackendError, match="not installed") as error:
-        ranges(network(), ["answer"], IMAGES, method="minmax", folder=tmp_path)
+        activation_ranges(network(), ["answer"], IMAGES, method="minmax", folder=tmp_path)
     assert "pip install onnxruntime" in error.value.fix
 
 
 def test_refuses_what_cannot_be_measured(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no calibration images"):
-        ranges(network(), ["doubled"], IMAGES[:0], method="minmax", folder=tmp_path)
+        activation_ranges(network(), ["doubled"], IMAGES[:0], method="minmax", folder=tmp_path)
     with pytest.raises(ConfigError, match="Did you mean 'entropy'"):
-        ranges(network(), ["doubled"], IMAGES, method="entrpy", folder=tmp_path)
+        activation_ranges(network(), ["doubled"], IMAGES, method="entrpy", folder=tmp_path)
     with pytest.raises(BackendError, match="doubled is not finite"):
-        ranges(network(), ["doubled"], IMAGES * np.float32(8e37), method="minmax", folder=tmp_path)
+        activation_ranges(network(), ["doubled"], IMAGES * np.float32(8e37), method="minmax", folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    ranges(network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path, progress=lambda *at: calls.append(at))
+    activation_ranges(
+        network(), ["doubled"], IMAGES, method="minmax", folder=tmp_path, progress=lambda *at: calls.append(at)
+    )
     assert calls == [(8, 20), (16, 20), (20, 20)]

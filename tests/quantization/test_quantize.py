@@ -25,7 +25,7 @@ from edgekd.errors import ConfigError
 from edgekd.export import to_onnx
 from edgekd.models.networks import SingleExit
 from edgekd.policy import Policy
-from edgekd.quantization.cpu import quantize
+from edgekd.quantization import QUANTIZERS, quantize
 from edgekd.runtime.engine import Engine, open_engine
 
 IMAGES = np.random.default_rng(1).normal(size=(8, 3, 32, 32)).astype(np.float32)
@@ -205,9 +205,12 @@ def test_other_calibration_methods(student_onnx: Path, method: str) -> None:
     assert np.abs(run(other, IMAGES)[3] - run(model, IMAGES)[3]).max() <= 0.5 * np.abs(run(model, IMAGES)[3]).max()
 
 
-def test_refuses_no_images_and_unknown_targets(student_onnx: Path) -> None:
+def test_no_images_and_unknown_targets_and_methods_are_refused(student_onnx: Path) -> None:
     model, metadata = read_onnx(student_onnx)
     with pytest.raises(ConfigError, match="no calibration images"):
         quantize(model, metadata, IMAGES[:0], target="cpu", heads=True)
     with pytest.raises(ConfigError, match="Did you mean 'cpu'"):
         quantize(model, metadata, IMAGES, target="cpus", heads=True)
+    for target in QUANTIZERS:
+        with pytest.raises(ConfigError, match="Did you mean 'minmax'"):
+            quantize(model, metadata, IMAGES, target=target, heads=True, method="minmx")

@@ -23,9 +23,10 @@ from edgekd.data.images import load_batch
 from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ConfigError
 from edgekd.policy import Policy
-from edgekd.quantization.cpu import quantize
-from edgekd.quantization.fold_batchnorm import fold_norms
-from edgekd.quantization.tensorrt import LEAST_SCALE, MOVES, quantize_tensorrt
+from edgekd.quantization import quantize
+from edgekd.quantization.fold_batchnorm import fold_batchnorm
+from edgekd.quantization.qdq import MIN_SCALE
+from edgekd.quantization.tensorrt import DATA_MOVEMENT_OPS, ScaleGroups, quantize_tensorrt
 
 SIZE = 96
 SINGLE = ["resnet18", "mixnet_s", "shufflenet_v2_x1_0", "ghostnet_100", "squeezenet1_1", "mobilenet_v2"]
@@ -109,7 +110,7 @@ class Seen:
         if made is None or made.op_type == "DequantizeLinear":
             return made is not None
         inputs = made.input if made.op_type == "Concat" else made.input[:1]
-        return made.op_type in MOVES and all(self.is_int8(name) for name in inputs)
+        return made.op_type in DATA_MOVEMENT_OPS and all(self.is_int8(name) for name in inputs)
 
     def scale(self, name: str) -> float:
         return float(self.constant[self.maker[name].input[1]])
@@ -133,7 +134,7 @@ def test_form_of_every_pair(name: str) -> None:
         assert scale.dtype == np.float32
         assert scale.shape == zero.shape
         assert np.isfinite(scale).all()
-        assert scale.min() >= LEAST_SCALE
+        assert scale.min() >= MIN_SCALE
     for q in seen.all("QuantizeLinear"):
         (dq,) = seen.readers(q.output[0])
         assert dq.op_type == "DequantizeLinear"
@@ -145,7 +146,7 @@ def test_form_of_every_pair(name: str) -> None:
         assert weights.dtype == np.float32
         assert [(a.name, a.i) for a in dq.attribute] == [("axis", 0)]
         limit = np.abs(weights.reshape(len(weights), -1)).max(axis=1) / 127
-        np.testing.assert_allclose(seen.constant[dq.input[1]], np.maximum(limit, LEAST_SCALE), rtol=1e-6)
+        np.testing.assert_allclose(seen.constant[dq.input[1]], np.maximum(limit, MIN_SCALE), rtol=1e-6)
         assert len(conv.input) < 3 or seen.constant[conv.input[2]].dtype == np.float32
     assert not [n for n in seen.nodes if n.op_type == "QuantizeLinear" and n.input[0] in seen.maker and n.attribute]
 
@@ -256,7 +257,7 @@ def test_what_is_only_moved_keeps_its_scale(name: str) -> None:
     seen, checked = Seen(quantised(name)), 0
     for q in seen.all("QuantizeLinear"):
         at = q.input[0]
-        while at in seen.maker and seen.maker[at].op_type in MOVES:
+        while at in seen.maker and seen.maker[at].op_type in DATA_MOVEMENT_OPS:
             at = seen.maker[at].input[0]
             if seen.is_made_by(at, "DequantizeLinear"):
                 assert seen.scale(at) == float(seen.constant[q.input[1]])
@@ -270,7 +271,7 @@ def test_what_is_only_moved_keeps_its_scale(name: str) -> None:
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_without_its_pairs_it_is_the_float_network(name: str) -> None:
-    model, stripped = fold_norms(student(name)[0]), onnx.ModelProto()
+    model, stripped = fold_batchnorm(student(name)[0]), onnx.ModelProto()
     stripped.CopyFrom(quantised(name))
     nodes, source = list(stripped.graph.node), dict[str, str]()
     del stripped.graph.node[:]
@@ -299,7 +300,7 @@ def test_all_int8_costs_little_more_than_images_of_8_bits(name: str) -> None:
 def test_scales_hold_what_calibration_saw(name: str) -> None:
     """127 steps of a scale reach the largest magnitude of the tensors that share it, and no further."""
     seen, wider = Seen(quantised(name)), onnx.ModelProto()
-    wider.CopyFrom(fold_norms(student(name)[0]))
+    wider.CopyFrom(fold_batchnorm(student(name)[0]))
     inner = [q.input[0] for q in seen.all("QuantizeLinear") if not q.attribute and q.input[0] != "images"]
     wider.graph.output.extend(onnx.ValueInfoProto(name=n) for n in inner)
     largest: dict[str, float] = {}
@@ -361,18 +362,12 @@ def test_stages_pass_int8_and_equal_the_whole() -> None:
         assert all(t.dtype == np.int8 for t in x)
 
 
-def test_heads_and_gates_when_asked() -> None:
+def test_heads_when_asked() -> None:
     name = "multi-exit-ghostnet_100"
     few, heads = Seen(quantised(name)), Seen(quantised(name, heads=True))
     more = {n.name for n in heads.quantised()} - {n.name for n in few.quantised()}
     assert all("network/exits" in n for n in more)
     assert len(more) == 12  # 3 + 2 + 1 blocks of a depthwise and a 1x1 convolution
-    model, metadata = student(name)
-    all_ = Seen(quantize_tensorrt(model, metadata, CALIBRATION, heads=True, gates=True))
-    gates = [n for n in all_.quantised() if n.name not in {c.name for c in heads.quantised()}]
-    assert len(gates) == 15  # 7 gates of two convolutions, and one behind the last pooling
-    assert [n for n in all_.all("Gemm") if all_.is_made_by(n.input[1], "DequantizeLinear")]
-    onnx.checker.check_model(quantize_tensorrt(model, metadata, CALIBRATION, heads=True, gates=True), full_check=True)
 
 
 def block(*, channels: int = 16) -> tuple[onnx.ModelProto, ModelMetadata]:
@@ -399,6 +394,14 @@ def block(*, channels: int = 16) -> tuple[onnx.ModelProto, ModelMetadata]:
     return model, metadata
 
 
+def test_scale_groups() -> None:
+    """a takes b's scale and, through it, c's; joining them again makes no circle."""
+    groups = ScaleGroups()
+    for tensor, root in (("a", "b"), ("b", "c"), ("a", "c"), ("d", "a"), ("c", "d")):
+        groups.join(tensor, root)
+    assert [groups.scale_root(tensor) for tensor in "abcde"] == [*"cccce"]
+
+
 def test_a_block_by_hand() -> None:
     model, metadata = block()
     images = np.zeros((2, 3, 8, 8), np.float32)
@@ -408,6 +411,14 @@ def test_a_block_by_hand() -> None:
     assert paired == ["images", "stem", "b", "middle", "d", "last", "shortcut", "f"]
     assert seen.constant["images_scale"] == np.float32(2.54) / np.float32(127)
     assert [list(n.input) for n in seen.all("Add")] == [["f_dequantized", "e"]]
+
+
+def test_shared_weights_have_one_pair() -> None:
+    model, metadata = block()
+    model.graph.node[5].input[1] = "last"  # the shortcut's
+    seen = Seen(quantize_tensorrt(model, metadata, CALIBRATION[:, :, :8, :8]))
+    assert [n.input[1] for n in seen.quantised()] == [f"{w}_dequantized" for w in ("stem", "middle", "last", "last")]
+    assert len([q for q in seen.all("QuantizeLinear") if q.input[0] == "last"]) == 1
 
 
 def test_few_channels_stay_float() -> None:
@@ -423,7 +434,7 @@ def test_dead_channels_keep_a_scale() -> None:
     weights[3] = 0
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights, "middle"))
     quantised = quantize_tensorrt(model, metadata, CALIBRATION[:, :, :8, :8])
-    assert Seen(quantised).constant["middle_scale"][3] == np.float16(LEAST_SCALE) > 0
+    assert Seen(quantised).constant["middle_scale"][3] == np.float16(MIN_SCALE) > 0
     assert np.isfinite(run(quantised, CALIBRATION[:, :, :8, :8])[0]).all()
 
 
@@ -444,13 +455,13 @@ def test_refusals() -> None:
 
 def test_norms_behind_concatenations_are_folded() -> None:
     model = student("mixnet_s")[0]
-    folded = fold_norms(model)
+    folded = fold_batchnorm(model)
     onnx.checker.check_model(folded, full_check=True)
     kinds = Counter(n.op_type for n in model.graph.node) - Counter(n.op_type for n in folded.graph.node)
     assert kinds == {"BatchNormalization": 34}
     (want,), (have,) = run(model, IMAGES), run(folded, IMAGES)
     np.testing.assert_allclose(have, want, atol=1e-4 * np.abs(want).max())
-    assert fold_norms(student("resnet18")[0]).graph.node == student("resnet18")[0].graph.node
+    assert fold_batchnorm(student("resnet18")[0]).graph.node == student("resnet18")[0].graph.node
 
 
 def test_polygraphy_accepts_every_student(tmp_path: Path) -> None:

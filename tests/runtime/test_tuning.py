@@ -12,10 +12,10 @@ from edgekd.artifacts.manifest import Manifest, read_manifest, write_manifest
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.host import host_info
-from edgekd.policy import Average, Measure, Policy, ensemble, simulate, softmax
+from edgekd.policy import Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
-from edgekd.runtime.tuning import CURVE_POINTS, Labels, choose, fit_temperature, save_tuned, tune
-from edgekd.types import Array
+from edgekd.runtime.tuning import CURVE_POINTS, choose, fit_temperature, save_tuned, tune
+from edgekd.types import Array, Labels
 
 OWN = Policy((1.0,) * 3, average="own")
 MS = (1.0, 1.0, 1.0)
@@ -74,7 +74,7 @@ def noisy(exits: int, count: int, seed: int) -> tuple[Array, Labels]:
 
 @pytest.mark.parametrize("exits", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize(("measure", "average"), [("max_probability", "mean"), ("margin", "own"), ("entropy", "mean")])
-def test_what_is_promised_is_what_the_cascade_does(exits: int, measure: Measure, average: Average) -> None:
+def test_reported_results_equal_a_simulation(exits: int, measure: str, average: Average) -> None:
     logits, labels = noisy(exits, 200, seed=exits)
     stages = tuple(0.5 + 0.1 * k for k in range(exits))
     policy = Policy((1.2,) * exits, confidence=measure, average=average)
@@ -82,7 +82,7 @@ def test_what_is_promised_is_what_the_cascade_does(exits: int, measure: Measure,
     assert tuned.policy.is_tuned
     for thresholds, promised in [
         (tuned.policy.thresholds, (tuned.accuracy, tuned.latency_ms, *tuned.shares)),
-        *((tuple(p.thresholds), (p.accuracy, p.latency_ms, *p.shares)) for p in tuned.curve),
+        *((p.thresholds, (p.accuracy, p.latency_ms, *p.shares)) for p in tuned.curve),
     ]:
         found = simulate(logits, Policy(policy.temperatures, thresholds, measure, average))
         shares = np.bincount(found.exits, minlength=exits) / len(labels)
@@ -147,17 +147,30 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
 
     write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, host_info(), {}, ""))
     save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
-    with pytest.raises(ArtifactError, match="written anew"):
+    with pytest.raises(ArtifactError, match="rewritten while"):
         save_tuned(tmp_path, tuned, {}, digest="of what it was before")
     kept = read_manifest(tmp_path)
     assert kept.metadata.policy == tuned.policy
     assert kept.curve == tuned.curve
+    assert kept.tuning is not None
     assert kept.tuning.images == 34
     assert kept.tuning.accuracy == tuned.accuracy
 
 
+def toy_images() -> tuple[Array, Labels]:
+    return np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, np.int64)
+
+
+@pytest.mark.parametrize("words", [{"confidence": "margn"}, {"average": "meen"}])
+def test_unknown_words_are_refused_with_the_nearest(words: dict[str, str], student_onnx: Path) -> None:
+    ((option, word),) = words.items()
+    near = {"margn": "margin", "meen": "mean"}[word]
+    with pytest.raises(ConfigError, match=rf"unknown --{option} '{word}'[\s\S]*Did you mean '{near}'"):
+        tune(open_engine(student_onnx), *toy_images(), latency_ms=1.0, **words)  # type: ignore[arg-type]
+
+
 def test_one_goal(student_onnx: Path) -> None:
-    engine, images, labels = open_engine(student_onnx), np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, np.int64)
+    engine, (images, labels) = open_engine(student_onnx), toy_images()
     with pytest.raises(ConfigError, match="one goal"):
         tune(engine, images, labels)
     with pytest.raises(ConfigError, match="one goal"):

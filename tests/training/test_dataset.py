@@ -14,7 +14,7 @@ from edgekd.data.split import Item
 from edgekd.errors import ConfigError, DataError
 from edgekd.training.augment import Augment, augmented
 from edgekd.training.dataset import ClassSampler, EpochSampler, ImageSet
-from edgekd.training.loader import loader
+from edgekd.training.loader import Loader
 
 ALL = Augment((0.5, 1.0), (0.75, 1.33), hflip=0.5, vflip=0.5, transpose=0.5, rotation=180, jitter=(0.3, 0.5, 0.3, 0.1))
 PLAIN = Preprocess(8)
@@ -82,7 +82,7 @@ def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
 def epoch_of(images: ImageSet, epoch: int, workers: int) -> torch.Tensor:
     sampler = EpochSampler(len(images), seed=5)
     sampler.set_epoch(epoch)
-    batches = list(loader(images, batch_size=4, sampler=sampler, workers=workers))
+    batches = list(Loader(images, batch_size=4, sampler=sampler, workers=workers))
     assert all((labels == 3).all() for _, labels, _ in batches)
     order = torch.cat([index for _, _, index in batches])
     return torch.cat([pixels for pixels, _, _ in batches])[order.argsort()]
@@ -97,7 +97,7 @@ def test_workers_change_nothing_and_epochs_do(images: ImageSet) -> None:
 
 def test_one_loader_over_epochs_with_workers_that_stay(images: ImageSet) -> None:
     sampler = EpochSampler(len(images), shuffle=False)
-    batches = loader(images, batch_size=10, sampler=sampler, workers=1)
+    batches = Loader(images, batch_size=10, sampler=sampler, workers=1)
     for epoch in range(2):
         sampler.set_epoch(epoch)
         assert torch.equal(next(iter(batches))[0][0], images[epoch, 0][0])
@@ -167,6 +167,6 @@ def test_batches_that_classes_cannot_fill(per_class: int, batch_size: int, messa
 
 def test_errors_name_the_cause(images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="10 training images a process do not fill a batch of 16"):
-        loader(images, batch_size=16, sampler=EpochSampler(10), drop_last=True)
+        Loader(images, batch_size=16, sampler=EpochSampler(10), drop_last=True)
     with pytest.raises(DataError, match=r"lost\.png: no such file"):
         ImageSet([Item("lost.png", 0)], data=tmp_path, preprocess=PLAIN)[0, 0]

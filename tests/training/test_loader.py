@@ -16,7 +16,7 @@ from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Item
 from edgekd.errors import DataError, TrainingError
 from edgekd.training.dataset import EpochSampler, ImageSet
-from edgekd.training.loader import Loader, loader
+from edgekd.training.loader import Loader
 
 MOMENTS = Path(__file__).parents[1] / "helpers" / "moments.py"
 
@@ -25,7 +25,7 @@ def reading(cells: Path, *, workers: int = 1) -> Loader:
     folder = cells / "halo"
     items = [Item(p.name, k % 2) for k, p in enumerate(sorted(folder.iterdir()))]
     images = ImageSet(items, data=folder, preprocess=Preprocess(16))
-    return loader(images, batch_size=4, sampler=EpochSampler(len(items)), workers=workers)
+    return Loader(images, batch_size=4, sampler=EpochSampler(len(items)), workers=workers)
 
 
 def moments(cells: Path, times: int, ms: float, *, shm: str = "") -> subprocess.CompletedProcess[str]:
@@ -45,13 +45,15 @@ def test_ctrl_c_at_many_moments_prints_nothing(cells: Path) -> None:
     assert int(done.stdout.split()[0]) >= 10
 
 
-@pytest.mark.parametrize(("shm", "said"), [("64k", "batches"), ("12k", "cannot be started: No space left on device")])
-def test_little_shared_memory_is_enough_or_the_reason_is_given(cells: Path, shm: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("shm", "message"), [("64k", "batches"), ("12k", "cannot be started: No space left on device")]
+)
+def test_little_shared_memory_is_enough_or_the_reason_is_given(cells: Path, shm: str, message: str) -> None:
     """Batches do not go through it; the semaphores do."""
     if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
         pytest.skip("only root may mount")
     done = moments(cells, 2, 400, shm=shm)
-    assert said in done.stdout
+    assert message in done.stdout
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
@@ -68,13 +70,13 @@ def test_batches(cells: Path, workers: int) -> None:
 def test_an_image_that_vanished_is_named_without_a_traceback(cells: Path) -> None:
     images = ImageSet([Item("lost.png", 0)], data=cells, preprocess=Preprocess(16))
     with pytest.raises(DataError, match=r"lost\.png") as raised:
-        list(loader(images, batch_size=1, sampler=EpochSampler(1), workers=1))
+        list(Loader(images, batch_size=1, sampler=EpochSampler(1), workers=1))
     assert "Traceback" not in str(raised.value)
 
 
 def test_a_process_that_was_killed(cells: Path) -> None:
     images = reading(cells).dataset.images  # type: ignore[attr-defined]
-    batches = loader(images, batch_size=4, sampler=Endless(4), workers=1)
+    batches = Loader(images, batch_size=4, sampler=Endless(4), workers=1)
     running = iter(batches)
     next(running)
     os.kill(batches._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[union-attr]

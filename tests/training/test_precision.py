@@ -87,16 +87,16 @@ def test_an_imitated_avx2_cpu_has_no_bf16() -> None:
 
 def test_the_run_keeps_what_was_taken(cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that would decide otherwise, and for first weights of either stem."""
-    asked = config.load(
+    requested = config.load(
         Protocol,
         "protocols",
         "demo",
         overrides={"network": "resnet18", "method": "ce", "stem": "small", "epochs": 1, "batch_size": 8, "workers": 0}
         | {"preprocess.image_size": 16},
     )
-    assert (asked.precision, config.load(Protocol, "protocols", "finetune").precision) == ("auto", "auto")
+    assert (requested.precision, config.load(Protocol, "protocols", "finetune").precision) == ("auto", "auto")
     supports(monkeypatch, True, mixed=0.5)
-    train(cells, tmp_path / "run", protocol=asked)
+    train(cells, tmp_path / "run", protocol=requested)
     made = config.load(Protocol, "protocols", str(tmp_path / "run" / run_folder.PROTOCOL))
     assert (made.precision, made.stem) == ("bf16-mixed", "small")
     supports(monkeypatch, False)

@@ -17,6 +17,7 @@ from helpers.processes import heed_ctrl_c, wait_for_end_of
 from edgekd import config
 from edgekd.cli.job import requests_of
 from edgekd.data.split import read_split
+from edgekd.distill.hybrid import HybridOptions
 from edgekd.errors import ConfigError
 from edgekd.training import sweep
 from edgekd.training.jobs import ChildJob, failure_reason, run_jobs
@@ -36,7 +37,7 @@ def test_chen2022_is_the_papers() -> None:
     assert (p.optimizer, p.momentum, p.weight_decay, p.batch_size, p.epochs) == ("sgd", 0.9, 0.005, 16, 100)
     assert [p.lr_at(e) for e in (0, 29, 30, 59, 60, 99)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6])
     assert (p.method, p.label_smoothing, p.split, p.weights, p.sampler) == ("hybrid", 0.1, "kfold:5", "hub", "shuffle")
-    assert (p.triplet.margin, p.triplet.squared, p.triplet.mining, p.loss_weights) == (1.0, True, "all", {})
+    assert p.options == {"hybrid": HybridOptions(mining="all", margin=1.0, squared=True)}
     assert (p.preprocess.image_size, p.preprocess.resize) == (224, "crop")
     assert (p.augment.rotation, p.augment.hflip, p.augment.vflip) == (180.0, 0.5, 0.0)
     assert p.augment.jitter == (0.3, 0.5, 0.3, 0.1)

@@ -111,8 +111,8 @@ def test_run_folder_and_weights(cells: Path, tmp_path: Path) -> None:
     assert [row["epoch"] for row in history] == [1, 2]
     assert history[1]["loss"] < history[0]["loss"]
     assert {"loss_ce", "loss_sd", "val_exit_1", "val_ensemble", "data_wait", "rss_mib"} <= history[0].keys()
-    net, header = run_folder.load_model(folder)
-    assert header.exits == (2, 4)
+    net, metadata = run_folder.load_model(folder)
+    assert metadata.exits == (2, 4)
     assert len(net(torch.zeros(1, 3, 16, 16)).logits) == 2
     with pytest.raises(ArtifactError, match="already holds a run"):
         train(cells, folder, protocol=TINY)
@@ -218,12 +218,12 @@ def test_damaged_run_folders(cells: Path, tmp_path: Path, damage: str) -> None:
 
 
 def test_validation_is_the_mean_of_probabilities() -> None:
-    """Two exits that disagree: the ensemble follows the surer one."""
+    """Two exits that disagree: the ensemble follows the more confident one."""
 
     class Fixed(nn.Module):
         def forward(self, x: torch.Tensor) -> loop.Outputs:
-            sure, unsure = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.5]])
-            return loop.Outputs((sure.expand(len(x), 2), unsure.expand(len(x), 2)), (), ())
+            confident, unconfident = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.5]])
+            return loop.Outputs((confident.expand(len(x), 2), unconfident.expand(len(x), 2)), (), ())
 
     batches = [(torch.zeros(3, 3, 4, 4), torch.tensor([0, 0, 1]), torch.arange(3))]
     scores = loop.validate(Fabric(accelerator="cpu"), Fixed(), batches, 2)

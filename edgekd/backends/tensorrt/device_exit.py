@@ -1,12 +1,12 @@
 """Research, never run on a GPU so far: the cascade of one image as one launch, which the GPU itself ends early.
 
 A CUDA graph holds each stage as a child graph that ends in a small kernel. The kernel computes probabilities and
-confidence as `runtime.policy.step` does, and sets the condition of the IF node that holds all later stages. So the
+confidence as `policy.decide` does, and sets the condition of the IF node that holds all later stages. So the
 host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
 their images want different depths.
 
 What could be checked without a GPU: the kernel compiles with NVRTC and links (the driver itself provides
-cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.step`, and the graph's structure.
+cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.decide`, and the graph's structure.
 What only a GPU tells: whether a body accepts what TensorRT enqueues (CUDA allows kernels, copies, memsets and child
 graphs in it), and whether it is faster.
 """
@@ -25,19 +25,19 @@ import numpy.typing as npt
 from edgekd.backends.cuda.device import CudaPython, Graph, device
 from edgekd.backends.tensorrt.library import number
 from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
+from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import BackendError
 from edgekd.policy import Policy
 
 NEEDED = (12, 4)
 """The first CUDA with conditional nodes."""
-MEASURES = ("max_probability", "margin", "entropy")
 SOURCE = r"""
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
 // said: confidence, exit, then a probability a class. total: the sum of the probabilities of the exits so far.
 extern "C" __global__ void decide(
     const float* logits, float* total, float* said, int classes, int exit, float temperature, float threshold,
-    int measure, int mean, unsigned long long handle)
+    int mean, unsigned long long handle)
 {
     float largest = logits[0] / temperature, sum = 0;
     for (int i = 1; i < classes; ++i) largest = fmaxf(largest, logits[i] / temperature);
@@ -54,15 +54,15 @@ extern "C" __global__ void decide(
         first = fmaxf(first, p);
         negative_entropy += p * logf(fmaxf(p, 1.17549435e-38f));
     }
-    float sure = measure == 0 ? first : measure == 1 ? first - second
-        : fminf(fmaxf(1 + negative_entropy / logf(classes), 0.0f), 1.0f);
-    said[0] = sure;
+    float confidence = CONFIDENCE;
+    said[0] = confidence;
     said[1] = exit;
-    if (handle) cudaGraphSetConditional(handle, sure < threshold);
+    if (handle) cudaGraphSetConditional(handle, confidence < threshold);
 }
 """
+"""The kernel; the confidence measure's CUDA expression takes the place of CONFIDENCE."""
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-ARGUMENTS = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _INT, _INT, ctypes.c_uint64)
+ARGUMENTS = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _INT, ctypes.c_uint64)
 """Types of the kernel's."""
 
 
@@ -83,7 +83,7 @@ class DeviceCascade:
             self._said = gpu.allocate(4 * (2 + self._classes))
             self._total = gpu.allocate(4 * self._classes)
             self._host = gpu.pinned((2 + self._classes,), np.float32)
-            self._kernel = _compiled(self._gpu)
+            self._kernel = _compiled(self._gpu, source(policy))
             self._contexts = [stage.prepared(1) for stage in stages]
             for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
                 enqueue(context, name=stage.name)
@@ -138,7 +138,6 @@ class DeviceCascade:
             exit,
             policy.temperatures[exit],
             policy.thresholds[exit] if handle else 0.0,
-            MEASURES.index(policy.confidence),
             int(policy.average == "mean"),
             handle,
         )
@@ -159,20 +158,33 @@ def _driver() -> Any:
     return importlib.import_module("cuda.bindings.driver")
 
 
-def _compiled(gpu: CudaPython) -> Any:
+def source(policy: Policy) -> str:
+    """Return the kernel's CUDA source for the policy's confidence measure.
+
+    Raises:
+        BackendError: The measure has no CUDA expression.
+    """
+    expression = CONFIDENCE_MEASURES[policy.confidence].cuda
+    if expression is None:
+        what = f"the confidence measure '{policy.confidence}' has no CUDA form, so the device cannot decide by it"
+        raise BackendError(what, fix="leave out --device-side-exit, or tune with another --confidence")
+    return SOURCE.replace("CONFIDENCE", expression)
+
+
+def _compiled(gpu: CudaPython, source: str) -> Any:
     """The kernel for this GPU, loaded."""
-    module = gpu.do(_driver().cuModuleLoadData(ptx(gpu.sm)))
+    module = gpu.do(_driver().cuModuleLoadData(ptx(source, gpu.sm)))
     return gpu.do(_driver().cuModuleGetFunction(module, b"decide"))
 
 
-def ptx(sm: str) -> bytes:
-    """The kernel compiled for "8.7", which needs no GPU.
+def ptx(source: str, sm: str) -> bytes:
+    """Compile the kernel for a compute capability such as "8.7", which needs no GPU.
 
     Raises:
         BackendError: with the compiler's words.
     """
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    _, program = nvrtc.nvrtcCreateProgram(SOURCE.encode(), b"decide.cu", 0, [], [])
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"decide.cu", 0, [], [])
     options = [f"--gpu-architecture=compute_{sm.replace('.', '')}".encode(), b"--relocatable-device-code=true"]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(error):
