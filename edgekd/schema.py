@@ -21,7 +21,7 @@ MANY = 20
 DEPTH = 50
 """Largest nesting depth of lists and tables: more than any artefact has, less than Python's recursion limit."""
 TABLES = {"tables": True}
-"""Metadata of a `dict` field that collects the tables which are no fields, unchecked: for options that a higher layer reads."""
+"""Metadata of a `dict` field that collects the tables which are no fields, unchecked, for a higher layer to parse."""
 _OPTIONS = "option tables"
 
 

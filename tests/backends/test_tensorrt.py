@@ -224,7 +224,7 @@ def test_stages_run_alone_before_they_are_linked(box: Callable[..., Box], small_
 def test_weights_left_out_and_put_in_again(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     stripped = recipe("fp16", options={"tensorrt": {"strip_weights": True}})
     box("8.6")
-    with pytest.raises(BackendError, match=r"8\.6\.1 knows no strip_weights: 10\.0"):
+    with pytest.raises(BackendError, match=r"8\.6\.1 lacks strip_weights: 10\.0"):
         compiled(small_student, tmp_path / "old.engine", stripped)
     box("10.16")
     manifest = compiled(small_student, tmp_path / "student.engine", stripped)
@@ -312,10 +312,10 @@ def test_fp16_cannot_hold_everything(small_student: Path) -> None:
 
 
 def test_scales_are_rounded_up() -> None:
-    from edgekd.backends.tensorrt.graph_passes import _half
+    from edgekd.backends.tensorrt.graph_passes import _to_fp16
 
     tiny = numpy_helper.from_array(np.array([1e-9, 2.0**-24, 0.1], np.float32), "s")
-    exact, half = numpy_helper.to_array(tiny), numpy_helper.to_array(_half(tiny, upwards=True))
+    exact, half = numpy_helper.to_array(tiny), numpy_helper.to_array(_to_fp16(tiny, upwards=True))
     assert (half >= exact).all()
     assert half[:2].tolist() == [2.0**-24] * 2
     assert half[2] == pytest.approx(0.1, rel=1e-3)

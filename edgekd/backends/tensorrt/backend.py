@@ -21,7 +21,7 @@ from edgekd.backends.tensorrt import library as trt_library
 from edgekd.backends.tensorrt import runner
 from edgekd.backends.tensorrt.builder import build_plan
 from edgekd.backends.tensorrt.device_exit import DeviceCascade
-from edgekd.backends.tensorrt.library import failed, library, number
+from edgekd.backends.tensorrt.library import failed, library, parse_version
 from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.errors import BackendError
@@ -134,7 +134,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
 
 def _follows(ours: str, its: str) -> bool:
     """Return True if version-compatible engines of version `its` run in `ours`."""
-    newer, older = number(ours), number(its)
+    newer, older = parse_version(ours), parse_version(its)
     return newer >= older and _MAJORS.get(newer[0], -9) - _MAJORS.get(older[0], 9) in (0, 1)
 
 
@@ -155,21 +155,21 @@ def layers(opened: TensorRTRunner) -> list[dict[str, Any]]:
 
 
 def _is_weighted(layer: dict[str, Any]) -> bool:
-    words = " ".join(str(layer.get(key, "")) for key in ("LayerType", "ParameterType"))
-    return re.search(_WEIGHTED, words, re.IGNORECASE) is not None
+    text = " ".join(str(layer.get(key, "")) for key in ("LayerType", "ParameterType"))
+    return re.search(_WEIGHTED, text, re.IGNORECASE) is not None
 
 
 def _type(layer: dict[str, Any]) -> str:
-    """What a layer computes in: the type of its weights, else of what it reads, else what its kernel's name tells."""
+    """Return a layer's precision: the type of its weights, else of its first input, else from its kernel's name."""
     weights = layer.get("Weights")
     inputs = layer.get("Inputs") or [{}]
-    said = (
+    clues = (
         weights.get("Type") if isinstance(weights, dict) else None,
         inputs[0].get("Format/Datatype") if isinstance(inputs[0], dict) else None,
         layer.get("TacticName"),
     )
-    for text in filter(None, said):
-        for name, words in _TYPES.items():
-            if re.search(words, str(text), re.IGNORECASE):
+    for text in filter(None, clues):
+        for name, pattern in _TYPES.items():
+            if re.search(pattern, str(text), re.IGNORECASE):
                 return name
     return "unknown"
