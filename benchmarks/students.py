@@ -31,9 +31,9 @@ from torch import nn
 
 from edgekd.artifacts.metadata import ModelMetadata, read_student
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Runner
 from edgekd.backends.report import describe_host
-from edgekd.bench.latency import rotate, summarise
+from edgekd.backends.runner import Runner
+from edgekd.bench.latency import summarise, time_queries
 from edgekd.bench.record import refuse_existing, write_record
 from edgekd.bench.tables import pipe_table
 from edgekd.compiler.build import compile_engine
@@ -174,8 +174,8 @@ def _timed(engines: list[Engine], images: Array, asked: argparse.Namespace) -> l
         def query(x: Array, graph: Runner = graph) -> int:
             return len(graph(x))
 
-        rotate(query, queries, seconds=asked.seconds / 4, count=3)
-        found, _ = rotate(query, queries, seconds=asked.seconds, count=10)
+        time_queries(query, queries, seconds=asked.seconds / 4, count=3)
+        found, _ = time_queries(query, queries, seconds=asked.seconds, count=10)
         samples[at].append([round(ms, 4) for ms in found])
     return samples
 

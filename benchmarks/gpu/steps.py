@@ -16,10 +16,11 @@ from edgekd.artifacts.metadata import read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
-from edgekd.bench.latency import rotate
+from edgekd.bench.latency import time_queries
+from edgekd.bench.measure import bench
 from edgekd.bench.record import summary, write_record
-from edgekd.bench.suite import Suite, bench
-from edgekd.bench.variants import answerer
+from edgekd.bench.suite import Suite
+from edgekd.bench.variants import make_predictor
 from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load_subset
 from edgekd.data.split import read_split
@@ -106,8 +107,8 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
         "refusals": refusals,
         "batch1_ms": attempts[0].batch1_ms,
         "precision": manifest.precision,
-        "parity": manifest.parity,
-        "accuracy": manifest.accuracy,
+        "parity": manifest.parity and dataclasses.asdict(manifest.parity),
+        "accuracy": manifest.accuracy and dataclasses.asdict(manifest.accuracy),
         "stage_ms": manifest.stage_ms,
         "host": dataclasses.asdict(manifest.host),
         "backend_version": manifest.backend_version,
@@ -239,13 +240,15 @@ def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, An
         if engine.metadata.policy.is_tuned and len(engine.metadata.exits) > 1
         else ("final",)
     ):
-        answer = answerer(engine, kind)
+        answer = make_predictor(engine, kind)
         count = 0
 
         def work(answer: Any = answer) -> None:
             nonlocal count
             queries = [images[i : i + 1] for i in range(min(len(images), 64))]
-            count = len(rotate(lambda x: int(answer(x).exits[0]), queries, seconds=2 * asked.seconds, count=10)[0])
+            count = len(
+                time_queries(lambda x: int(answer(x).exits[0]), queries, seconds=2 * asked.seconds, count=10)[0]
+            )
 
         watts, seconds = meter.watts(work)
         found[kind] = {"watts": watts, "mj_an_image": 1e3 * (watts - idle) * seconds / count, "images": count}
@@ -259,7 +262,7 @@ def short(asked: argparse.Namespace) -> dict[str, Any]:
     images, _ = images_of(asked, "test")
     engine = open_engine(engine_path(asked, asked.network))
     for kind in ("no-early-exit", "full", "final"):
-        answer = answerer(engine, kind)
+        answer = make_predictor(engine, kind)
         for size in recipe_of(asked).batch_sizes[:2]:
             answer(images[:size])
     return {}
