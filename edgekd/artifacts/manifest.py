@@ -50,16 +50,31 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class BatchParity:
+    """Parity of one batch size.
+
+    Attributes:
+        size: Batch size.
+        max_abs_logit_difference: Largest difference from student.onnx, for each exit.
+    """
+
+    size: int
+    max_abs_logit_difference: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Parity:
     """Differences of logits on the validation images.
 
     Attributes:
         max_abs_logit_difference: Largest difference from student.onnx, for each exit.
         staged_to_monolithic: Largest difference between the stages in sequence and the monolithic graph.
+        by_batch_size: For backends that build kernels for each batch size: every size, in the order of the runs.
     """
 
     max_abs_logit_difference: tuple[float, ...]
     staged_to_monolithic: float
+    by_batch_size: tuple[BatchParity, ...] = ()
 
 
 @dataclass(frozen=True)

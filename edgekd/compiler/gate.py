@@ -6,13 +6,13 @@ import itertools
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.manifest import Accuracy, Parity, PredictionAccuracy
+from edgekd.artifacts.manifest import Accuracy, BatchParity, Parity, PredictionAccuracy
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AnyBackend
 from edgekd.backends.runner import StagedRunner
@@ -26,6 +26,8 @@ FP32_TOLERANCE = 1e-3
 """Largest difference of logits that an fp32 engine may have from ONNX Runtime FP32."""
 ALPHA = 0.05
 """Probability of refusing an engine that loses exactly the allowed accuracy, over all of its predictions together."""
+BATCH_SIZE_IMAGES = 64
+"""Images, or as few more as fill the last batch, on which each batch size of an engine is checked."""
 WARM_UP = 3
 """Rounds that are discarded; the first compiles what is compiled on first use."""
 TIMING_S = 0.4
@@ -70,19 +72,32 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
 
     The engine is refused for logits that are not finite, for an fp32 engine whose logits differ by more than
     `FP32_TOLERANCE`, or if an exact test finds that the predictions of the ensemble or of the last exit lose more
-    accuracy than the recipe allows. The other exits, which classify above a threshold only, are reported.
+    accuracy than the recipe allows. The other exits, which classify above a threshold only, are reported. Backends with
+    fixed batch sizes are checked in every one of them.
     """
     if validation is None:
         return GateReport()
-    images, labels, reference = validation.images, validation.labels, validation.reference
-    staged, monolithic = engine.staged_logits(images), engine.logits(images)
-    final = np.concatenate([engine.final(images[i : i + 32])[-1] for i in range(0, len(images), 32)])
-    paths = [staged, monolithic, np.concatenate([staged[:-1], final[None]])]
-    parity = Parity(
-        tuple(np.max([_differences(path, reference) for path in paths], axis=0).tolist()),
-        float(np.abs(staged - monolithic).max()),
+    paths = _paths(engine, validation.images)
+    parity = Parity(_differences(paths, validation.reference), float(np.abs(paths[0] - paths[1]).max()))
+    accuracy = _accuracy(paths, validation.reference, validation.labels)
+    refusal = _parity_refusal(engine, parity.max_abs_logit_difference, recipe=recipe) or _accuracy_refusal(
+        engine, accuracy, recipe=recipe
     )
-    accuracy = Accuracy(
+    if refusal is None and engine.largest_batch:
+        by_size, refusal = _check_batch_sizes(engine, validation, recipe=recipe)
+        parity = replace(parity, by_batch_size=by_size)
+    return GateReport(parity, accuracy, refusal)
+
+
+def _paths(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
+    """Return the logits (E, N, C) of the stages, of the monolithic graph, and with the final graph's last exit."""
+    staged, monolithic = (f(images, batch_size=batch_size) for f in (engine.staged_logits, engine.logits))
+    final = [engine.final(images[i : i + batch_size])[-1] for i in range(0, len(images), batch_size)]
+    return [staged, monolithic, np.concatenate([staged[:-1], np.concatenate(final, dtype=np.float32)[None]])]
+
+
+def _accuracy(paths: list[Array], reference: Array, labels: Labels) -> Accuracy:
+    return Accuracy(
         validation_images=len(labels),
         reference=_accuracies(reference, labels),
         engine=tuple(np.min([_accuracies(path, labels) for path in paths], axis=0).tolist()),
@@ -91,13 +106,39 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
             for name in ("ensemble", "final")[-len(reference) :]
         },
     )
-    refusal = _parity_refusal(engine, parity, recipe=recipe) or _accuracy_refusal(engine, accuracy, recipe=recipe)
-    return GateReport(parity, accuracy, refusal)
 
 
-def _differences(logits: Array, reference: Array) -> Array:
-    """Return the largest difference of each exit, (E,)."""
-    return np.asarray(np.abs(logits - reference).max(axis=(1, 2)))
+def _check_batch_sizes(
+    engine: Engine, validation: Validation, *, recipe: Recipe
+) -> tuple[tuple[BatchParity, ...], GateError | None]:
+    """Check every batch size of an engine that has kernels of its own for each, from the largest down and up again.
+
+    So the largest runs again after all others.
+
+    Returns:
+        The parity of each size, in this order, up to a refusal; and the refusal, if any.
+    """
+    images, labels, reference = validation.images, validation.labels, validation.reference
+    parities: list[BatchParity] = []
+    falling = sorted(set(recipe.batch_sizes), reverse=True)
+    for size in (*falling, *falling[-2::-1]):
+        rows = np.arange(math.ceil(BATCH_SIZE_IMAGES / size) * size) % len(images)
+        paths = _paths(engine, images[rows], batch_size=size)
+        differences = _differences(paths, reference[:, rows])
+        parities.append(BatchParity(size, differences))
+        once = rows[: len(images)]  # repeated images are no further evidence
+        accuracy = _accuracy([path[:, : len(once)] for path in paths], reference[:, once], labels[once])
+        refusal = _parity_refusal(engine, differences, recipe=recipe) or _accuracy_refusal(
+            engine, accuracy, recipe=recipe
+        )
+        if refusal:
+            return tuple(parities), GateError(f"in batches of {size}: {refusal.what}", fix=refusal.fix)
+    return tuple(parities), None
+
+
+def _differences(paths: list[Array], reference: Array) -> tuple[float, ...]:
+    """Return the largest difference from the reference, for each exit."""
+    return tuple(np.max([np.abs(path - reference).max(axis=(1, 2)) for path in paths], axis=0).tolist())
 
 
 def _accuracies(logits: Array, labels: Labels) -> tuple[float, ...]:
@@ -115,9 +156,9 @@ def _prediction_accuracy(name: str, paths: list[Array], reference: Array, labels
     return PredictionAccuracy(float(before.mean()), float(after.mean()), drop.images, drop.lost, drop.gained)
 
 
-def _parity_refusal(engine: Engine, parity: Parity, *, recipe: Recipe) -> GateError | None:
+def _parity_refusal(engine: Engine, differences: tuple[float, ...], *, recipe: Recipe) -> GateError | None:
     limit = FP32_TOLERANCE if recipe.precision == "fp32" else np.inf
-    for name, difference in zip(engine.metadata.outputs, parity.max_abs_logit_difference):
+    for name, difference in zip(engine.metadata.outputs, differences):
         if not (np.isfinite(difference) and difference <= limit):
             what = f"{engine.name}: {name} differs from student.onnx by {difference:.2e} (limit {limit:.0e})"
             return GateError(what, fix="try another backend, and please report this network")

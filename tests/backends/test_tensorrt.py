@@ -106,6 +106,16 @@ def test_profiles_and_scratch(box: Callable[..., Box], small_student: Path, tmp_
     assert next(iter(config._pools.values())) == pytest.approx(1 << 30, rel=0.01)
 
 
+def test_every_batch_size_is_gated_from_the_largest_down_and_up(
+    box: Callable[..., Box], small_student: Path, tmp_path: Path
+) -> None:
+    box("8.6")
+    parity = compiled(small_student, tmp_path / "student.engine", recipe("fp16")).parity
+    assert parity is not None
+    assert [one.size for one in parity.by_batch_size] == [8, 4, 2, 1, 2, 4, 8]
+    assert all(0 < max(one.max_abs_logit_difference) < 0.1 for one in parity.by_batch_size)
+
+
 def test_libraries_can_be_left_out(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     for family, excluded in (("8.6", {"CUBLAS", "CUBLAS_LT", "CUDNN"}), ("11.4", set())):
         machine = box(family)
