@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 
@@ -35,6 +35,10 @@ _WEIGHTED = r"conv|gemm|matrixmultiply|matmul|fullyconnected|dla"
 _TYPES = {"int8": "int8|i8", "bf16": "bf16|bfloat", "fp8": "fp8|e4m3", "fp16": "fp16|half|f16", "fp32": "float|fp?32"}
 _MAJORS = {8: 0, 9: 1, 10: 1, 11: 2}
 """Version-compatible engines cross one of these steps, upwards."""
+
+
+Layer: TypeAlias = Mapping[str, Any]
+"""The inspector's report on a layer, whose keys and types differ between versions of TensorRT."""
 
 
 class TensorRTBackend(Backend[TensorRTRunner]):
@@ -138,7 +142,7 @@ def _follows(ours: str, its: str) -> bool:
     return newer >= older and _MAJORS.get(newer[0], -9) - _MAJORS.get(older[0], 9) in (0, 1)
 
 
-def layers(opened: TensorRTRunner) -> list[dict[str, Any]]:
+def layers(opened: TensorRTRunner) -> list[Layer]:
     """Return the engine inspector's report on each layer; below TensorRT 10 on those of all batch sizes.
 
     Raises:
@@ -154,12 +158,12 @@ def layers(opened: TensorRTRunner) -> list[dict[str, Any]]:
         raise failed(f"TensorRT's inspector gives no layers of {opened.name}: {error}") from error
 
 
-def _is_weighted(layer: dict[str, Any]) -> bool:
+def _is_weighted(layer: Layer) -> bool:
     text = " ".join(str(layer.get(key, "")) for key in ("LayerType", "ParameterType"))
     return re.search(_WEIGHTED, text, re.IGNORECASE) is not None
 
 
-def _type(layer: dict[str, Any]) -> str:
+def _type(layer: Layer) -> str:
     """Return a layer's precision: the type of its weights, else of its first input, else from its kernel's name."""
     weights = layer.get("Weights")
     inputs = layer.get("Inputs") or [{}]

@@ -2,7 +2,7 @@
 
 A CUDA graph holds each stage as a child graph that ends in a small kernel. The kernel computes probabilities and
 confidence as `policy.decide` does, and sets the condition of the IF node that holds all later stages. So the
-host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
+host uploads an image, launches, and downloads the prediction, without the host between stages. Batches have no such form, for
 their images want different depths.
 
 What could be checked without a GPU: the kernel compiles with NVRTC and links (the driver itself provides
