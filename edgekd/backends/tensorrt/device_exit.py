@@ -2,8 +2,8 @@
 
 A CUDA graph holds each stage as a child graph that ends in a small kernel. The kernel computes probabilities and
 confidence as `policy.decide` does, and sets the condition of the IF node that holds all later stages. So the
-host uploads an image, launches, and downloads the prediction, without the host between stages. Batches have no such form, for
-their images want different depths.
+host uploads an image, launches, and downloads the prediction. Batches have no such form: their images need different
+depths.
 
 What could be checked without a GPU: the kernel compiles with NVRTC and links (the driver itself provides
 cudaGraphSetConditional), its arithmetic compiled for the CPU agrees with `policy.decide`, and the graph's structure.
