@@ -221,7 +221,7 @@ def _gap_us(gpu: Any, engine: Any, images: Any, *, seconds: float) -> float:
     def walk() -> None:
         with staged_runner(images[:1]) as way:
             for exit in range(exits):
-                decide(policy, exit, way.next(), total)
+                decide(policy, exit, way.run_stage(), total)
 
     walk()
     return 1e3 * float(np.median(gaps(gpu, [engine.stage(k) for k in range(exits)], walk, seconds=seconds)))

@@ -79,7 +79,7 @@ def asked(prepared: Path, out: Path, recipe: str, **more: Any) -> argparse.Names
 def test_prepared_folders(prepared: Path, small_student: Path) -> None:
     assert (prepared / "models" / "student.onnx").read_bytes() == small_student.read_bytes()
     split = read_split(prepared / "images")
-    assert {part: len(items) for part, items in split.parts.items()} == {"train": 20, "val": 20, "test": 12}
+    assert {part: len(items) for part, items in split.subsets.items()} == {"train": 20, "val": 20, "test": 12}
     assert Image.open(prepared / "images" / split.part("test")[0].path).size == (16, 16)
     engine = open_engine(prepared / "models" / "student.onnx", threads=1)
     for part in ("val", "test"):
@@ -280,7 +280,7 @@ def test_verdicts_by_hand() -> None:
         "full": row(1.0, 0.96),
         "plain": row(1.0, 0.953),
     }
-    host = {"gpu": "Orin", "sm": "8.7", "cpu": "x"}
+    host = {"cpu": "x", "backends": {"tensorrt": {"gpu": "Orin", "sm": "8.7"}}}
     build = {
         "host": host,
         "backend_version": "10.3.0",
