@@ -80,7 +80,7 @@ def test_prepared_folders(prepared: Path, small_student: Path) -> None:
     assert (prepared / "models" / "student.onnx").read_bytes() == small_student.read_bytes()
     split = read_split(prepared / "images")
     assert {part: len(items) for part, items in split.subsets.items()} == {"train": 20, "val": 20, "test": 12}
-    assert Image.open(prepared / "images" / split.part("test")[0].path).size == (16, 16)
+    assert Image.open(prepared / "images" / split.subset("test")[0].path).size == (16, 16)
     engine = open_engine(prepared / "models" / "student.onnx", threads=1)
     for part in ("val", "test"):
         images, labels = load_subset(split, part, data=prepared / "images", preprocess=engine.metadata.preprocess)
