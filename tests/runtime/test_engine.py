@@ -204,7 +204,7 @@ def test_manifest_damaged(copy: Path) -> None:
     with pytest.raises(ArtifactError, match="was edited"):
         open_engine(copy)
     path.write_text(text[: len(text) // 2])
-    with pytest.raises(ArtifactError, match="no engine manifest"):
+    with pytest.raises(ArtifactError, match="not a valid engine manifest"):
         open_engine(copy)
     path.unlink()
     with pytest.raises(ArtifactError, match="is no engine"):
