@@ -28,7 +28,7 @@ one() { # NAME GROUP CALIBRATION_IMAGES
     for run in plain student; do edgekd export "$out/$run-$1" --out "$out/$run-$1.onnx"; done
     edgekd compile "$out/student-$1.onnx" --recipe int8 --set "calibration_images=$3" --data "$data" --split "$split" --out "$engine"
     edgekd tune "$engine" --data "$data" --split "$split" --max-accuracy-drop 0.3
-    edgekd bench "$engine" --suite full --set targets.faster=6 --set targets.accuracy_drop=0.5 \
+    edgekd bench "$engine" --suite full --set targets.faster.plain-resnet18=6 --set targets.accuracy_drop=0.5 \
         --set targets.staged=1.10 --set targets.overhead_ms=0.2 --data "$data" --split "$split" \
         --against plain-resnet18="$out/plain-$1.onnx" --out "$out/results/sipakmed-$1.json"
     python - "$out/results/sipakmed-$1" <<'PY'
@@ -41,7 +41,7 @@ Path(f"{stem}.svg").write_text(trade_off(read_record(Path(f"{stem}.json"))))
 PY
 }
 
-# ResNet50 beside it: with these few epochs it is the weaker network, so it teaches nobody.
+# ResNet50 beside it: with these few epochs it is the weaker network, so it is no teacher.
 edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safetensors" --epochs 12 --set lr=0.01 \
     --out "$out/resnet50-random" --resume
 edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"

@@ -1,12 +1,12 @@
-"""What int8 costs each student: latency at batch 1 and answers, fp32 beside int8, in ONNX Runtime and OpenVINO.
+"""Measures what int8 costs each student: latency at batch 1 and predictions, fp32 beside int8, in both CPU backends.
 
     python benchmarks/students.py DATA [RUN ...] --weights FOLDER --out benchmarks/results/students-int8
 
-Writes OUT.json, with every sample, and OUT.md. Nothing is trained here; where a network's weights come from says what
-its row is worth:
+Writes OUT.json, with every sample, and OUT.md. Nothing is trained here; the origin of a network's weights
+decides what its row is worth:
 
 - a run folder (edgekd train or distill on DATA): accuracy on its test images. Calibrated on its training images.
-- FOLDER/NAME.safetensors, ImageNet's: how often int8 answers as float does, out of 1,000 classes, on images of DATA.
+- FOLDER/NAME.safetensors, ImageNet's: how often int8 predicts the same of 1,000 classes as float, on images of DATA.
 - random weights, batch norm measured on images of DATA: the same, but one class may lead on all images. Only its time
   counts.
 """
@@ -31,9 +31,9 @@ from torch import nn
 
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Runner
 from edgekd.backends.report import describe_host
-from edgekd.bench.latency import rotate, summarise
+from edgekd.backends.runner import Runner
+from edgekd.bench.latency import summarise, time_queries
 from edgekd.bench.record import refuse_existing, write_record
 from edgekd.bench.tables import pipe_table
 from edgekd.compiler.build import compile_engine
@@ -75,7 +75,16 @@ PRECISIONS = ("fp32", "int8")
 
 @dataclass(frozen=True)
 class Subject:
-    """One network. weights: where they come from, for the table. labels: (N,), of a network that was trained."""
+    """One network.
+
+    Attributes:
+        network: The network.
+        metadata: Its metadata.
+        weights: Origin of the weights, for the table.
+        calibration: Images (N, 3, H, W) for int8.
+        images: Images (N, 3, H, W) to predict.
+        labels: Their labels (N,); None for a network that was not trained.
+    """
 
     network: nn.Module
     metadata: ModelMetadata
@@ -85,30 +94,30 @@ class Subject:
     labels: npt.NDArray[np.int64] | None
 
 
-def trained(run: Path, asked: argparse.Namespace) -> Subject:
-    """The network of a run folder, its training images for calibration, and its test images."""
+def trained(run: Path, options: argparse.Namespace) -> Subject:
+    """Load the network of a run folder, its training images for calibration, and its test images."""
     network, made = load_model(run)
     split, p = read_split(run), made.preprocess
-    calibration, _ = load_subset(split, "train", data=asked.data, preprocess=p, limit=asked.calibration)
-    images, labels = load_subset(split, "test", data=asked.data, preprocess=p, limit=asked.images)
+    calibration, _ = load_subset(split, "train", data=options.data, preprocess=p, limit=options.calibration)
+    images, labels = load_subset(split, "test", data=options.data, preprocess=p, limit=options.images)
     outputs = _outputs(network, images)
     metadata = model_metadata(made.network, made.classes, p, outputs, provenance=made.provenance)
     return Subject(network, metadata, f"trained ({split.method}, {split.group})", calibration, images, labels)
 
 
-def untrained(name: str, asked: argparse.Namespace) -> Subject:
+def untrained(name: str, options: argparse.Namespace) -> Subject:
     """The network with ImageNet weights, where there are some, else random ones; every other image calibrates."""
-    file = Path(asked.weights or ".") / f"{name}.safetensors"
-    pretrained = bool(asked.weights) and file.is_file()
-    preprocess = Preprocess(asked.image_size, *(HALF.get(name, ()) if pretrained else ()))
-    folder = scan(asked.data)
+    file = Path(options.weights or ".") / f"{name}.safetensors"
+    pretrained = bool(options.weights) and file.is_file()
+    preprocess = Preprocess(options.image_size, *(HALF.get(name, ()) if pretrained else ()))
+    folder = scan(options.data)
     items = tuple(Item(found.path, found.label) for found in folder.items)
     split = Split(folder.classes, {"train": items[::2], "test": items[1::2]}, "every other", 0, "none", 0, 0, "")
-    calibration, _ = load_subset(split, "train", data=asked.data, preprocess=preprocess, limit=asked.calibration)
-    images, _ = load_subset(split, "test", data=asked.data, preprocess=preprocess, limit=asked.images)
+    calibration, _ = load_subset(split, "train", data=options.data, preprocess=preprocess, limit=options.calibration)
+    images, _ = load_subset(split, "test", data=options.data, preprocess=preprocess, limit=options.images)
     classes = tuple(f"class {i}" for i in range(1000 if pretrained else 5))
     torch.manual_seed(0)
-    network = build(name, classes=len(classes), image_size=asked.image_size)
+    network = build(name, classes=len(classes), image_size=options.image_size)
     if pretrained:
         log.info("%s: %s", name, load_state(network, read_state(file), source=str(file)).summary())
     else:
@@ -131,14 +140,14 @@ def _outputs(network: MultiExitNetwork, images: Array) -> Outputs:
     return network.eval()(torch.from_numpy(images[:1]))
 
 
-def measure(subject: Subject, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    """Export, compile for both backends in both precisions, time them in turns, and compare their answers."""
+def measure(subject: Subject, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Export, compile for both backends in both precisions, time them interleaved, and compare their predictions."""
     source = folder / "student.onnx"
     names = [f"image {i}" for i in range(32)]
     difference = export(subject.network, subject.metadata, out=source, images=subject.images[:32], names=names)
     ways = list(itertools.product(BACKENDS, PRECISIONS))
-    engines = [_engine(subject, source, *way, threads=asked.threads) for way in ways]
-    samples = _timed(engines, subject.images, asked)
+    engines = [_engine(subject, source, *way, threads=options.threads) for way in ways]
+    samples = _timed(engines, subject.images, options)
     return {
         "network": subject.metadata.network,
         "weights": subject.weights,
@@ -154,7 +163,7 @@ def measure(subject: Subject, folder: Path, asked: argparse.Namespace) -> dict[s
 
 
 def _engine(subject: Subject, source: Path, backend: str, precision: str, *, threads: int | None) -> Engine:
-    """Compiled without a gate: the table is to show what int8 costs."""
+    """Compile without validation images, so without a gate: the table shows what int8 costs."""
     out = source.with_name(f"{backend}-{precision}.engine")
     recipe = Recipe(precision, batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1,)}})  # type: ignore[arg-type]
     images = subject.calibration if precision == "int8" else None
@@ -162,18 +171,18 @@ def _engine(subject: Subject, source: Path, backend: str, precision: str, *, thr
     return open_engine(out, threads=threads)
 
 
-def _timed(engines: list[Engine], images: Array, asked: argparse.Namespace) -> list[list[list[float]]]:
-    """Milliseconds a query, for each engine and round; engines take turns."""
+def _timed(engines: list[Engine], images: Array, options: argparse.Namespace) -> list[list[list[float]]]:
+    """Return the milliseconds of each query, for each engine and round; engines are interleaved."""
     queries = [images[i : i + 1] for i in range(min(len(images), 64))]
     samples: list[list[list[float]]] = [[] for _ in engines]
-    for _, (at, engine) in itertools.product(range(asked.rounds), enumerate(engines)):
+    for _, (at, engine) in itertools.product(range(options.rounds), enumerate(engines)):
         graph = engine.monolithic
 
         def query(x: Array, graph: Runner = graph) -> int:
             return len(graph(x))
 
-        rotate(query, queries, seconds=asked.seconds / 4, count=3)
-        found, _ = rotate(query, queries, seconds=asked.seconds, count=10)
+        time_queries(query, queries, seconds=options.seconds / 4, count=3)
+        found, _ = time_queries(query, queries, seconds=options.seconds, count=10)
         samples[at].append([round(ms, 4) for ms in found])
     return samples
 
@@ -187,50 +196,50 @@ def _result(backend: str, precision: str, engine: Engine, samples: list[list[flo
         "ran": engine.manifest.precision,
         "size_mib": sum(file.bytes for file in files) / 2**20,
         "samples_ms": samples,
-        "answers": ensemble(engine.logits(images, batch_size=1)).argmax(axis=1).tolist(),
+        "predictions": ensemble(engine.logits(images, batch_size=1)).argmax(axis=1).tolist(),
     }
 
 
 def rows(network: dict[str, Any]) -> list[list[str]]:
-    """The table's rows of one network, one a backend."""
+    """Make the table's rows of one network, one for each backend."""
     found = []
     for backend in BACKENDS:
         float_, int8 = (r for r in network["results"] if r["backend"] == backend)
         ms = [summarise(r["samples_ms"]).p50 for r in (float_, int8)]
-        answers = [np.array(r["answers"]) for r in (float_, int8)]
-        same = float((answers[0] == answers[1]).mean())
+        predictions = [np.array(r["predictions"]) for r in (float_, int8)]
+        same = float((predictions[0] == predictions[1]).mean())
         cells = [network["network"], network["weights"], backend, *(f"{m:.2f}" for m in ms), f"{ms[0] / ms[1]:.2f}"]
         cells += [f"{r['size_mib']:.1f}" for r in (float_, int8)]
-        found.append([*cells, *_accuracy(answers, network["labels"]), percent(same, digits=1)])
+        found.append([*cells, *_accuracy(predictions, network["labels"]), percent(same, digits=1)])
     return found
 
 
-def _accuracy(answers: list[npt.NDArray[np.int64]], labels: list[int] | None) -> list[str]:
-    """Accuracy of both and their difference in points, with the standard error of a difference between pairs."""
+def _accuracy(predictions: list[npt.NDArray[np.int64]], labels: list[int] | None) -> list[str]:
+    """Format the accuracy of both and their difference in points, with the standard error of a paired difference."""
     if labels is None:
         return ["–"] * 3
-    right = [a == np.array(labels) for a in answers]
+    right = [a == np.array(labels) for a in predictions]
     points = 100 * (right[1].mean() - right[0].mean())
     error = 100 * np.sqrt((right[0] != right[1]).sum()) / len(labels)
     return [*(percent(float(r.mean())) for r in right), f"{points:+.2f} ± {error:.2f}"]
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The table, what its columns mean, and how it was measured."""
+    """Render the table, what its columns mean, and how it was measured."""
     head = ["network", "weights", "backend", "fp32 ms", "int8 ms", "× faster", "fp32 MiB", "int8 MiB"]
-    head += ["fp32 accuracy %", "int8 accuracy %", "points", "same answer %"]
+    head += ["fp32 accuracy %", "int8 accuracy %", "points", "same prediction %"]
     host, s = HostInfo(**record["host"]), record["settings"]
     return (
         "## What int8 costs each student\n\n"
         + pipe_table((head, [row for network in record["networks"] for row in rows(network)]))
-        + "\n\nMedian latency of the whole graph, all exits, at batch 1; size of its files; answers: all exits "
-        "together. Trained: accuracy on the run's test images, and the difference with its standard error. ImageNet: "
-        "the same answer out of 1,000 classes, on images unlike those it was trained on, so that many are close "
-        "calls. Chance: only the times mean something. Nothing was refused here; `edgekd compile` refuses what loses "
+        + "\n\nMedian latency of the whole graph, all exits, at batch 1; size of its files; predictions of all exits' "
+        "ensemble. Trained: accuracy on the run's test images, and the difference with its standard error. ImageNet: "
+        "the same prediction out of 1,000 classes, on images unlike those it was trained on, so that many are close "
+        "calls. Random: only latency means something. Nothing was refused here; `edgekd compile` refuses what loses "
         f"over 0.5 points.\n\n{record['created']}. {host}. {s['threads'] or host.cores} threads. "
         f"Load average {record['load_before'][0]:g} before, {record['load_after'][0]:g} "
         f"after. {s['image_size']} pixels if not trained otherwise, {s['images']} images at most, "
-        f"{s['calibration']} for calibration, {s['rounds']} rounds of {s['seconds']:g} s in turns in one process.\n"
+        f"{s['calibration']} for calibration, {s['rounds']} rounds of {s['seconds']:g} s interleaved in one process.\n"
     )
 
 
@@ -242,7 +251,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder of ImageNet weights, NAME.safetensors")
     parser.add_argument("--names", nargs="*", default=NAMES, help="networks to measure that have no run")
     parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--images", type=int, default=400, help="answers compared, at most")
+    parser.add_argument("--images", type=int, default=400, help="largest number of predictions compared")
     parser.add_argument("--calibration", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5)
@@ -251,28 +260,30 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    asked = parsed(arguments)
-    record_file = asked.out.with_suffix(".json")
+    options = parsed(arguments)
+    record_file = options.out.with_suffix(".json")
     refuse_existing(record_file)
     before, networks = load_average(), []
-    done = {read_metadata(run).network for run in asked.runs}
-    rest = [name for name in asked.names if name not in done]
-    subjects = itertools.chain((trained(run, asked) for run in asked.runs), (untrained(name, asked) for name in rest))
+    done = {read_metadata(run).network for run in options.runs}
+    rest = [name for name in options.names if name not in done]
+    subjects = itertools.chain(
+        (trained(run, options) for run in options.runs), (untrained(name, options) for name in rest)
+    )
     for subject in subjects:
         log.info("%s, %s weights", subject.metadata.network, subject.weights)
         with tempfile.TemporaryDirectory(prefix="edgekd-students-") as folder:
-            networks.append(measure(subject, Path(folder), asked))
+            networks.append(measure(subject, Path(folder), options))
     kept = ("image_size", "images", "calibration", "rounds", "seconds", "threads")
     record = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": {key: getattr(asked, key) for key in kept},
+        "settings": {key: getattr(options, key) for key in kept},
         "host": dataclasses.asdict(describe_host(*BACKENDS)),
         "load_before": before,
         "load_after": load_average(),
         "networks": networks,
     }
     write_record(record_file, record)
-    atomic_write(asked.out.with_suffix(".md"), markdown(record).encode())
+    atomic_write(options.out.with_suffix(".md"), markdown(record).encode())
 
 
 if __name__ == "__main__":

@@ -159,37 +159,37 @@ def _read(path: str) -> str:
 
 
 def visible_cores() -> int:
-    """The cores that the scheduler may put this process on."""
+    """Return the number of cores that the scheduler may run this process on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores() -> int:
-    """The cores that this process can keep busy: by affinity and by the CPU quotas of its cgroups, rounded up."""
+    """Return how many cores this process can keep busy, by affinity and its cgroups' CPU quotas (rounded up)."""
     return max(1, min([visible_cores(), *map(math.ceil, _quotas())]))
 
 
 def default_threads() -> int:
-    """`cores`, or fewer if OMP_NUM_THREADS says so."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": two in each of four
-    return min(cores(), int(asked)) if asked.isdecimal() and int(asked) else cores()
+    """Return `cores`, or fewer if OMP_NUM_THREADS says so."""
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": two in each of four
+    return min(cores(), int(limit)) if limit.isdecimal() and int(limit) else cores()
 
 
 def checked_threads(threads: int | None) -> int:
-    """The number asked for, or the default if None.
+    """Return the requested number of threads, or the default if it is None.
 
     Raises:
-        ConfigError: less than one.
+        ConfigError: Less than one.
     """
     if threads is not None and threads < 1:
-        raise ConfigError(f"threads: {threads}", fix="1 or more; leave it out to use all cores")
+        raise ConfigError(f"threads: {threads}", fix="1 or more; omit it to use all cores")
     return threads or default_threads()
 
 
 def exact_int8() -> bool:
-    """Whether unsigned times signed 8-bit sums are exact here.
+    """Return True if sums of unsigned times signed 8-bit products are exact on this CPU.
 
     x86 without VNNI adds pairs of products in 16 bits, which saturate unless weights keep to 7 bits.
-    Where the flags cannot be read (x86 without /proc), the answer is no.
+    Where the flags cannot be read (x86 without /proc), it returns False.
     """
     if platform.machine().lower() not in ("x86_64", "amd64", "x86"):
         return True
@@ -197,12 +197,12 @@ def exact_int8() -> bool:
 
 
 def kept_from_vnni() -> bool:
-    """Whether ONEDNN_MAX_CPU_ISA keeps OpenVINO to instructions older than VNNI."""
+    """Return True if ONEDNN_MAX_CPU_ISA restricts OpenVINO to instructions older than VNNI."""
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_VNNI
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU can, by Linux's names; empty where it does not say."""
+    """Return the CPU's features by Linux's names; empty where they cannot be read."""
     return set(_cpuinfo("flags").split())
 
 
@@ -212,7 +212,7 @@ def _cpuinfo(key: str) -> str:
 
 
 def _quotas() -> Iterator[float]:
-    """Cores' worth of time that this process's cgroups and those around them may take; nothing for no limit."""
+    """Yield the CPU quotas, in cores, of this process's cgroups and of those around them."""
     for group, top in _cgroups():
         for folder in (group, *group.parents):
             quota = _quota(folder)
@@ -223,7 +223,7 @@ def _quotas() -> Iterator[float]:
 
 
 def _quota(folder: Path) -> float | None:
-    """Of one cgroup, version 2 (`cpu.max`) or 1 (`cpu.cfs_*`)."""
+    """Read the quota of one cgroup, version 2 (`cpu.max`) or 1 (`cpu.cfs_*`), in cores; None for no limit."""
     try:
         if (folder / "cpu.max").is_file():
             most, period = (folder / "cpu.max").read_text().split()
@@ -235,7 +235,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def _cgroups() -> Iterator[tuple[Path, Path]]:
-    """(this process's cgroup, the topmost one that can be seen) for each hierarchy that counts CPU time."""
+    """Yield this process's cgroup and the topmost visible one, for each hierarchy that controls CPU time."""
     try:
         mounts = (ROOT / "proc/self/mountinfo").read_text().splitlines()
         groups = (ROOT / "proc/self/cgroup").read_text().splitlines()

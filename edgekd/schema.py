@@ -9,7 +9,7 @@ import reprlib
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,9 +20,9 @@ MANY = 20
 """Largest number of problems that an error lists."""
 DEPTH = 50
 """Largest nesting depth of lists and tables: more than any artefact has, less than Python's recursion limit."""
-TABLES = {"tables": True}
-"""Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass."""
-_OPTIONS = "option tables"
+_TABLES = "tables"
+TABLES = {_TABLES: None}
+"""Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass, as they are."""
 
 
 def parse_json(text: str) -> Any:
@@ -81,8 +81,8 @@ def from_dict(
 ) -> T:
     """Build the frozen dataclass `cls` from a table; `where` names its source in errors, `at` precedes its keys there.
 
-    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses. A field with the
-    metadata `option_tables` collects the tables that are named after a registry's entries.
+    Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses; see `TABLES` and
+    `option_tables` for tables that are no fields.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -91,24 +91,24 @@ def from_dict(
     value = _dataclass(cls, table, at, problems)
     if problems:
         more = [f"  and {len(problems) - MANY} more"] if len(problems) > MANY else []
-        raise error("\n".join([f"{where}:", *(f"  {p}" for p in problems[:MANY]), *more]), fix="mend these keys")
+        raise error("\n".join([f"{where}:", *(f"  {p}" for p in problems[:MANY]), *more]), fix="correct these keys")
     return typing.cast(T, value)
 
 
 def option_tables(registry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata of a dataclass field that is a dict from names of a registry's entries to their options.
+    """Return metadata of a `dict` field from names of a registry's entries to their options.
 
     In TOML each entry has a table of its own beside the other keys, for example `[hybrid]`. It is read strictly into
     the dataclass `registry[name].options`; only tables that are given are in the dict.
     """
-    return {_OPTIONS: registry}
+    return {_TABLES: registry}
 
 
 def to_table(spec: Any) -> dict[str, Any]:
     """Return a dataclass as the table from which `from_dict` builds it; None, which TOML lacks, is left out."""
     values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
     for field in dataclasses.fields(spec):
-        if _OPTIONS in field.metadata:
+        if _TABLES in field.metadata:
             values |= values.pop(field.name)
     return values
 
@@ -117,16 +117,18 @@ def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
     if not isinstance(table, Mapping):
         return problems.append(f"{at or 'the file'}: expected a table, found {reprlib.repr(table)}")
     hints = typing.get_type_hints(cls)
-    collecting = {f.name: f.metadata[_OPTIONS] for f in dataclasses.fields(cls) if _OPTIONS in f.metadata}
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in collecting}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    before = len(problems)
     table = _with_tables(table, fields)
-    before, options = len(problems), {name for registry in collecting.values() for name in registry} - fields.keys()
-    for key in table.keys() - fields.keys() - options:
-        problems.append(f"{at}{key}: unknown key; {nearest(key, [*fields, *options])}")
-    values = {k: _value(hints[k], table[k], f"{at}{k}", problems) for k in fields if k in table}
-    for name, registry in collecting.items():
-        given = [key for key in table if key in registry and key in options]
-        values[name] = {k: _dataclass(registry[k].options, table[k], f"{at}{k}.", problems) for k in given}
+    known = [*fields, *(name for field in fields.values() for name in field.metadata.get(_TABLES) or ())]
+    for key in table.keys() - fields.keys():
+        problems.append(f"{at}{key}: unknown key; {nearest(key, known)}")
+    values = {}
+    for key, field in fields.items():
+        if key in table and field.metadata.get(_TABLES):
+            values[key] = _options(field.metadata[_TABLES], table[key], known, at, problems)
+        elif key in table:
+            values[key] = _value(hints[key], table[key], f"{at}{key}", problems)
     for key, field in fields.items():
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if key not in table and no_default:
@@ -140,12 +142,21 @@ def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
 
 
 def _with_tables(table: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> Mapping[str, Any]:
-    """Return the table with the inner tables that are no fields moved into the `TABLES` field, if there is one."""
-    name = next((name for name, field in fields.items() if field.metadata == TABLES), None)
+    """Return the table with the inner tables that are no fields moved into the field for them, if there is one."""
+    name = next((name for name, field in fields.items() if _TABLES in field.metadata), None)
     moved = {k: v for k, v in table.items() if k not in fields and isinstance(v, Mapping)} if name else {}
     if name is None or not moved or not isinstance(table.get(name, {}), Mapping):
         return table
     return {**{k: v for k, v in table.items() if k not in moved}, name: {**table.get(name, {}), **moved}}
+
+
+def _options(registry: Mapping[str, Any], tables: Any, known: Collection[str], at: str, problems: list[str]) -> Any:
+    if not isinstance(tables, Mapping):
+        return problems.append(f"{at}: expected a table for each entry, found {reprlib.repr(tables)}")
+    for key in tables.keys() - registry.keys():
+        problems.append(f"{at}{key}: unknown key; {nearest(key, known)}")
+    given = [key for key in tables if key in registry]
+    return {key: _dataclass(registry[key].options, tables[key], f"{at}{key}.", problems) for key in given}
 
 
 def _value(hint: Any, value: Any, at: str, problems: list[str]) -> Any:

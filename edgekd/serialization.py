@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 import json
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.schema import from_dict, parse_json
 
 SCHEMA = 1
+Fact: TypeAlias = str | bool | int | float | tuple[str | bool | int | float | None, ...] | None
+"""A value of a flat table."""
 T = TypeVar("T")
 
 
@@ -33,7 +36,7 @@ def read_bytes(path: Path, *, what: str, fix: str = "check the path") -> bytes:
         raise ArtifactError(f"no {what} at {path}", fix=fix) from None
     except OSError as error:
         what = f"{path} cannot be read: {error.strerror}"
-        raise ArtifactError(what, fix="check the path and its rights") from None
+        raise ArtifactError(what, fix="check the path and its permissions") from None
 
 
 def read_json(path: Path, cls: type[T], *, what: str) -> T:
@@ -114,3 +117,22 @@ def to_json(value: Any) -> bytes:
     """Serialise a dataclass or dict as indented JSON."""
     tree = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
     return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Fact]:
+    """Flatten nested tables, as records keep what other versions of edgekd may name otherwise.
+
+    Args:
+        tree: Tables of values and lists of values.
+        prefix: Put before each key.
+
+    Returns:
+        The keys joined by dots, and their values.
+    """
+    found: dict[str, Fact] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
+    return found

@@ -1,4 +1,4 @@
-"""What a command owes the shell that started it: signals that end it in order, and standard streams that are there."""
+"""Orderly termination on signals, and standard streams that always exist."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 AGAIN_S = 1.0
-"""A signal that comes again within this time is the same one: `timeout` sends two, and impatient users more."""
+"""Signals within this time after the first are ignored: `timeout` sends two, and impatient users more."""
 PATIENCE_S = 10.0
-"""How long an import may take that a signal came in the middle of."""
+"""Longest time that an import may continue after a signal."""
 STDOUT = "standard output"
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised where a signal came, so that what is being written is cleared away."""
+    """Raised on a signal, so that unfinished output is removed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -30,18 +30,19 @@ class Stopped(KeyboardInterrupt):
 
 
 def heed(*, ignored: bool = False) -> None:
-    """From now on a signal ends the process at once, without a traceback: there is nothing to clear away yet.
+    """Let signals end the process immediately and without a traceback, while there is nothing to clean up yet.
 
-    ignored: heed also those that whoever started this process had it ignore.
+    Args:
+        ignored: Include signals that the parent process set to be ignored.
     """
     for number in SIGNALS:
-        if ignored or signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
+        if ignored or signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job
             signal.signal(number, _end)
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Stops]:
-    """Within the block a signal raises `Stopped`."""
+    """Let signals raise `Stopped` within the block."""
     stops = Stops()
     heeded = SIGNALS if threading.current_thread() is threading.main_thread() else []
     kept = {n: signal.getsignal(n) for n in heeded if signal.getsignal(n) not in (signal.SIG_IGN, None)}
@@ -55,10 +56,12 @@ def stopping() -> Iterator[Stops]:
 
 
 class Stops:
-    """A handler that raises, but not in the middle of an import: an extension that is interrupted while it is loaded
-    may raise ImportError, which looks as if it were not installed.
+    """Signal handler that raises `Stopped`, but not during an import.
 
-    by: the signal that came, or None.
+    An extension module that is interrupted while loading may raise ImportError, as if it were not installed.
+
+    Attributes:
+        by: The received signal, or None.
     """
 
     def __init__(self) -> None:
@@ -95,7 +98,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output whose errors say what failed."""
+    """Standard output whose errors name it."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -106,9 +109,9 @@ class _Output(io.FileIO):
 
 
 def shield_tracker() -> None:
-    """Start multiprocessing's resource tracker so that it outlives SIGHUP, as it does SIGINT and SIGTERM by itself.
+    """Start multiprocessing's resource tracker so that it ignores SIGHUP, as it already does SIGINT and SIGTERM.
 
-    A terminal that is closed would end it, and the one that follows it prints tracebacks.
+    Otherwise closing the terminal ends it, and its successor prints tracebacks.
     """
     if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
         from multiprocessing import resource_tracker
@@ -121,15 +124,16 @@ def shield_tracker() -> None:
 
 
 def streams() -> None:
-    """Open what was closed (`>&-`): else the next file that is opened would get its number, and what is printed.
+    """Open standard streams that were closed (`>&-`).
 
-    A character that a stream cannot encode is written as an escape.
+    Otherwise the next opened file would get their descriptor, and with it everything that is printed. Characters that a
+    stream cannot encode are escaped.
     """
     for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, mode), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, mode), True)  # the lowest free descriptor
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stderr, io.TextIOWrapper):
@@ -140,7 +144,7 @@ def streams() -> None:
 
 
 def silence(stream: object) -> None:
-    """Let a stream that fails lead to nowhere, so that it does not fail again when the process ends."""
+    """Redirect a failed stream to the null device, so that it does not fail again at exit."""
     if isinstance(stream, io.TextIOWrapper):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fakes.machine import box, small_student  # noqa: F401  # fixtures
 from faults.base import make_base
+from helpers.device_kernel import kernels  # noqa: F401  # a fixture
 from helpers.light import pytest_collection_modifyitems, pytest_ignore_collect  # noqa: F401  # hooks
 
 if TYPE_CHECKING:

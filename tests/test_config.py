@@ -159,7 +159,7 @@ def test_the_protocols_network_is_distilled(cells: Path, tmp_path: Path, asked: 
         (["--set", "anchor_every=30"], "error: --set anchor_every=30: 30 is above epochs"),
     ],
 )
-def test_what_was_given_on_the_command_line_is_blamed_and_no_file(
+def test_an_error_names_the_command_line_value_and_not_the_file(
     words: list[str], said: str, cells: Path, tmp_path: Path
 ) -> None:
     out = edgekd("train", "--data", cells, "--model", "resnet18", "--out", tmp_path / "r", *words, code=1)
@@ -168,7 +168,7 @@ def test_what_was_given_on_the_command_line_is_blamed_and_no_file(
 
 
 @pytest.mark.parametrize("command", ["compile", "bench"])
-def test_other_commands_blame_set_too(command: str, student_onnx: Path, cells: Path, tmp_path: Path) -> None:
+def test_other_commands_name_the_set_value_too(command: str, student_onnx: Path, cells: Path, tmp_path: Path) -> None:
     words: list[Any] = [command, student_onnx, "--out", tmp_path / "x", "--set", "no_such_key=1"]
     words += ["--data", cells] if command == "bench" else []
     assert "error: --set no_such_key=1: unknown key" in edgekd(*words, code=1)

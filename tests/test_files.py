@@ -181,7 +181,7 @@ def _killed_between(out: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "missing"])
-def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path, what: str) -> None:
+def test_a_link_is_kept_and_its_target_replaced(tmp_path: Path, what: str) -> None:
     (tmp_path / "far").mkdir()
     target, link = tmp_path / "far" / "target", tmp_path / "link"
     link.symlink_to("far/target")
@@ -216,7 +216,7 @@ def test_only_its_own_kind_is_replaced(tmp_path: Path) -> None:
         refuse_other(Path(os.devnull), kind)
 
 
-def test_where_there_are_no_locks_it_is_said(
+def test_a_file_system_without_locks_causes_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def none(*given: object) -> None:

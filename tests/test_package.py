@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from edgekd.engines.trt_device_exit import PTX
 
 from edgekd.extras import extras, missing
 
@@ -38,6 +39,7 @@ def test_wheel_holds_the_package_and_the_tomls_and_nothing_else(wheel: Path) -> 
     assert others == {
         "edgekd/py.typed",
         "edgekd/bench/report.html",
+        PTX.relative_to(ROOT).as_posix(),
         *(f"edgekd/training/protocols/{p.name}" for p in (ROOT / "edgekd/training/protocols").glob("*.toml")),
         *(f"edgekd/reproduce/tables/{p.name}" for p in (ROOT / "edgekd/reproduce/tables").glob("*.toml")),
     }

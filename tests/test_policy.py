@@ -49,7 +49,7 @@ def test_confidence_by_hand(measure: str, expected: list[float]) -> None:
     assert [CONFIDENCE_MEASURES[measure].one(p.tolist()) for p in probabilities] == pytest.approx(expected, abs=1e-6)
 
 
-def test_three_images_leave_at_three_exits() -> None:
+def test_three_images_take_three_exits() -> None:
     logits = logs(
         [[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]],
         [[0.5, 0.5], [0.2, 0.8], [0.7, 0.3]],
@@ -122,7 +122,7 @@ def test_is_tuned() -> None:
 
 
 @pytest.mark.parametrize(("temperatures", "thresholds"), [((), ()), ((0.0,), ()), ((1.0, 1.0), (0.5, 0.5))])
-def test_a_policy_that_cannot_be(temperatures: tuple[float, ...], thresholds: tuple[float, ...]) -> None:
+def test_an_invalid_policy_is_refused(temperatures: tuple[float, ...], thresholds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"temperatures|thresholds"):
         Policy(temperatures, thresholds)
 

@@ -115,7 +115,7 @@ def test_files_without_a_digest(trained: Path, small_student: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_weights_that_are_no_numbers(bad: float, small_student: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite(bad: float, small_student: Path, tmp_path: Path) -> None:
     network = build("multi-exit-test_resnet", classes=3, image_size=32).eval()
     name, weight = next((n, p) for n, p in network.named_parameters() if p.dim() > 1)
     good = network.state_dict()
@@ -160,7 +160,9 @@ def broken(folder: Path, how: str, other: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "truncated"])
-def test_what_is_open_stays_what_it_was(how: str, engine: Path, small_student: Path, tmp_path: Path) -> None:
+def test_replaced_files_do_not_change_an_open_engine(
+    how: str, engine: Path, small_student: Path, tmp_path: Path
+) -> None:
     backend = read_manifest(engine).backend
     other, recipe = tmp_path / "other.engine", Recipe("fp32", batch_sizes=(1,))
     model, metadata = read_onnx(small_student)
@@ -203,7 +205,7 @@ def test_manifests_list_the_backends_graphs(name: str, engine: Path) -> None:
         open_engine(engine)
 
 
-def test_engines_that_are_not_what_their_card_says(engine: Path) -> None:
+def test_engines_that_contradict_their_metadata(engine: Path) -> None:
     metadata = read_manifest(engine).metadata
     cases = {
         "classes": dataclasses.replace(metadata, classes=(*metadata.classes, "f")),
@@ -296,7 +298,7 @@ def test_graphs_that_no_export_writes(said: str, small_student: Path, tmp_path: 
         ("policy", {"temperatures": [1.0] * 3, "confidence": "margn"}),
     ],
 )
-def test_cards_that_cannot_be(key: str, value: Any, small_student: Path, tmp_path: Path) -> None:
+def test_invalid_metadata_is_refused(key: str, value: Any, small_student: Path, tmp_path: Path) -> None:
     model = onnx.load(str(small_student))
     metadata = next(p for p in model.metadata_props if p.key == "edgekd")
     metadata.value = json.dumps({**json.loads(metadata.value), key: value})
@@ -305,7 +307,7 @@ def test_cards_that_cannot_be(key: str, value: Any, small_student: Path, tmp_pat
         read_onnx(tmp_path / "s.onnx")
 
 
-def test_policies_that_cannot_be() -> None:
+def test_invalid_policies_are_refused() -> None:
     for change in ({"thresholds": (NAN,)}, {"thresholds": (INF,)}, {"average": "meen"}, {"temperatures": (NAN, 1.0)}):
         with pytest.raises(ValueError, match=next(iter(change))):
             Policy(**{"temperatures": (1.0, 1.0), **change})  # type: ignore[arg-type]
@@ -329,7 +331,7 @@ JSONS = {
 
 @pytest.mark.parametrize("said", JSONS)
 @pytest.mark.parametrize("reader", ["split", "record", "manifest", "metadata", "run metadata"])
-def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, tmp_path: Path) -> None:
+def test_invalid_json_in_every_reader(said: str, reader: str, small_student: Path, tmp_path: Path) -> None:
     content = JSONS[said]
     data = content if isinstance(content, bytes) else content.encode()
     path = tmp_path / (MANIFEST if reader == "manifest" else "x.json")
@@ -376,14 +378,14 @@ def test_odd_json_in_every_reader(said: str, reader: str, small_student: Path, t
         'data = "\\u0000"',
     ],
 )
-def test_odd_toml(text: str, tmp_path: Path) -> None:
+def test_invalid_toml(text: str, tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     path.write_text(text + "\n")
     with pytest.raises(ConfigError, match=str(path)):
         config.load(Protocol, "protocols", str(path))
 
 
-def test_toml_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_toml(tmp_path: Path) -> None:
     (tmp_path / "folder.toml").mkdir()
     (tmp_path / "latin.toml").write_bytes('source = "é"'.encode("latin-1"))
     for name in ("folder.toml", "latin.toml", "none.toml"):
@@ -425,7 +427,7 @@ def test_a_student_runs_elsewhere_by_its_metadata(small_student: Path, tmp_path:
     np.testing.assert_allclose(said.probabilities, probabilities, atol=1e-5)
 
 
-def test_answers_of_another_number(small_student: Path, tmp_path: Path) -> None:
+def test_another_number_of_outputs(small_student: Path, tmp_path: Path) -> None:
     """ONNX Runtime does not hold a graph to the shapes that it declares."""
     model, metadata = read_onnx(small_student)
     node = next(n for n in model.graph.node if "exit_0" in n.output)
@@ -438,7 +440,7 @@ def test_answers_of_another_number(small_student: Path, tmp_path: Path) -> None:
             Classifier(tmp_path / "s.onnx", strategy=strategy).run(IMAGES[:1])
 
 
-def test_answers_that_are_no_numbers(small_student: Path) -> None:
+def test_outputs_that_are_not_finite(small_student: Path) -> None:
     classifier = Classifier(small_student, strategy="full")
     with pytest.raises(EdgekdError, match="not finite"):
         classifier.run(np.full((1, 3, 16, 16), 1e38, np.float32))

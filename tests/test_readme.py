@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgekd.bench.record import read_record
-from edgekd.bench.tables import pipe_table, table
+from edgekd.bench.tables import markdown, pipe_table, summary_table, to_csv
 from edgekd.data.synthetic import write_cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,11 +68,14 @@ def test_python_blocks(place: Path) -> None:
 
 
 def test_tables_are_the_records() -> None:
-    """Each table of numbers in the README is printed from the record that it names."""
-    named = re.findall(r"<!-- table of (\S+) -->\n(.*?)\n\n", README, flags=re.DOTALL)
-    assert named
+    """Each table of numbers in the README, and each page beside a record, is rendered from the record that it names."""
+    named = re.findall(r"<!-- summary of (\S+) -->\n(.*?)\n\n", README, flags=re.DOTALL)
+    assert len(named) == 2
     for path, text in named:
-        assert text.strip() == pipe_table(table(read_record(ROOT / path))).strip(), path
+        record = read_record(ROOT / path)
+        assert text.strip() == pipe_table(summary_table(record)).strip(), path
+        assert (ROOT / path).with_suffix(".md").read_text() == markdown(record)
+        assert (ROOT / path).with_suffix(".csv").read_text() == to_csv(record)
 
 
 def test_links_and_make_targets_exist() -> None:

@@ -65,7 +65,7 @@ def test_an_import_is_finished_first(number: signal.Signals, tmp_path: Path, mon
     del sys.modules["odd_inner"], sys.modules["odd_outer"]
 
 
-def test_what_is_ignored_stays_ignored() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     """`nohup edgekd train …` outlives its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

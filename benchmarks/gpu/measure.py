@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import steps
+from gpu import NotMeasured
 from table import table
 
 from edgekd.errors import EdgekdError
@@ -26,11 +28,17 @@ from edgekd.serialization import to_json
 
 ORDER = ("fp16", "int8-fp16", "fp32", "int8")
 """Recipes, the most important first."""
+SANITIZER_S = 60
+"""How long compute-sanitizer may take."""
 STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "check": steps.check,
     "build": steps.build,
     "records": steps.records,
     "device": steps.on_device,
+    "layers": steps.layers,
+    "one-launch": steps.one_launch,
+    "launches": steps.launches,
+    "build-times": steps.build_times,
     "short": steps.short,
 }
 
@@ -89,12 +97,18 @@ def _all(asked: argparse.Namespace, end: float) -> list[dict[str, Any]]:
         for recipe in asked.recipes:
             for name in (n for n in group if n in networks):
                 done.append(_run(asked, "build", name, recipe, end))
+            if group[0] == "student" and _built(done, "student", recipe):
+                done.append(_run(asked, "layers", "student", recipe, end))
             for name in (n for n in group if _built(done, n, recipe)):
                 if name != "plain":
                     done.append(_run(asked, "records", name, recipe, end))
                 done.append(_run(asked, "device", name, recipe, end))
             if recipe == "fp16" and _built(done, "student", recipe) and group[0] == "student":
-                done.append(_run(asked, "short", "student", recipe, end, before=_sanitizer()))
+                done.append(_run(asked, "one-launch", "student", recipe, end))
+    for recipe in asked.recipes[:1]:  # last: instrumenting TensorRT's kernels takes minutes
+        if _built(done, "student", recipe):
+            done += [_run(asked, step, "student", recipe, end) for step in ("launches", "build-times")]
+            done.append(_run(asked, "short", "student", recipe, end, before=_sanitizer(), limit=SANITIZER_S))
     return done
 
 
@@ -105,13 +119,23 @@ def _built(done: list[dict[str, Any]], network: str, recipe: str) -> bool:
 def _sanitizer() -> list[str] | None:
     """None where compute-sanitizer is not installed."""
     path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    return [path, "--error-exitcode=9", "--target-processes=all"] if path else None
+    if not path:
+        return None
+    options = ["--error-exitcode=9", "--target-processes=all", "--report-api-errors=no"]  # TensorRT provokes some
+    return ["env", "CUDA_MODULE_LOADING=LAZY", path, *options]
 
 
 def _run(
-    asked: argparse.Namespace, step: str, network: str, recipe: str, end: float, *, before: Sequence[str] | None = ()
+    asked: argparse.Namespace,
+    step: str,
+    network: str,
+    recipe: str,
+    end: float,
+    *,
+    before: Sequence[str] | None = (),
+    limit: float = math.inf,
 ) -> dict[str, Any]:
-    """One step in a process of its own, begun by the words `before`; what came of it."""
+    """One step in a process of its own, begun by the words `before`, `limit` seconds at most; what came of it."""
     began = time.monotonic()
     fact = {"step": step, "network": network, "recipe": recipe, "seconds": 0.0}
     if before is None:
@@ -123,9 +147,9 @@ def _run(
     path.unlink(missing_ok=True)  # of an earlier run
     command = [*before, sys.executable, *sys.argv, *words]
     try:
-        code = subprocess.run(command, stdout=sys.stderr, check=False, timeout=end + 30 - began).returncode
+        code = subprocess.run(command, stdout=sys.stderr, check=False, timeout=min(end + 30 - began, limit)).returncode
     except subprocess.TimeoutExpired:
-        return {**fact, "outcome": "failed", "why": "took longer than the time that was left"}
+        return {**fact, "outcome": "failed", "why": f"took longer than {min(end + 30 - began, limit):.0f} s"}
     fact["seconds"] = round(time.monotonic() - began, 1)
     if code in (0, 1) and path.is_file():
         fact.update(json.loads(path.read_text()))
@@ -144,7 +168,7 @@ def _child(asked: argparse.Namespace) -> int:
     """Do a step and leave its outcome beside the others."""
     try:
         found = {"outcome": "done", **STEPS[asked.step](asked)}
-    except steps.NotMeasured as error:
+    except NotMeasured as error:
         found = {"outcome": "skipped", "why": str(error)}
     except EdgekdError as error:
         found = {"outcome": "refused", "why": error.what, "fix": error.fix}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TensorRT engines on this machine's GPU, from two prepared folders to records and a table, within 8 minutes.
+# TensorRT engines on this machine's GPU, from two prepared folders to records and a table.
 #
 #   benchmarks/gpu/run.sh MODELS IMAGES OUT [OPTIONS]
 #

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import golden
 import numpy as np
 from gpu import Meter, NotMeasured, facts, gaps, spans
 
@@ -16,19 +17,19 @@ from edgekd.artifacts.metadata import read_onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
-from edgekd.bench.latency import rotate
+from edgekd.bench.latency import time_queries
+from edgekd.bench.measure import bench
 from edgekd.bench.record import summary, write_record
-from edgekd.bench.suite import Suite, bench
-from edgekd.bench.variants import answerer
+from edgekd.bench.suite import Suite
+from edgekd.bench.variants import make_predictor
 from edgekd.compiler.build import compile_engine
 from edgekd.data.images import load_subset
 from edgekd.data.split import read_split
 from edgekd.errors import BackendError, ConfigError, GateError
-from edgekd.policy import NEVER_EXIT, decide
+from edgekd.files import atomic_write
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import save_tuned, tune
-
-__all__ = ["NotMeasured", "build", "check", "on_device", "records", "short"]
+from edgekd.serialization import to_json
 
 DROP = 0.5
 """Points of accuracy that an exit, and the cascade, may lose."""
@@ -212,18 +213,11 @@ def _feed(graph: Any, images: Any) -> None:
 
 
 def _gap_us(gpu: Any, engine: Any, images: Any, *, seconds: float) -> float:
-    """Between two stages while nobody leaves, in the middle of all."""
-    exits = len(engine.metadata.exits)
-    policy = dataclasses.replace(engine.metadata.policy, thresholds=(NEVER_EXIT,) * (exits - 1))
-    staged_runner, total = engine.staged_runner(), np.zeros((1, len(engine.metadata.classes)), np.float32)
-
-    def walk() -> None:
-        with staged_runner(images[:1]) as way:
-            for exit in range(exits):
-                decide(policy, exit, way.next(), total)
-
-    walk()
-    return 1e3 * float(np.median(gaps(gpu, [engine.stage(k) for k in range(exits)], walk, seconds=seconds)))
+    """Between two stages while nobody leaves, in the middle of all; the classifier decides."""
+    answer = make_predictor(engine, "no-early-exit")
+    answer(images[:1])  # links the stages
+    stages = [engine.stage(k) for k in range(len(engine.metadata.exits))]
+    return 1e3 * float(np.median(gaps(gpu, stages, lambda: answer(images[:1]), seconds=seconds)))
 
 
 def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, Any]:
@@ -239,13 +233,15 @@ def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, An
         if engine.metadata.policy.is_tuned and len(engine.metadata.exits) > 1
         else ("final",)
     ):
-        answer = answerer(engine, kind)
+        answer = make_predictor(engine, kind)
         count = 0
 
         def work(answer: Any = answer) -> None:
             nonlocal count
             queries = [images[i : i + 1] for i in range(min(len(images), 64))]
-            count = len(rotate(lambda x: int(answer(x).exits[0]), queries, seconds=2 * asked.seconds, count=10)[0])
+            count = len(
+                time_queries(lambda x: int(answer(x).exits[0]), queries, seconds=2 * asked.seconds, count=10)[0]
+            )
 
         watts, seconds = meter.watts(work)
         found[kind] = {"watts": watts, "mj_an_image": 1e3 * (watts - idle) * seconds / count, "images": count}
@@ -259,7 +255,42 @@ def short(asked: argparse.Namespace) -> dict[str, Any]:
     images, _ = images_of(asked, "test")
     engine = open_engine(engine_path(asked, asked.network))
     for kind in ("no-early-exit", "full", "final"):
-        answer = answerer(engine, kind)
+        answer = make_predictor(engine, kind)
         for size in recipe_of(asked).batch_sizes[:2]:
             answer(images[:size])
     return {}
+
+
+def layers(asked: argparse.Namespace) -> dict[str, Any]:
+    """The inspector's report on every graph, in a file of its own; how many reformats a graph has."""
+    if asked.dry_run:
+        raise NotMeasured("dry run: no TensorRT to inspect")
+    found = golden.inspected(engine_path(asked, asked.network))
+    path = asked.out / "layers" / f"{asked.network}-{asked.recipe}.json"
+    atomic_write(path, to_json(found))
+    reformats = {name: graph["reformats"] for name, graph in found.items()}
+    ends = {end: told["format"] for graph in found.values() for end, told in graph["ends"].items()}
+    return {"file": str(path.relative_to(asked.out)), "reformats": reformats, "formats": ends}
+
+
+def launches(asked: argparse.Namespace) -> dict[str, Any]:
+    """CUDA graphs against TensorRT's own launches."""
+    if asked.dry_run:
+        raise NotMeasured("dry run: no launches")
+    return {"microseconds": golden.launches(engine_path(asked, asked.network), seconds=asked.seconds / 8)}
+
+
+def one_launch(asked: argparse.Namespace) -> dict[str, Any]:
+    """The cascade that the GPU ends itself against the host's."""
+    if asked.dry_run:
+        raise NotMeasured("dry run: no GPU to decide")
+    images = images_of(asked, "test")[0][:64]
+    return golden.one_launch(engine_path(asked, asked.network), images, seconds=asked.seconds)
+
+
+def build_times(asked: argparse.Namespace) -> dict[str, Any]:
+    """What the timing cache saves."""
+    if asked.dry_run:
+        raise NotMeasured("dry run: nothing is timed while building")
+    recipe = dataclasses.replace(recipe_of(asked), batch_sizes=(1,))
+    return {"seconds": golden.build_times(asked.models / f"{asked.network}.onnx", recipe)}

@@ -35,7 +35,7 @@ def _where(steps: Steps, dry_run: bool) -> str:
     if not built:
         return said * dry_run + "Nothing was built."
     host = built[0]["host"]
-    reported, gpu = next(iter(host["backends"].values())), next(iter(_done(steps, "device")), {})
+    reported, gpu = next(iter(host["backends"].values()), {}), next(iter(_done(steps, "device")), {})
     facts = [
         reported.get("gpu", host["cpu"]),
         f"SM {reported['sm']}" if "sm" in reported else "",
@@ -80,7 +80,7 @@ def _latencies(steps: Steps) -> str:
             means = [f"{v['mean_ms'][str(b)]:.3f}" if str(b) in v["mean_ms"] else "" for b in sizes]
             leave = _numbers((100 * share for share in v["shares"]), ".0f") if name == "cascade" else ""
             rows.append([f"{s['network']} {s['recipe']}: {name}", *means, f"{100 * v['accuracy']:.2f}", leave])
-    head = ["wall clock, mean ms a batch", *(f"batch {b}" for b in sizes), "accuracy %", "leave %"]
+    head = ["wall clock, mean ms a batch", *(f"batch {b}" for b in sizes), "accuracy %", "exit share %"]
     said = "From float32 images in host memory to the decision there; transfers and CUDA graphs are in.\n\n"
     return "## Latency\n\n" + said + _rows(head, rows) if rows else ""
 
@@ -146,7 +146,7 @@ def _ratio(steps: Steps, recipe: str, name: str, other: str) -> float | None:
 
 def _points(steps: Steps, recipe: str) -> float | None:
     cascade, plain = (_variant(steps, recipe, n) for n in ("cascade", "plain"))
-    return 100 * float(plain["accuracy"] - cascade["accuracy"]) if cascade and plain else None
+    return round(100 * float(plain["accuracy"] - cascade["accuracy"]), 6) if cascade and plain else None
 
 
 def _against_fp16(steps: Steps, name: str) -> float | None:

@@ -18,12 +18,15 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Rates:
-    """One class against the rest, fractions. None is "not defined".
+    """Rates of one class against the rest, 0..1; None where a rate is not defined.
 
-    sensitivity: found of those that are there; None without images of the class.
-    specificity: left alone of the others; None without others.
-    precision: right among those named so; 0 for a class that is there and was never named, None for an absent one.
-    f1: harmonic mean of precision and sensitivity; None without images of the class.
+    Attributes:
+        images: Number of images of the class.
+        sensitivity: True positives over images of the class; None without such images.
+        specificity: True negatives over images of other classes; None without such images.
+        precision: True positives over predictions of the class; 0 for a class that has images and was never predicted,
+            None for one without images.
+        f1: Harmonic mean of precision and sensitivity; None without images of the class.
     """
 
     images: int
@@ -35,10 +38,15 @@ class Rates:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one artefact does on labelled images; fractions, not percent.
+    """Metrics of a classifier on labelled images; fractions, not percent.
 
-    macro: means over the classes that the labels contain; a class without images has no say.
-    confusion: rows are the truth, columns the answer. ece: expected calibration error, 15 bins.
+    Attributes:
+        n: Number of images.
+        accuracy: Share that is classified correctly.
+        macro: Means over the classes that have images.
+        per_class: Class name to its rates.
+        confusion: Counts; rows are true classes, columns predicted ones.
+        ece: Expected calibration error over `BINS` bins.
     """
 
     n: int
@@ -64,11 +72,16 @@ class Metrics:
 def metrics(
     probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], classes: Sequence[str]
 ) -> Metrics:
-    """All measures of probabilities (N, C) against labels (N,).
+    """Compute all metrics.
+
+    Args:
+        probabilities: (N, C).
+        labels: True class indices (N,).
+        classes: Names of the C classes.
 
     Raises:
-        DataError: no images, or shapes and labels that do not fit the classes.
-        BackendError: probabilities that are not finite.
+        DataError: No images, or shapes and labels that do not fit the classes.
+        BackendError: Probabilities that are not finite.
     """
     if len(labels) == 0 or probabilities.shape != (len(labels), len(classes)):
         raise DataError(
@@ -76,9 +89,9 @@ def metrics(
             fix="evaluate on a folder with the network's own classes",
         )
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(f"labels reach from {labels.min()} to {labels.max()}, the network has {len(classes)} classes")
+        raise DataError(f"labels range from {labels.min()} to {labels.max()}, the network has {len(classes)} classes")
     if not np.isfinite(probabilities).all():
-        raise BackendError("the network answers with numbers that are not finite", fix="compile with --recipe fp32")
+        raise BackendError("the network returns values that are not finite", fix="compile with --recipe fp32")
     confusion = confusion_matrix(labels, probabilities.argmax(axis=1), len(classes))
     rates = [_rates(confusion, c) for c in range(len(classes))]
     return Metrics(
@@ -92,17 +105,22 @@ def metrics(
 
 
 def confusion_matrix(
-    labels: npt.NDArray[np.integer[Any]], answers: npt.NDArray[np.integer[Any]], classes: int
+    labels: npt.NDArray[np.integer[Any]], predictions: npt.NDArray[np.integer[Any]], classes: int
 ) -> npt.NDArray[np.int64]:
-    """Counts (C, C): rows are the truth, columns the answer."""
-    return np.bincount(labels * classes + answers, minlength=classes**2).reshape(classes, classes)
+    """Count images (C, C): rows are true classes, columns predicted ones."""
+    return np.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
 
 
 def gap(test: Metrics, *, accuracy: float, images: int) -> str:
-    """That test accuracy is not the validation images' `accuracy`, where chance cannot explain it; else nothing.
+    """Describe a significant difference between test and validation accuracy; empty if there is none.
 
-    Two proportions are compared with the pooled z-test; a difference counts from 3 standard errors on, one in 370 by
-    chance. The best epoch was chosen on the validation images, which favours them by much less than that.
+    The two proportions are compared by the pooled z-test. A difference is significant from 3 standard errors (one in
+    370 cases by coincidence). The best epoch was selected on the validation images, which favours them by much less.
+
+    Args:
+        test: Metrics on the test images.
+        accuracy: Accuracy on the validation images, 0..1.
+        images: Number of validation images.
     """
     pooled = (accuracy * images + test.accuracy * test.n) / (images + test.n)
     error = (pooled * (1 - pooled) * (1 / images + 1 / test.n)) ** 0.5
@@ -110,7 +128,7 @@ def gap(test: Metrics, *, accuracy: float, images: int) -> str:
         return ""
     lower, why = "above", "the test images are easier, or some of them were trained on"
     if test.accuracy < accuracy:
-        lower, why = "below", "the test images are of another kind, or validation images resemble training images"
+        lower, why = "below", "the test images differ in kind, or validation images resemble training images"
     return (
         f"accuracy on {test.n} test images, {test.accuracy:.2%}, is far {lower} the {accuracy:.2%} on {images} "
         f"validation images ({abs(test.accuracy - accuracy) / error:.1f} standard errors): {why}"
@@ -120,7 +138,10 @@ def gap(test: Metrics, *, accuracy: float, images: int) -> str:
 def calibration_error(
     probabilities: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.integer[Any]], *, bins: int = BINS
 ) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins, weighted by their counts."""
+    """Return the mean gap between confidence and accuracy over equal-width bins, weighted by their counts.
+
+    Expected calibration error as in Guo et al. 2017 (arXiv 1706.04599).
+    """
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -151,7 +172,7 @@ def _macro(rates: list[Rates]) -> Rates:
 
 
 def text_table(results: Mapping[str, Metrics]) -> str:
-    """Percent, as aligned text: one row for each result, then the rates of every class of the last one."""
+    """Format percentages as aligned text: a row for each result, then the rates of every class of the last one."""
     head = ["sensitivity", "specificity", "precision", "F1"]
     rows = [["", "accuracy", *head, "calibration error"]]
     for name, result in results.items():
@@ -168,8 +189,8 @@ def _cells(rates: Rates) -> list[str]:
 
 
 def confusion_text(result: Metrics) -> str:
-    """The confusion matrix as aligned text: rows are the truth, columns (numbered) the answer."""
-    rows = [["truth \\ answer", *(f"[{c}]" for c in range(len(result.confusion)))]]
+    """Format the confusion matrix as aligned text: rows are true classes, columns (numbered) predicted ones."""
+    rows = [["truth \\ prediction", *(f"[{c}]" for c in range(len(result.confusion)))]]
     for c, (name, counts) in enumerate(zip(result.per_class, result.confusion)):
         rows.append([f"[{c}] {name}", *(str(v) if v else "." for v in counts)])
     return aligned(rows)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from edgekd.bench.record import Record
+from edgekd.bench.metrics import HEADLINES, MISSING, TimingMetric, VariantMetric
+from edgekd.bench.record import Record, Variant
 from edgekd.bench.tables import pipe_table
 from edgekd.errors import ConfigError
-from edgekd.text import markdown, percent
+from edgekd.text import markdown
 
 
 def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
-    """One Markdown table: mean latency at batch 1, ratio to the first record, and accuracy, for every variant.
+    """Put records side by side in one Markdown table: the headline metrics of every variant.
 
-    records: a name for each (its file), two or more. force: compare in spite of differences, which are then listed.
+    Args:
+        records: Name (of its file) to record; two or more.
+        force: Compare in spite of differences, which are then listed below the table.
 
     Raises:
-        ConfigError: fewer than two, or host, threads, versions or test images differ; each key is named.
+        ConfigError: Fewer than two records, or they were not measured under the same conditions; each is named.
     """
     if len(records) < 2:
         raise ConfigError("one record is nothing to compare", fix="give two or more record.json files")
@@ -25,7 +28,8 @@ def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
     if differing and not force:
         listed = "\n".join(f"  {line}" for line in differing)
         raise ConfigError(
-            f"these records do not compare:\n{listed}", fix="measure again alike, or give --force and mind the list"
+            f"these records were measured under different conditions:\n{listed}",
+            fix="measure again under the same, or give --force",
         )
     notes = "".join(f"- differs: {markdown(line)}\n" for line in differing)
     return pipe_table((_header(records), _rows(records))) + "\n" + (f"\n{notes}" if notes else "")
@@ -45,15 +49,15 @@ def differences(records: Mapping[str, Record]) -> list[str]:
 
 
 def conditions(record: Record) -> dict[str, str]:
-    """Everything but the backends' facts that must be equal for two records' numbers to mean the same."""
+    """Return what must be equal for two records to compare, but for the facts of backends."""
     host = dataclasses.asdict(dataclasses.replace(record.host, versions={}, facts={}, backends={}))
     return {
         **{key: str(value) for key, value in host.items()},
         **{f"{name} version": version for name, version in record.host.versions.items()},
         **record.host.facts,
         "threads": str(record.threads),
-        "data fingerprint": record.split["fingerprint"],
-        "split": f"{record.split['method']}, seed {record.split['seed']}, {record.split['group']}",
+        "data fingerprint": record.split.fingerprint,
+        "split": f"{record.split.method}, seed {record.split.seed}, {record.split.group}",
         "test images": str(len(record.images)),
     }
 
@@ -68,18 +72,26 @@ def _differing(found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _header(records: Mapping[str, Record]) -> list[str]:
-    return ["variant", *(f"{name}: {part}" for name in records for part in ("mean ms", "×", "accuracy %"))]
+    titles = [title for m in HEADLINES for title in ([m.headline, "×"] if m.has_ratio else [m.headline])]
+    return ["variant", *(f"{name}: {title}" for name in records for title in titles)]
 
 
 def _rows(records: Mapping[str, Record]) -> list[list[str]]:
     names = dict.fromkeys(v.name for record in records.values() for v in record.variants)
-    return [[name, *(cell for record in records.values() for cell in _cells(name, record, records))] for name in names]
+    first = next(iter(records.values()))
+    return [
+        [
+            name,
+            *(text for r in records.values() for m in HEADLINES for text in _cells(m, r.find(name), first.find(name))),
+        ]
+        for name in names
+    ]
 
 
-def _cells(name: str, record: Record, records: Mapping[str, Record]) -> list[str]:
-    variant, base = record.find(name), next(iter(records.values())).find(name)
-    if variant is None:
-        return ["–"] * 3
-    mean = variant.at(1).mean
-    times = f"{mean / base.at(1).mean:.2f}" if base else "–"
-    return [f"{mean:.3f}", times, percent(variant.metrics.accuracy)]
+def _cells(metric: TimingMetric | VariantMetric, variant: Variant | None, first: Variant | None) -> list[str]:
+    """Format a metric, and its ratio to that of the first record."""
+    texts = [metric.headline_text(variant) if variant else MISSING]
+    if metric.has_ratio:
+        ours, base = (metric.values(v)[0] if v else None for v in (variant, first))
+        texts.append(f"{ours / base:.2f}" if isinstance(ours, float) and isinstance(base, float) else MISSING)
+    return texts

@@ -1,4 +1,4 @@
-"""Energy of the processor packages from RAPL, where the system lets us read it. Nothing is ever reported as 0."""
+"""Energy of the processor packages from RAPL counters, where this user may read them; else None, never 0."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 def domains(root: Path = POWERCAP) -> list[Path]:
-    """The package domains (`intel-rapl:0`, AMD's too) whose counters this user may read."""
+    """List the package domains (`intel-rapl:0`; AMD's have the same names) whose counters this user may read."""
     return [d for d in sorted(root.glob("intel-rapl:?")) if _read(d / "energy_uj") is not None]
 
 
 def counters(packages: list[Path]) -> dict[Path, int]:
-    """Each package's counter, microjoules since some moment."""
+    """Read each package's counter in microjoules."""
     return {d: int((d / "energy_uj").read_text()) for d in packages}
 
 
 def joules(before: Mapping[Path, int], after: Mapping[Path, int]) -> float:
-    """Energy between two readings; a counter that wrapped around once is put right."""
+    """Return the energy in joules between two readings, in which a counter may have wrapped around once."""
     total = 0
     for package, start in before.items():
         spent = after[package] - start
@@ -29,7 +29,7 @@ def joules(before: Mapping[Path, int], after: Mapping[Path, int]) -> float:
 
 
 def idle_watts(packages: list[Path], *, seconds: float = 2.0) -> float | None:
-    """Power of the packages while we sleep; None where there is nothing to read."""
+    """Measure the power of the packages in watts while this process sleeps; None where there is none to read."""
     if not packages:
         return None
     before, start = counters(packages), time.perf_counter()

@@ -1,4 +1,4 @@
-"""Timing queries on the wall clock, and what may be said of the samples."""
+"""Timing queries on the wall clock, and statistics of the samples."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ import numpy.typing as npt
 from edgekd.types import Array
 
 UNSTABLE = 0.025
-"""Coefficient of variation above which a result is called unstable."""
+"""Coefficient of variation above which a result counts as unstable."""
 P99_FROM = 1000
-"""Samples below which no 99th percentile is given."""
+"""Number of samples from which the 99th percentile is given."""
 TURN = 10
-"""Queries of one way of answering before it is the next one's turn."""
+"""Queries of one variant before the next one's turn."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Latency of one query in milliseconds; intervals are 95 % bootstrap ones. p99 is None below 1000 samples.
+    """Latency of one query in milliseconds; intervals are 95 % bootstrap intervals.
 
-    cv: coefficient of variation of queries that did the same work (see `variation`).
+    Attributes:
+        n: Number of samples.
+        mean: Mean.
+        mean_interval: Interval of the mean.
+        p50: Median.
+        p50_interval: Interval of the median.
+        p90: 90th percentile.
+        p99: 99th percentile; None below `P99_FROM` samples.
+        cv: Coefficient of variation of queries that did the same work (see `variation`).
     """
 
     n: int
@@ -40,10 +48,16 @@ class Summary:
 def summarise(
     rounds: Sequence[Sequence[float]], *, exits: Sequence[Sequence[int]] = (), resamples: int = 400, seed: int = 0
 ) -> Summary:
-    """Summary of samples (ms), one list a process; no sample is clipped.
+    """Summarise samples without clipping any.
 
-    The bootstrap draws processes first and samples inside them second, so that what differs from process to process
-    widens the interval. exits: where each sample left, when samples did different amounts of work.
+    The bootstrap draws processes first and samples within them second, so that differences between processes widen the
+    intervals.
+
+    Args:
+        rounds: Samples of each process in ms.
+        exits: Exit of each sample, if samples did different amounts of work.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
     """
     values = np.concatenate([np.asarray(r, np.float64) for r in rounds])
     means, medians = _bootstrap([np.asarray(r, np.float64) for r in rounds], resamples, seed)
@@ -78,20 +92,33 @@ def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def variation(values: npt.NDArray[np.float64], groups: npt.NDArray[np.integer[Any]]) -> float:
-    """Standard deviation around each group's own mean, over the overall mean.
+    """Divide the standard deviation around each group's own mean by the overall mean.
 
-    The queries of a cascade leave at different exits on purpose; only the spread among equals is noise.
+    Queries of a cascade take different exits on purpose; only the spread within an exit is noise.
+
+    Args:
+        values: Latencies (N,).
+        groups: Group of each value (N,).
     """
     squares = sum(float(((v - v.mean()) ** 2).sum()) for v in (values[groups == g] for g in np.unique(groups)))
     return float(np.sqrt(squares / len(values)) / values.mean())
 
 
-def rotate(
+def time_queries(
     query: Callable[[Array], int], queries: Sequence[Array], *, seconds: float, count: int
 ) -> tuple[list[float], list[int]]:
-    """Ask `query` for one batch after the other, around and around, until `seconds` passed and `count` were asked.
+    """Time `query` on one batch after the other, cycling through `queries`.
 
-    Returns latencies (ms) and what each query returned. A warm-up is a call whose result is thrown away.
+    A warm-up is a call whose result is discarded.
+
+    Args:
+        query: Classifies a batch and returns an exit.
+        queries: Batches (B, 3, H, W).
+        seconds: Shortest time to go on for.
+        count: Smallest number of queries.
+
+    Returns:
+        Latency of each query in ms, and what it returned.
     """
     clock = time.perf_counter_ns
     samples: list[float] = []
@@ -106,17 +133,25 @@ def rotate(
     return samples, exits
 
 
-def take_turns(
-    ways: Sequence[Callable[[Array], int]], queries: Sequence[Array], *, seconds: float
+def time_interleaved(
+    variants: Sequence[Callable[[Array], int]], queries: Sequence[Array], *, seconds: float
 ) -> tuple[tuple[float, ...], ...]:
-    """Latencies (ms) of several ways on the same queries, some queries each at a time, until `seconds` passed.
+    """Time several variants on the same queries, `TURN` queries each at a time.
 
-    What else the machine does slows all of them alike, so their ratio is worth more than that of two processes.
+    Other load on the machine slows all of them alike, so their ratio is more precise than that of two processes.
+
+    Args:
+        variants: Each classifies a batch and returns an exit.
+        queries: Batches (B, 3, H, W).
+        seconds: Shortest time to go on for.
+
+    Returns:
+        Latencies of each variant in ms.
     """
-    samples: list[list[float]] = [[] for _ in ways]
+    samples: list[list[float]] = [[] for _ in variants]
     end = time.perf_counter() + seconds
     while not samples[0] or time.perf_counter() < end:
         turn = [queries[(len(samples[0]) + i) % len(queries)] for i in range(TURN)]
-        for way, own in zip(ways, samples):
-            own += rotate(way, turn, seconds=0, count=TURN)[0]
+        for variant, own in zip(variants, samples):
+            own += time_queries(variant, turn, seconds=0, count=TURN)[0]
     return tuple(tuple(round(s, 4) for s in own) for own in samples)

@@ -1,4 +1,4 @@
-"""How much memory this process has and had."""
+"""Resident memory of this process, now and at its peak."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 
 
-def _status_mib(key: str) -> float:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) / 1024
-
-
 def peak_mib() -> float:
-    """Largest resident size so far (MiB).
+    """Return the largest resident size so far in MiB.
 
     On Linux from VmHWM: getrusage's ru_maxrss is inherited through fork and exec, so a child of a large parent
     would report its parent.
@@ -26,5 +21,10 @@ def peak_mib() -> float:
 
 
 def resident_mib() -> float:
-    """Resident size now (MiB); where the system does not tell, the largest so far."""
+    """Return the present resident size in MiB; where the system does not report it, the largest so far."""
     return _status_mib("VmRSS") if _STATUS.is_file() else peak_mib()
+
+
+def _status_mib(key: str) -> float:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1024

@@ -1,4 +1,4 @@
-"""Pictures of a record, as SVG text that stands in a page without anything beside it. Needs matplotlib."""
+"""Plots of a record as self-contained SVG text. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from edgekd.text import code_point, visible
 
 log = logging.getLogger(__name__)
 FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-"""Kinds of picture files, and what is left out of them so that the same figures give the same file."""
+"""Formats of plot files, and the metadata left out of them so that the same numbers give the same file."""
 LABEL = 48
-"""Characters of a name that a picture shows at most."""
+"""Largest number of characters of a name in a plot."""
 BLUE, GREY, ORANGE = "#2563a8", "#8a94a3", "#d9742b"
 EXITS = ("#2a9d8f", "#8ab17d", "#e9c46a", "#e76f51", "#9b5de5", "#577590")
 _STYLE: Any = {
@@ -46,11 +46,11 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """Our settings in place of the user's matplotlibrc, for all that is made inside."""
+    """Replace the user's matplotlibrc by our settings within the block."""
     try:
         from matplotlib import rc_context
     except ImportError:
-        raise ConfigError("pictures need matplotlib", fix="pip install 'edgekd[report]'") from None
+        raise ConfigError("plots need matplotlib", fix="pip install 'edgekd[report]'") from None
     with rc_context(_STYLE):
         yield
 
@@ -69,7 +69,7 @@ def _svg(figure: Any) -> str:
 
 
 def _labels(names: Iterable[str]) -> list[str]:
-    """Names as a figure that is made afterwards can show them: in installed fonts, else as code points."""
+    """Return the names as a figure made afterwards can draw them: in installed fonts, else as code points."""
     from matplotlib import rcParams
 
     names = [visible(name if len(name) <= LABEL else name[: LABEL - 1] + "…") for name in names]
@@ -80,7 +80,7 @@ def _labels(names: Iterable[str]) -> list[str]:
 
 @lru_cache
 def _fonts(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """Installed fonts for what the usual one lacks, and the characters that no font has."""
+    """Find installed fonts for the characters that the usual one lacks; return them and those that no font has."""
     from matplotlib.font_manager import findfont, fontManager, get_font
 
     missing = {c for c in characters if ord(c) not in get_font(findfont(_STYLE["font.family"])).get_charmap()}
@@ -93,23 +93,23 @@ def _fonts(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
                 found.append(font.name)
                 missing -= has
     if missing:
-        log.warning("no installed font has %s: pictures show the code points", " ".join(sorted(missing)))
+        log.warning("no installed font has %s: plots show the code points", " ".join(sorted(missing)))
     return found, frozenset(missing)
 
 
 @_style()
 def trade_off(record: Record) -> str:
-    """Accuracy on the test images against mean latency at batch 1, and the curve that `edgekd tune` left."""
+    """Plot accuracy on the test images against mean latency at batch 1, and the trade-off curve of `edgekd tune`."""
     figure, axes = _figure(8.4, 4.6)
     if record.curve:
-        xs, ys = ([p[key] for p in record.curve] for key in ("latency_ms", "accuracy"))
+        xs, ys = [p.latency_ms for p in record.curve], [p.accuracy for p in record.curve]
         label = "thresholds tried by tune (validation images, expected latency)"
         axes.plot(xs, [100 * y for y in ys], "-", color="#b9cde3", marker=".", label=label, zorder=1)
         axes.legend(loc="lower right", fontsize=9, frameon=False)
-    variants = sorted(record.variants, key=lambda v: v.at(1).mean)
+    variants = sorted(record.variants, key=lambda v: v.latency(1).mean)
     for i, (v, name) in enumerate(zip(variants, _labels(v.name for v in variants))):
-        colour = ORANGE if v.name == "cascade" else GREY if v.against else BLUE
-        mean, (low, high) = v.at(1).mean, v.at(1).mean_interval
+        colour = ORANGE if v.name == "cascade" else GREY if v.baseline else BLUE
+        mean, (low, high) = v.latency(1).mean, v.latency(1).mean_interval
         axes.plot([low, high], [100 * v.metrics.accuracy] * 2, color=colour, lw=2, alpha=0.5)
         axes.plot(mean, 100 * v.metrics.accuracy, "o", color=colour, ms=9 if v.name == "cascade" else 6)
         place = (0, (8, -16, 20, -28)[i % 4])  # neighbours would write over each other
@@ -133,9 +133,9 @@ def _ticks(low: float, high: float) -> list[float]:
 
 @_style()
 def distribution(variant: Variant) -> str:
-    """Histogram of all latencies at batch 1, coloured by the exit that answered."""
+    """Plot the histogram of all latencies at batch 1, coloured by exit."""
     figure, axes = _figure(8.4, 3.6)
-    timing, summary = variant.timings[0], variant.at(1)
+    timing, summary = variant.timings[0], variant.latency(1)
     samples, exits = np.concatenate(timing.samples_ms), np.concatenate(timing.exits)
     used = np.unique(exits).tolist()
     end = float(np.quantile(samples, 0.995))
@@ -150,27 +150,29 @@ def distribution(variant: Variant) -> str:
     )
     for value, name in ((summary.p50, "p50"), (summary.mean, "mean"), (summary.p90, "p90")):
         axes.axvline(value, color="#39424e", lw=1, ls={"p50": "-", "mean": ":", "p90": "--"}[name], label=name)
-    axes.set_xlabel(f"latency of one image, ms ({beyond} of {len(samples)} queries lie beyond the right edge)")
+    axes.set_xlabel(f"latency of one image, ms ({beyond} of {len(samples)} queries are beyond the right edge)")
     axes.set_ylabel("queries")
     axes.legend(fontsize=9, frameon=False)
     return _svg(figure)
 
 
 @_style()
-def shares(variant: Variant, labels: Sequence[int], classes: Sequence[str]) -> str:
-    """Where the test images left, all together and by true class."""
+def exit_shares(variant: Variant, labels: Sequence[int], classes: Sequence[str]) -> str:
+    """Plot the share of the test images that take each exit, in all and by true class."""
     names = _labels(classes)
     figure, axes = _figure(8.4, 0.9 + 0.42 * (len(classes) + 1))
     exits, truth = np.array(variant.exits), np.array(labels)
     used = range(int(exits.max()) + 1)
     rows = [("all", np.ones(len(truth), bool)), *((name, truth == c) for c, name in enumerate(names))]
     rows = [(name, chosen) for name, chosen in rows if chosen.any()]
-    left = np.zeros(len(rows))
+    start = np.zeros(len(rows))
     for k in used:
-        part = np.array([100 * float((exits[chosen] == k).mean()) for _, chosen in rows])
-        bars = axes.barh(range(len(rows)), part, left=left, color=EXITS[k % len(EXITS)], label=f"exit {k}", height=0.7)
-        axes.bar_label(bars, [f"{p:.0f}" if p >= 4 else "" for p in part], label_type="center", color="white")
-        left += part
+        width = np.array([100 * float((exits[chosen] == k).mean()) for _, chosen in rows])
+        bars = axes.barh(
+            range(len(rows)), width, left=start, color=EXITS[k % len(EXITS)], label=f"exit {k}", height=0.7
+        )
+        axes.bar_label(bars, [f"{p:.0f}" if p >= 4 else "" for p in width], label_type="center", color="white")
+        start += width
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -190,7 +192,7 @@ def _confusion(result: Metrics) -> Any:
     axes.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), names)
-    axes.set_xlabel("answer")
+    axes.set_xlabel("prediction")
     axes.set_ylabel("truth")
     axes.grid(visible=False)
     if count <= 24:
@@ -202,25 +204,25 @@ def _confusion(result: Metrics) -> Any:
 
 @_style()
 def confusion_svg(result: Metrics) -> str:
-    """The confusion matrix, shaded by the share of each true class."""
+    """Plot the confusion matrix, shaded by the share of each true class."""
     return _svg(_confusion(result))
 
 
 def picture_format(path: Path) -> str:
-    """png, svg or pdf: what the name of a picture file says.
+    """Return the format that a plot file's name asks for: png, svg or pdf.
 
     Raises:
-        ConfigError: it says something else, or matplotlib is missing.
+        ConfigError: It asks for another, or matplotlib is missing.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise ConfigError(f"{path} names no kind of picture", fix=f"end it in .{', .'.join(FORMATS)}")
-    with _style():  # which asks for matplotlib
+        raise ConfigError(f"{path} has no suffix of a plot", fix=f"end it in .{', .'.join(FORMATS)}")
+    with _style():  # which needs matplotlib
         return kind
 
 
 def write_confusion(result: Metrics, path: Path) -> None:
-    """The confusion matrix as a picture file, of the kind that its name says (see `picture_format`)."""
+    """Write the confusion matrix as a plot file, in the format that its suffix asks for (see `picture_format`)."""
     kind, out = picture_format(path), io.BytesIO()
     with _style():
         _confusion(result).savefig(out, format=kind, dpi=150, metadata=FORMATS[kind])

@@ -5,47 +5,89 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifacts.manifest import MAX_MS, check_curve
+from edgekd.artifacts.manifest import MAX_MS
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.latency import Summary, summarise
+from edgekd.bench.suite import Suite
 from edgekd.data.split import check_classes, is_stray
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write
 from edgekd.host import HostInfo
 from edgekd.policy import Policy
-from edgekd.serialization import SCHEMA, read_json, to_json
+from edgekd.serialization import SCHEMA, Fact, read_json, to_json
 
 MAX_EXITS = 1000
-"""Exits that no network has; those of other models under test are not in a record."""
-SPLIT = {"fingerprint": str, "method": str, "seed": int, "group": str, "groups": int, "leaking": int}
+"""More exits than any network has; the number of exits of `--against` models is not in a record."""
 
 
-def _need(is_so: bool, what: str) -> None:
-    if not is_so:
-        raise ValueError(what)
+@dataclass(frozen=True)
+class EngineFacts:
+    """The engine under test.
+
+    Attributes:
+        path: Name of its folder or file.
+        name: Backend and precision.
+        backend: Name of the backend.
+        source_sha256: Digest of student.onnx.
+        precision: Precision to its share of the layers, as read back; empty for student.onnx.
+        final_accuracy: Accuracy of the last exit on validation images when it was built, 0..1; None if unknown.
+        validation_images: Number of these images.
+        facts: Everything else in the manifest that the record does not hold elsewhere, keys joined by dots.
+    """
+
+    path: str
+    name: str
+    backend: str
+    source_sha256: str
+    precision: dict[str, float] = field(default_factory=dict)
+    final_accuracy: float | None = None
+    validation_images: int = 0
+    facts: dict[str, Fact] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        accuracy = self.final_accuracy
+        _check(accuracy is None or (0 <= accuracy <= 1 and self.validation_images > 0), "final_accuracy: from 0 to 1")
 
 
-def _are_times(values: Iterable[float]) -> bool:
-    """Milliseconds, of which there are some and which can be divided by."""
-    values = tuple(values)
-    return bool(values) and all(1e-9 <= v <= MAX_MS for v in values)
+@dataclass(frozen=True)
+class SplitFacts:
+    """The split whose test images were used; fields as in `edgekd.data.split.Split`."""
+
+    fingerprint: str
+    method: str
+    seed: int
+    group: str
+    groups: int
+    leaking: int
 
 
-def _not_negative(values: Iterable[float]) -> bool:
-    return all(0 <= v <= MAX_MS for v in values)
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of the trade-off curve of `edgekd tune`; fields as in the manifest."""
+
+    accuracy: float
+    latency_ms: float
+    thresholds: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.accuracy <= 1 and 0 <= self.latency_ms <= MAX_MS, "accuracy from 0 to 1, latency_ms from 0")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One variant at one batch size; one tuple for each round (a fresh process).
+    """The queries of one variant at one batch size; each tuple has an entry for each round (a fresh process).
 
-    samples_ms: latency of each query. exits: where the query's image left (batch 1 only).
-    energy_mj: per image above idle, one number a round; empty where it could not be measured.
+    Attributes:
+        batch: Batch size.
+        samples_ms: Latency of each query.
+        exits: Exit of each query's image, at batch 1 only.
+        energy_mj: Energy above idle for one image; empty where it could not be measured.
     """
 
     batch: int
@@ -54,38 +96,50 @@ class Timing:
     energy_mj: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _need(0 < self.batch < 2**31, "batch: above 0")
-        _need(bool(self.samples_ms) and all(map(_are_times, self.samples_ms)), "samples_ms: times in every round")
+        _check(0 < self.batch < 2**31, "batch: above 0")
+        _check(bool(self.samples_ms) and all(map(_are_times, self.samples_ms)), "samples_ms: times in every round")
         lengths = [len(r) for r in self.samples_ms]
-        _need(not self.exits or [len(r) for r in self.exits] == lengths, "exits: one for each sample, or none")
-        _need(all(0 <= e < MAX_EXITS for r in self.exits for e in r), f"exits: from 0 to {MAX_EXITS}")
-        _need(all(-MAX_MS <= e <= MAX_MS for e in self.energy_mj), "energy_mj: finite")
+        _check(not self.exits or [len(r) for r in self.exits] == lengths, "exits: one for each sample, or none")
+        _check(all(0 <= e < MAX_EXITS for r in self.exits for e in r), f"exits: from 0 to {MAX_EXITS}")
+        _check(all(-MAX_MS <= e <= MAX_MS for e in self.energy_mj), "energy_mj: finite")
 
 
 @lru_cache(maxsize=1024)
 def summary(timing: Timing) -> Summary:
-    """Summary of a timing's queries."""
+    """Summarise a timing's queries."""
     return summarise(timing.samples_ms, exits=timing.exits)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of answering, measured: one entry a round in load_ms, first_ms, before_mib and peak_mib.
+    """One way to classify images, measured; `load_ms` to `peak_mib` have an entry for each round.
 
-    network, engine: what answered and what ran it. against: another model, not the engine under test.
-    answers, exits: class index and exit of every test image. load_ms: opening the engine; first_ms: its first query.
-    before_mib: resident memory before loading, test images included; peak_mib: the process's highest.
-    overhead_ms: median of a query at batch 1 minus the time inside the compiled graphs. turns_ms: a round's samples of
-    no-early-exit and of full, taken in turns in one process; empty for other variants.
+    Attributes:
+        name: `exit_0`, `cascade` and so on, or the name of an `--against` model.
+        network: Name of the network.
+        engine: Backend and precision.
+        baseline: True for an `--against` model.
+        timings: One for each batch size.
+        metrics: Accuracy and rates on the test images.
+        predictions: Class index of every test image.
+        exits: Exit of every test image.
+        load_ms: Time to open the engine.
+        first_ms: Time of its first query.
+        before_mib: Resident memory before loading, test images included.
+        peak_mib: Largest resident memory of the process.
+        overhead_ms: Median of a query at batch 1 minus the time inside the compiled graphs.
+        size_mib: Size of the files that the variant needs.
+        interleaved_ms: For each round, samples of this variant and of the one that it was interleaved with in the same
+            process (no-early-exit with full); empty for other variants.
     """
 
     name: str
     network: str
     engine: str
-    against: bool
+    baseline: bool
     timings: tuple[Timing, ...]
     metrics: Metrics
-    answers: tuple[int, ...]
+    predictions: tuple[int, ...]
     exits: tuple[int, ...]
     load_ms: tuple[float, ...]
     first_ms: tuple[float, ...]
@@ -93,37 +147,51 @@ class Variant:
     peak_mib: tuple[float, ...]
     overhead_ms: float
     size_mib: float
-    turns_ms: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    interleaved_ms: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
-        _need(len(self.answers) == len(self.exits) == self.metrics.n > 0, "answers, exits, metrics.n: of some images")
-        _need(all(0 <= e < MAX_EXITS for e in self.exits), f"exits: from 0 to {MAX_EXITS}")
+        _check(len(self.predictions) == len(self.exits) == self.metrics.n > 0, "predictions, exits: one for each image")
+        _check(all(0 <= e < MAX_EXITS for e in self.exits), f"exits: from 0 to {MAX_EXITS}")
         lists = (self.load_ms, self.first_ms, self.before_mib, self.peak_mib)
-        _need(len({len(v) for v in lists}) == 1 and bool(self.load_ms), "load_ms to peak_mib: one entry a round")
+        _check(len({len(v) for v in lists}) == 1 and bool(self.load_ms), "load_ms to peak_mib: one entry a round")
         singles = (self.overhead_ms, self.size_mib)
-        _need(_not_negative(v for values in (*lists, singles) for v in values), "load_ms to size_mib: not negative")
-        turns = all(len(pair) == 2 and all(map(_are_times, pair)) for pair in self.turns_ms)
-        _need(turns, "turns_ms: times of two ways in every round")
+        _check(_not_negative(v for values in (*lists, singles) for v in values), "load_ms to size_mib: not negative")
+        pairs = all(len(pair) == 2 and all(map(_are_times, pair)) for pair in self.interleaved_ms)
+        _check(pairs, "interleaved_ms: times of two variants in every round")
 
     @property
     def memory_mib(self) -> float:
-        """What the engine added to the process, at most, in any round."""
+        """Memory that the engine added to the process at its peak, in the round with the most."""
         return max(peak - before for peak, before in zip(self.peak_mib, self.before_mib))
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Fraction of the test images that left at each exit up to the last one used."""
+        """Fraction of the test images that took each exit, up to the last one taken."""
         counts = Counter(self.exits)
         return tuple(counts[k] / len(self.exits) for k in range(max(counts) + 1))
 
-    def at(self, batch: int) -> Summary:
-        """Summary at one of the suite's batch sizes."""
-        return summary(next(t for t in self.timings if t.batch == batch))
+    def timing(self, batch: int) -> Timing:
+        """Return the queries at one of the suite's batch sizes."""
+        return next(t for t in self.timings if t.batch == batch)
+
+    def latency(self, batch: int) -> Summary:
+        """Summarise the queries at one of the suite's batch sizes."""
+        return summary(self.timing(batch))
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to reach. rounds: the same figure in each round; limit and met are None where nothing was asked."""
+    """A figure and its limit.
+
+    Attributes:
+        name: Description of the figure.
+        value: The figure.
+        unit: Its unit.
+        rounds: The same figure in each round.
+        limit: Limit that the suite sets, or None.
+        met: True if the figure keeps it; None without one.
+        sign: Direction of the limit.
+    """
 
     name: str
     value: float
@@ -140,21 +208,40 @@ class Target:
 
 @dataclass(frozen=True)
 class Record:
-    """One benchmark. images and labels: the test part, in the order of every variant's answers.
+    """One benchmark.
 
-    engine: what the manifest says of the engine under test. curve: of `edgekd tune`, on validation images.
-    preprocess_ms: decode, resize and normalise one file each. load_before, load_after: load averages.
+    Attributes:
+        created: Date and time, ISO 8601.
+        command: The command line.
+        scenario: Description of how it was measured.
+        suite: The settings.
+        threads: CPU threads of every model.
+        engine: The engine under test.
+        policy: Its exit policy.
+        curve: Trade-off of accuracy and latency that `edgekd tune` found on the validation images.
+        split: Where the test images come from.
+        classes: Class names.
+        images: Paths of the test images, in the order of every variant's predictions.
+        labels: Their class indices.
+        host: The machine.
+        load_before: Load averages before the benchmark.
+        load_after: Load averages after it.
+        idle_watts: Power of the processor packages when idle; None where it cannot be read.
+        preprocess_ms: Time to decode, resize and normalise one file each.
+        variants: What was measured.
+        targets: Figures derived from the variants.
+        warnings: Remarks on the validity of the numbers.
     """
 
     created: str
     command: str
     scenario: str
-    suite: dict[str, Any]
+    suite: Suite
     threads: int
-    engine: dict[str, Any]
+    engine: EngineFacts
     policy: Policy
-    curve: tuple[dict[str, Any], ...]
-    split: dict[str, Any]
+    curve: tuple[CurvePoint, ...]
+    split: SplitFacts
     classes: tuple[str, ...]
     images: tuple[str, ...]
     labels: tuple[int, ...]
@@ -170,46 +257,42 @@ class Record:
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
-        check_curve(self.curve)
-        _need(len(self.labels) == len(self.images) > 0, "images and labels: as many, and some")
-        _need(all(0 <= c < len(self.classes) for c in self.labels), "labels: numbers of classes")
-        _need(not any(is_stray(i) for i in self.images), "images: paths that stay in the data folder")
-        _need(isinstance(self.engine.get("name"), str), "engine.name: missing")
-        precision = self.engine.get("precision", {})
-        shares = isinstance(precision, dict) and all(isinstance(v, (int, float)) for v in precision.values())
-        _need(shares, "engine.precision: shares of layers")
-        for key, kind in SPLIT.items():
-            _need(isinstance(self.split.get(key), kind), f"split.{key}: missing")
-        _need(self.threads > 0 and self.host.cores > 0 and self.host.memory_mib >= 0, "threads, host: above 0")
-        _need(_not_negative((*self.load_before, *self.load_after, self.idle_watts or 0)), "load, watts: not negative")
-        _need(_are_times(self.preprocess_ms), "preprocess_ms: times")
-        _need(len({v.name for v in self.variants}) == len(self.variants) > 0, "variants: some, each once")
+        _check(len(self.labels) == len(self.images) > 0, "images, labels: as many of both, and some")
+        _check(all(0 <= c < len(self.classes) for c in self.labels), "labels: numbers of classes")
+        _check(not any(is_stray(i) for i in self.images), "images: paths that stay in the data folder")
+        _check(self.threads > 0 and self.host.cores > 0 and self.host.memory_mib >= 0, "threads, host: above 0")
+        _check(_not_negative((*self.load_before, *self.load_after, self.idle_watts or 0)), "load, watts: not negative")
+        _check(_are_times(self.preprocess_ms), "preprocess_ms: times")
+        _check(len({v.name for v in self.variants}) == len(self.variants) > 0, "variants: some, each once")
         for variant in self.variants:
-            self._check(variant)
+            self._check_variant(variant)
 
-    def _check(self, v: Variant) -> None:
-        """Whether a variant fits the others, the images and the classes."""
-        _need([t.batch for t in v.timings] == list(self.batches) and 1 in self.batches[:1], "timings: the same batches")
-        _need(len(v.answers) == len(self.images), f"{v.name}: an answer for each image")
-        _need(all(0 <= a < len(self.classes) for a in v.answers), f"{v.name}: answers that are classes")
-        _need(tuple(v.metrics.per_class) == self.classes, f"{v.name}: metrics of these classes")
+    def _check_variant(self, v: Variant) -> None:
+        """Check that a variant fits the others, the images and the classes."""
+        _check(
+            [t.batch for t in v.timings] == list(self.batches) and 1 in self.batches[:1], "timings: the same batches"
+        )
+        _check(len(v.predictions) == len(self.images), f"{v.name}: a prediction for each image")
+        _check(all(0 <= p < len(self.classes) for p in v.predictions), f"{v.name}: predictions of its classes")
+        _check(tuple(v.metrics.per_class) == self.classes, f"{v.name}: metrics of these classes")
         exits = (*v.exits, *(e for t in v.timings for r in t.exits for e in r))
-        _need(v.against or max(exits) < len(self.policy.temperatures), f"{v.name}: exits that the policy has")
+        _check(v.baseline or max(exits) < len(self.policy.temperatures), f"{v.name}: exits that the policy has")
 
     @property
     def batches(self) -> tuple[int, ...]:
+        """The batch sizes, in ascending order."""
         return tuple(t.batch for t in self.variants[0].timings)
 
     def find(self, name: str) -> Variant | None:
-        """The variant called so, if it was measured."""
+        """Return the variant called `name`, or None if it was not measured."""
         return next((v for v in self.variants if v.name == name), None)
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise before measuring when the record could not be written afterwards.
+    """Check before measuring that the record can be written afterwards.
 
     Raises:
-        ArtifactError: there is a file.
+        ArtifactError: There is a file.
     """
     if path.exists():
         raise ArtifactError(f"{path} exists, and records are never changed", fix="give another --out, or delete it")
@@ -219,7 +302,7 @@ def write_record(path: Path, record: Record | dict[str, Any]) -> None:
     """Write record.json (or another table of samples), each list of numbers on a line of its own.
 
     Raises:
-        ArtifactError: there is a file at `path` already.
+        ArtifactError: There is a file at `path` already.
     """
     refuse_existing(path)
     # JSON strings hold no raw line break, so what starts with "[\n" is a list and not text
@@ -231,6 +314,21 @@ def read_record(path: Path) -> Record:
     """Read record.json.
 
     Raises:
-        ArtifactError: missing, damaged, or of another schema.
+        ArtifactError: Missing, damaged, or of another schema.
     """
     return read_json(path, Record, what="benchmark record")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _are_times(values: Iterable[float]) -> bool:
+    """Return True if there are values, and all are milliseconds above 0."""
+    values = tuple(values)
+    return bool(values) and all(1e-9 <= v <= MAX_MS for v in values)
+
+
+def _not_negative(values: Iterable[float]) -> bool:
+    return all(0 <= v <= MAX_MS for v in values)

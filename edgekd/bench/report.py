@@ -1,4 +1,4 @@
-"""A record as one HTML page with everything in it: no link leaves the file."""
+"""A record as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import ImageOps
 
 from edgekd.bench import plots
 from edgekd.bench.record import Record, Variant
-from edgekd.bench.tables import LEGEND, host_text, start_text, table, title
+from edgekd.bench.tables import host_text, notes, table, title
 from edgekd.bench.targets import target_text
 from edgekd.data.preprocess import open_image
 from edgekd.files import atomic_write
@@ -19,26 +19,30 @@ from edgekd.text import markup, percent
 
 TEMPLATE = Path(__file__).with_name("report.html")
 THUMBNAILS = 7
-"""Images shown for each exit."""
+"""Number of images shown for each exit."""
 SIDE = 128
 
 
 def write_report(record: Record, path: Path, *, data: Path) -> None:
     """Write the page.
 
-    data: the folder of the record's images, for the thumbnails.
+    Args:
+        record: The record.
+        path: File to write.
+        data: Folder of the record's images, for the thumbnails.
 
     Raises:
-        ConfigError: matplotlib is missing. DataError: an image to show is missing.
+        ConfigError: matplotlib is missing.
+        DataError: An image to show is missing.
     """
     atomic_write(path, html(record, data=data).encode())
 
 
 def html(record: Record, *, data: Path) -> str:
-    """The page as text; the same record and images give the same text."""
+    """Render the page; the same record and images give the same text."""
     shown = record.find("cascade") or record.find("full") or record.variants[0]
     sections = [
-        _section("Results", _table(record), note=f"{LEGEND} {start_text(record)}"),
+        _section("Results", _table(record), note=notes(record)),
         _section(*_targets(record)) if record.targets else "",
         _section("Keep in mind", _list([markup(w) for w in record.warnings]), kind="warnings")
         if record.warnings
@@ -48,7 +52,7 @@ def html(record: Record, *, data: Path) -> str:
         _section(f"Confusion matrix of {shown.name}", plots.confusion_svg(shown.metrics)),
         _section("How it was measured", f'<p class="note">{markup(host_text(record))}</p>', note=_method(record)),
     ]
-    lead = f"{shown.name}: {percent(shown.metrics.accuracy)} % accuracy, {shown.at(1).mean:.2f} ms an image on average"
+    lead = f"{shown.name}: {percent(shown.metrics.accuracy)} % accuracy, {shown.latency(1).mean:.2f} ms an image"
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=markup(title(record)), lead=markup(lead), body="\n".join(s for s in sections if s)
     )
@@ -76,41 +80,41 @@ def _row(cells: list[str]) -> str:
 
 
 def _targets(record: Record) -> tuple[str, str]:
-    """Heading and list of the derived figures, with verdicts where the suite had limits."""
+    """Return heading and list of the derived figures, with verdicts where the suite has limits."""
     classes = {True: "met", False: "missed", None: ""}
     heading = "Key figures" if all(t.met is None for t in record.targets) else "Targets"
     return heading, _list([f'<span class="{classes[t.met]}">{markup(target_text(t))}</span>' for t in record.targets])
 
 
 def _method(record: Record) -> str:
-    precision = ", ".join(f"{k} {100 * v:.0f} %" for k, v in record.engine.get("precision", {}).items())
-    read_back = f" Precision that really ran: {precision}." if precision else ""
+    precision = ", ".join(f"{k} {100 * v:.0f} %" for k, v in record.engine.precision.items())
+    read_back = f" Precision read back from the engine: {precision}." if precision else ""
     return f"{record.scenario}{read_back}" + (f" Command: {record.command}" if record.command else "")
 
 
 def _cascade(record: Record, cascade: Variant, data: Path) -> list[str]:
     return [
         _section("Latency of the cascade", plots.distribution(cascade)),
-        _section("Where images leave", plots.shares(cascade, record.labels, record.classes)),
-        _section("Images that left early and late", _thumbnails(record, cascade, data)),
+        _section("Where images exit", plots.exit_shares(cascade, record.labels, record.classes)),
+        _section("Images that exit early and late", _thumbnails(record, cascade, data)),
     ]
 
 
 def _thumbnails(record: Record, cascade: Variant, data: Path) -> str:
-    """Some images of each exit, spread over the test part, so over its classes."""
-    parts = []
+    """Show some images of each exit, spread over the test images and so over the classes."""
+    sections = []
     for exit_ in sorted(set(cascade.exits)):
-        left = [i for i, e in enumerate(cascade.exits) if e == exit_]
-        chosen = left[:: -(-len(left) // THUMBNAILS)]
+        exited = [i for i, e in enumerate(cascade.exits) if e == exit_]
+        chosen = exited[:: -(-len(exited) // THUMBNAILS)]
         figures = "\n".join(_figure(record, cascade, i, data) for i in chosen)
-        parts.append(f'<p>Exit {exit_}: {len(left)} images</p>\n<div class="thumbs">\n{figures}\n</div>')
-    return "\n".join(parts)
+        sections.append(f'<p>Exit {exit_}: {len(exited)} images</p>\n<div class="thumbs">\n{figures}\n</div>')
+    return "\n".join(sections)
 
 
 def _figure(record: Record, cascade: Variant, index: int, data: Path) -> str:
-    truth, answer = record.classes[record.labels[index]], record.classes[cascade.answers[index]]
-    right = truth == answer
-    said = markup(truth) if right else f"{markup(truth)}, answered {markup(answer)}"
+    truth, prediction = record.classes[record.labels[index]], record.classes[cascade.predictions[index]]
+    right = truth == prediction
+    caption = markup(truth) if right else f"{markup(truth)}, predicted {markup(prediction)}"
     name = record.images[index]
     image = ImageOps.fit(open_image(data / name), (SIDE, SIDE))
     out = io.BytesIO()
@@ -118,4 +122,4 @@ def _figure(record: Record, cascade: Variant, index: int, data: Path) -> str:
     source = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
     mark = "" if right else ' class="wrong"'
     picture = f'<img src="{source}" alt="{markup(name)}">'
-    return f"<figure{mark}>{picture}<figcaption>{said}</figcaption></figure>"
+    return f"<figure{mark}>{picture}<figcaption>{caption}</figcaption></figure>"

@@ -37,12 +37,12 @@ def bench(
     set_: SetOption = None,
     report: Annotated[bool, typer.Option(help="Write the HTML page (needs matplotlib).")] = True,
 ) -> None:
-    """Latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
+    """Measure latency, memory, size and accuracy on the test images: record.json, and .md, .csv and .html beside it."""
     from edgekd import config
     from edgekd.artifacts.manifest import read_metadata
+    from edgekd.bench.measure import bench as measure
     from edgekd.bench.record import refuse_existing, write_record
     from edgekd.bench.suite import Suite
-    from edgekd.bench.suite import bench as measure
     from edgekd.bench.tables import markdown, to_csv
     from edgekd.files import CSV, MARKDOWN, PAGE, atomic_write
 
@@ -55,19 +55,19 @@ def bench(
     for suffix, kind in ((".md", MARKDOWN), (".csv", CSV), (".html", PAGE)):
         if report or kind is not PAGE:
             reserve(out.with_suffix(suffix), kind)
-    asked = config.load(Suite, "benchmarks/suites", suite, overrides=config.parse_overrides(set_ or []))
+    settings = config.load(Suite, "benchmarks/suites", suite, overrides=config.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
     chosen = read_or_scan(data, split, read_metadata(engine).classes)
     with bar("bench") as progress:
         record = measure(
             engine,
-            suite=asked,
+            suite=settings,
             data=data,
             split=chosen,
             against=others,
             command=_command(),
             progress=progress,
-            foretell=lambda seconds: say(f"measuring will take about {_about(seconds)}"),
+            on_estimate=lambda seconds: say(f"measuring will take about {_about(seconds)}"),
         )
     write_record(out, record)
     text = markdown(record)

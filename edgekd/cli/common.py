@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, the images they are given."""
+"""Options, progress bars and data loading shared by the commands."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from edgekd.text import terminal, visible
 if TYPE_CHECKING:
     from edgekd.data.split import Split
 
-DataFolder = Annotated[Path | None, typer.Option("--data", help="The images; a run folder remembers its own.")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Data folder; default: the one recorded in the run folder.")
+]
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
-OutOption = Annotated[Path, typer.Option("--out", help="What to write.")]
-SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that holds it.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Output path.")]
+SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that contains it.")]
 LabelsOption = Annotated[
     Path | None,
-    typer.Option("--labels", help="CSV file with columns path and label, optionally group and subset."),
+    typer.Option("--labels", help="CSV file with the columns path, label and, optionally, group and subset."),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the protocol, recipe or suite."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the protocol, recipe or suite."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the engine; all cores if not given.")]
-SizeOption = Annotated[int | None, typer.Option(help="Side of the input in pixels.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine; default: all cores.")]
+SizeOption = Annotated[int | None, typer.Option(help="Side of the network's input in pixels.")]
 GroupOption = Annotated[
-    str | None, typer.Option(help="none, cluster (SIPaKMeD), slide (Kather 2016), or a regular expression.")
+    str | None, typer.Option(help="none, a data layout (cluster, slide, …), or a regular expression.")
 ]
 SeedsOption = Annotated[
-    str | None, typer.Option(metavar="0,1,2", help="A sweep: a run for each seed, in OUT/seed0-fold0 and so on.")
+    str | None, typer.Option(metavar="0,1,2", help="Sweep: one run per seed, in OUT/seed0-fold0 and so on.")
 ]
-FoldsOption = Annotated[
-    str | None, typer.Option(metavar="all|0,1", help="A sweep: a run for each of these folds of --split kfold:K.")
-]
-JobsOption = Annotated[int, typer.Option(min=1, help="Runs of a sweep in parallel.")]
-BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Train without the images that cannot be used.")]
+FoldsOption = Annotated[str | None, typer.Option(metavar="all|0,1", help="Sweep: one run per fold of --split kfold:K.")]
+JobsOption = Annotated[int, typer.Option(min=1, help="Parallel runs of a sweep.")]
+BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Leave out unusable images.")]
 
 
 FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0
-"""When progress is first told where stderr is no terminal, and how often then."""
+"""Delay of the first progress line where stderr is not a terminal, and interval of the next ones."""
 
 
 def echo(text: str, *, bold: bool = False) -> None:
-    """Print a result; names in it cannot steer the terminal."""
+    """Print a result, with control characters escaped."""
     typer.secho(terminal(text), bold=bold)
 
 
 def say(text: str) -> None:
-    """Tell the user something that is no result."""
+    """Print a message that is not a result, to stderr."""
     sys.stderr.write(terminal(text) + "\n")
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines that cannot steer the terminal."""
+    """Formats log lines with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal(super().format(record))
@@ -74,18 +74,22 @@ _reservations = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def reserved() -> Iterator[None]:
-    """Around a command: what it reserves is its own until it ends."""
+    """Keep the reservations of a command until it ends."""
     with _reservations:
         yield
 
 
 def reserve(out: Path | None, kind: Kind | None = None, *, data: Path | None = None) -> None:
-    """Before the work: see that `out` can be written, that nothing else is lost by it, and that nobody else writes it.
+    """Check before the work that an output can be written and replaces nothing else, and lock it.
 
-    kind: what may be replaced, for a file. data: the images, among which it may not lie.
+    Args:
+        out: The output; nothing happens without one.
+        kind: Kind of file that may be replaced; None for a folder.
+        data: The data folder, in which the output may not be.
 
     Raises:
-        ConfigError: it lies in the data folder. ArtifactError: something else is there, or another process writes it.
+        ConfigError: The output is in the data folder.
+        ArtifactError: Something else exists there, or another process is writing it.
     """
     if out is None:
         return
@@ -97,25 +101,30 @@ def reserve(out: Path | None, kind: Kind | None = None, *, data: Path | None = N
 
 
 def outside(out: Path, data: Path) -> None:
-    """Refuse an output among the images: the next scan would take it for some of them."""
+    """Refuse an output in the data folder, where the next scan would find it."""
     if real(out).is_relative_to(real(data)):
-        raise ConfigError(f"{out} lies in the folder of the images, {data}", fix="choose a place outside of it")
+        raise ConfigError(f"{out} is in the data folder {data}", fix="choose a path outside of it")
 
 
 @contextlib.contextmanager
-def resumable(begun: Path, how: str = "the same command with --resume") -> Iterator[None]:
-    """Say how to go on with a run that is interrupted. begun: what is there once it can be."""
+def resumable(started: Path, how: str = "the same command with --resume") -> Iterator[None]:
+    """Tell an interrupted user how to resume the run.
+
+    Args:
+        started: File that exists as soon as the run can be resumed.
+        how: The command that resumes it.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
-        if begun.exists():
-            stop.resume = f"\n  fix: {how} goes on from there"  # type: ignore[attr-defined]
+        if started.exists():
+            stop.resume = f"\n  fix: {how} resumes the run"  # type: ignore[attr-defined]
         raise
 
 
 @contextlib.contextmanager
 def bar(what: str) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left; where stderr is no terminal, a line of them now and then."""
+    """Show a progress bar with rate and remaining time, or, where stderr is not a terminal, a line at intervals."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -142,7 +151,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
             due = time.monotonic() + NEXT_LINE_S
             left = f"{timedelta(seconds=int(state.time_remaining))} left " if state.time_remaining else ""
             say(f"{what}: {done}/{total} {left}{note}".rstrip())
-        if done == total:  # two bars cannot be shown at once
+        if done == total:  # only one bar can be shown at a time
             shown.stop()
 
     try:
@@ -152,7 +161,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 def next_command(*words: object) -> None:
-    """Every command ends by saying what comes next, as a shell takes it."""
+    """Print the command that comes next, quoted for the shell."""
     echo(f"next: edgekd {shlex.join(map(str, words))}")
 
 
@@ -162,14 +171,14 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, la
     from edgekd.data.split import Split as SplitType
 
     if split is not None:
-        found = read_split(split)
-        if found.classes != classes:
+        given = read_split(split)
+        if given.classes != classes:
             raise DataError(
-                f"{split} has the classes {', '.join(found.classes)}; the network knows {', '.join(classes)}",
+                f"{split} has the classes {', '.join(given.classes)}; the network has {', '.join(classes)}",
                 fix="give the split of the run that the network comes from",
             )
-        return found
-    from edgekd.data.folders import check, scan  # light modules: no torch
+        return given
+    from edgekd.data.folders import check, scan
     from edgekd.data.labels import read_labels
 
     folder = read_labels(data, labels, classes=classes) if labels else scan(data, classes=classes)
@@ -184,7 +193,7 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, la
 
 
 def one_of(*known: str) -> Callable[[typer.CallbackParam, str | None], str | None]:
-    """Callback of an option that takes one of a few words."""
+    """Return a callback for an option that takes one of a few words."""
 
     def check(option: typer.CallbackParam, value: str | None) -> str | None:
         if value is not None:

@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.common import (
-    echo,
-)
+from edgekd.cli.common import echo
 
 
 def compare(
     records: Annotated[list[Path], typer.Argument(metavar="RECORD.JSON")],
-    force: Annotated[bool, typer.Option("--force", help="Compare in spite of differences.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compare in spite of differences, and list them.")] = False,
 ) -> None:
-    """One table from records, or a refusal that names what differs."""
+    """Put records side by side in one table; refuse records measured under different conditions, and name these."""
     from edgekd.bench.compare import compare as table
     from edgekd.bench.record import read_record
 

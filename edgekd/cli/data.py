@@ -1,4 +1,4 @@
-"""`edgekd data`: download data sets, draw synthetic cells."""
+"""`edgekd data`: download data sets, generate synthetic ones."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import typer
 
 from edgekd.cli.common import OutOption, bar, next_command, reserve
 
-app = typer.Typer(no_args_is_help=True, help="Download data sets, draw synthetic cells.")
+app = typer.Typer(no_args_is_help=True, help="Download data sets, generate synthetic ones.")
 
 
 @app.command()
 def get(
-    name: Annotated[str, typer.Argument(help="kather2016 or cifar100 (and where to ask for sipakmed).")],
+    name: Annotated[str, typer.Argument(help="kather2016, cifar100, or a data layout of an installed package.")],
     out: OutOption,
 ) -> None:
-    """Download a data set as class folders, with resume and checksum."""
+    """Download a data set as class folders, resumable and verified by its checksum."""
     from edgekd.data.download import get as download
 
     reserve(out)
@@ -28,11 +28,11 @@ def get(
 @app.command()
 def synthetic(
     out: OutOption,
-    count: Annotated[int, typer.Option(help="How many cells.")] = 1500,
-    size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same pixels.")] = 0,
+    count: Annotated[int, typer.Option(help="Number of images.")] = 1500,
+    size: Annotated[int, typer.Option(help="Side of an image in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    """Draw synthetic cells of five classes that overlap."""
+    """Draw synthetic cells of five overlapping classes."""
     from edgekd.data.synthetic import write_cells
 
     reserve(out)

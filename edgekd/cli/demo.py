@@ -1,4 +1,4 @@
-"""`edgekd demo`: the whole path on synthetic cells, in minutes."""
+"""`edgekd demo`: the whole workflow on synthetic cells, in minutes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ bench {out}/student.engine --data {out}/cells --split {out}/student/split.json \
 """
 
 
-def demo(out: Annotated[Path, typer.Option(help="A new folder for everything that is made.")] = Path("demo")) -> None:
-    """The whole path on synthetic cells: each command is printed before it runs."""
+def demo(out: Annotated[Path, typer.Option(help="New folder for all results.")] = Path("demo")) -> None:
+    """Run the whole workflow on synthetic cells; each command is printed before it runs."""
     if out.exists() and any(out.iterdir()):
         raise ArtifactError(f"{out} is not empty", fix="remove it, or choose another --out")
     reserve(out)
@@ -42,7 +42,7 @@ def demo(out: Annotated[Path, typer.Option(help="A new folder for everything tha
 
 
 def _run(command: list[str]) -> int:
-    """Exit code of a command that is given the time to clear away what it was writing when this one is stopped."""
+    """Run a command and return its exit code; if this process is stopped, the command can remove unfinished output."""
     process = subprocess.Popen(command)
     try:
         return process.wait()

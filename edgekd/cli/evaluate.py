@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast, get_args
 
 import typer
 
@@ -25,11 +25,12 @@ from edgekd.cli.common import (
     say,
 )
 from edgekd.cli.train import data_folder
+from edgekd.data.split import Subset
 from edgekd.errors import ConfigError
 
 if TYPE_CHECKING:
     from edgekd.data.preprocess import Preprocess
-    from edgekd.data.split import Split, Subset
+    from edgekd.data.split import Split
     from edgekd.types import Array
 
 
@@ -38,7 +39,7 @@ def evaluate(
     data: DataFolder = None,
     split: SplitFile = None,
     labels: LabelsOption = None,
-    subset: Annotated[str, typer.Option(help="train, val or test.", callback=one_of("train", "val", "test"))] = "test",
+    subset: Annotated[str, typer.Option(help="train, val or test.", callback=one_of(*get_args(Subset)))] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the metrics as JSON, with the device and host.")] = None,
@@ -71,7 +72,7 @@ def evaluate(
     if svm is not None:
         logits_of = _svm(target, svm, chosen, data)
     with bar("read images") as progress:
-        images, truth = load_subset(chosen, cast("Subset", subset), data=data, preprocess=preprocess, progress=progress)
+        images, truth = load_subset(chosen, cast(Subset, subset), data=data, preprocess=preprocess, progress=progress)
     probabilities = [softmax(one, 1.0) for one in logits_of(images)]
     rows = {f"exit_{k}": accuracy.metrics(p, truth, classes) for k, p in enumerate(probabilities)}
     if len(probabilities) > 1:

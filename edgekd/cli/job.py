@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-import threading
-import time
 from dataclasses import dataclass
 
 from edgekd import signals
+from edgekd.child import end_with_parent
 from edgekd.schema import from_dict
-from edgekd.training.jobs import GRACE_S
 from edgekd.training.request import Request, TrainRequest
 
 
@@ -28,7 +24,7 @@ def main(text: str) -> None:
         text: The job as `ChildJob.to_json` writes it.
     """
     signals.heed(ignored=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     from edgekd.cli.main import log_to_stderr, reporting_errors  # heavy: after the signals are handled
 
     log_to_stderr()
@@ -51,14 +47,6 @@ def _carry_out(request: Request) -> None:
         run_training(request)
     else:
         evaluate(request.run, data=request.data, out=request.out, svm=request.svm)
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(GRACE_S)
-    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The `edgekd` command: one verb a command, each a thin layer over the function of the same name."""
+"""The `edgekd` command; each subcommand is a thin layer over the function of the same name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from edgekd.signals import Stopped, stopping
 
 
 class _Commands(TyperGroup):
-    """Turns what a user can cause into one message and an exit code; a traceback is left for bugs."""
+    """Converts expected errors to a message and an exit code; only bugs print a traceback."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
@@ -67,7 +67,7 @@ def reporting_errors() -> Iterator[None]:
             with reserved():
                 yield
         except (Exception, KeyboardInterrupt) as error:
-            if stops.by and not isinstance(error, KeyboardInterrupt):  # a library took the signal for its own
+            if stops.by and not isinstance(error, KeyboardInterrupt):  # a library converted the signal to its own error
                 error = Stopped(stops.by)
             if isinstance(error, ModuleNotFoundError):
                 error = extras.missing(error) or error
@@ -77,10 +77,10 @@ def reporting_errors() -> Iterator[None]:
 
 
 def _failed(error: BaseException) -> int:
-    """Say what failed and what to do; the exit code, 0 for what only a traceback explains."""
+    """Print what failed and what to do; return the exit code, or 0 for a bug, which needs its traceback."""
     if isinstance(error, KeyboardInterrupt):
         kept = getattr(error, "resume", "")
-        _tell(f"{error.args[0] if error.args else 'interrupted'}; what was being written is as it was before{kept}")
+        _tell(f"{error.args[0] if error.args else 'interrupted'}; unfinished output was removed{kept}")
         return error.code if isinstance(error, Stopped) else 130
     if isinstance(error, EdgekdError):
         _tell(f"error: {error.what}" + (f"\n  fix: {error.fix}" if error.fix else ""))
@@ -91,8 +91,8 @@ def _failed(error: BaseException) -> int:
         if isinstance(error, BrokenPipeError):  # `edgekd … | head`
             return 141
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        cut = "what was printed is cut short" if error.filename == signals.STDOUT else "no file was half-written"
-        fix = f"make room and run it again; {cut}" if full else "check the path and its rights"
+        cut = "the printed output is truncated" if error.filename == signals.STDOUT else "no file was partly written"
+        fix = f"free some space and run it again; {cut}" if full else "check the path and its permissions"
         _tell(f"error: {error.strerror or error}: {error.filename or 'while writing'}\n  fix: {fix}")
         return 1
     return 0
@@ -101,7 +101,7 @@ def _failed(error: BaseException) -> int:
 def _tell(text: str) -> None:
     try:
         say(text)
-    except OSError:  # a terminal that is gone, a full disk
+    except OSError:  # a closed terminal, a full disk
         signals.silence(sys.stderr)
 
 
@@ -109,12 +109,12 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A folder of labelled images to a compact classifier that answers early when an image is easy.",
+    help="From a folder of labelled images to a compact early-exit classifier, compiled for your device.",
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from edgekd._version import __version__
 
         typer.echo(__version__)
@@ -124,9 +124,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more details.")] = False,
 ) -> None:
     log_to_stderr(verbose=verbose)
 

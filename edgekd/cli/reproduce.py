@@ -35,16 +35,17 @@ def reproduce(
     folds: FoldsOption = None,
     budget: Annotated[str, typer.Option(metavar="1h30m", help="Cut the runs to what fits into this time.")] = "",
     group: GroupOption = None,
-    protocol: Annotated[str, typer.Option(help="Train as this protocol says, not as the paper's.")] = "",
+    protocol: Annotated[str, typer.Option(help="Train by this protocol in place of the paper's.")] = "",
     substitutes: Annotated[
-        list[str] | None, typer.Option(metavar="NETWORK=OTHER", help="Use another network in place of one.")
+        list[str] | None,
+        typer.Option("--substitute", metavar="NETWORK=OTHER", help="Use another network in place of one."),
     ] = None,
     set_: SetOption = None,
     exclude_bad: BadOption = False,
     jobs: JobsOption = 1,
     list_: Annotated[bool, typer.Option("--list", help="Every row of every table, or of one, and its state.")] = False,
 ) -> None:
-    """A paper's table: what is missing is run, what is done is kept, and ours is printed beside the printed numbers."""
+    """Reproduce a paper's table: run what is missing, keep what is finished, print our numbers beside the paper's."""
     if list_:
         _list(table, out)
         return
@@ -53,12 +54,12 @@ def reproduce(
     from edgekd import config
     from edgekd.errors import TrainingError
     from edgekd.files import PAPER, RESULT
-    from edgekd.reproduce.execute import Asked, stem
+    from edgekd.reproduce.execute import Options, stem
     from edgekd.reproduce.execute import reproduce as run
     from edgekd.reproduce.report import text
     from edgekd.training.jobs import failure_reason
 
-    asked = Asked(
+    options = Options(
         data=data,
         runs=runs,
         out=out,
@@ -75,19 +76,19 @@ def reproduce(
         exclude_bad=exclude_bad,
     )
     outside(runs, data)
-    name = stem(table, asked.group)
+    name = stem(table, options.group)
     reserve(out / f"{name}.json", RESULT, data=data)
     reserve(out / f"{name}.md", PAPER)
     with bar("check images") as checked, resumable(runs, "the same command"):
         result, failed = run(
-            table, asked, say=echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
+            table, options, say=echo, on_check=checked, on_end=lambda job, state: say(f"{job.name}: {state}")
         )
     echo(text(result))
     if failed:
         lines = [f"  {name}: {failure_reason(log)} ({log})" for name, log in failed.items()]
         raise TrainingError(
             "\n".join([f"{len(failed)} of the runs failed:", *lines]),
-            fix="mend it and run the same command again: what is done is kept",
+            fix="fix the cause and run the same command again: finished runs are kept",
         )
 
 
@@ -102,11 +103,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _list(table: str, out: Path) -> None:
     from edgekd.reproduce import table_spec
-    from edgekd.reproduce.report import states
+    from edgekd.reproduce.report import row_states
 
     for name in [table] if table else table_spec.names():
         echo(f"{name}: {table_spec.read(name).caption}", bold=True)
-        rows = states(name, out)
+        rows = row_states(name, out)
         wide = max(len(label) for label, _, _ in rows)
         for label, state, why in rows:
             echo(f"  {label:<{wide}}  {state}" + (f": {why}" if why else ""))

@@ -27,6 +27,8 @@ FP32_TOLERANCE = 1e-3
 """Largest difference of logits that an fp32 engine may have from ONNX Runtime FP32."""
 ALPHA = 0.05
 """Chance of refusing an engine that loses just what is allowed, for all of its answers together."""
+BATCH_SIZE_IMAGES = 64
+"""Images, or as few more as fill the last batch, on which each batch size of an engine is checked."""
 WARM_UP = 3
 """Rounds that are thrown away; the first compiles what is compiled on first use."""
 TIMING_S = 0.4
@@ -47,22 +49,60 @@ def check(
     if validation is None or float_logits is None:
         return {}, {}
     images, labels = validation
-    staged, monolithic = engine.staged_logits(images), engine.logits(images)
-    final = np.concatenate([engine.final(images[i : i + 32])[-1] for i in range(0, len(images), 32)])
-    ways = [staged, monolithic, np.concatenate([staged[:-1], final[None]])]
+    ways = _ways(engine, images)
     parity = {
         "max_abs_logit_difference": np.max([_difference(way, float_logits) for way in ways], axis=0).tolist(),
-        "staged_to_monolithic": float(np.abs(staged - monolithic).max()),
+        "staged_to_monolithic": float(np.abs(ways[0] - ways[1]).max()),
     }
     _check_parity(engine, parity["max_abs_logit_difference"], exact=recipe.precision == "fp32")
-    accuracy = {
+    accuracy = _accuracy(ways, float_logits, labels)
+    _check_accuracy(engine, accuracy, recipe=recipe)
+    if engine.largest_batch:
+        parity["by_batch_size"] = _by_batch_size(engine, (images, labels), float_logits, recipe=recipe)
+    return parity, accuracy
+
+
+def _ways(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
+    """All exits' logits (E, N, C) by the stages, by the monolithic graph, and by the final graph for the last one."""
+    staged, monolithic = (f(images, batch_size=batch_size) for f in (engine.staged_logits, engine.logits))
+    final = [engine.final(images[i : i + batch_size])[-1] for i in range(0, len(images), batch_size)]
+    return [staged, monolithic, np.concatenate([staged[:-1], np.concatenate(final, dtype=np.float32)[None]])]
+
+
+def _accuracy(ways: list[Array], float_logits: Array, labels: Labels) -> dict[str, Any]:
+    return {
         "validation_images": len(labels),
         "float": _accuracies(float_logits, labels),
         "engine": np.min([_accuracies(way, labels) for way in ways], axis=0).tolist(),
         "answers": {n: _judged(n, ways, float_logits, labels) for n in ("ensemble", "final")[-len(float_logits) :]},
     }
-    _check_accuracy(engine, accuracy, recipe=recipe)
-    return parity, accuracy
+
+
+def _by_batch_size(
+    engine: Engine, validation: tuple[Array, Labels], float_logits: Array, *, recipe: Recipe
+) -> list[dict[str, Any]]:
+    """Check every batch size of an engine that has kernels of its own for each, in turns from the largest down and up.
+
+    So the largest runs again after all others. The answer: size and largest differences by exit, as they came.
+
+    Raises:
+        GateError: as `check` does, with the batch size.
+    """
+    (images, labels), found = validation, []
+    falling = sorted(set(recipe.batch_sizes), reverse=True)
+    for size in (*falling, *falling[-2::-1]):
+        rows = np.arange(math.ceil(BATCH_SIZE_IMAGES / size) * size) % len(images)
+        ways = _ways(engine, images[rows], batch_size=size)
+        differences = np.max([_difference(way, float_logits[:, rows]) for way in ways], axis=0).tolist()
+        found.append({"size": size, "max_abs_logit_difference": differences})
+        once = rows[: len(images)]  # an image that comes twice is no second witness
+        accuracy = _accuracy([way[:, : len(once)] for way in ways], float_logits[:, once], labels[once])
+        try:
+            _check_parity(engine, differences, exact=recipe.precision == "fp32")
+            _check_accuracy(engine, accuracy, recipe=recipe)
+        except GateError as error:
+            raise GateError(f"in batches of {size}: {error.what}", fix=error.fix) from error
+    return found
 
 
 def _judged(name: str, ways: list[Array], float_logits: Array, labels: Labels) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Find the labelled images in a folder, and look at every one before anything is trained on them."""
+"""Finding the labelled images in a folder, and checking every one before training."""
 
 from __future__ import annotations
 
@@ -33,22 +33,27 @@ SUBSETS: dict[str, Subset] = {
     "test": "test",
     "testing": "test",
 }
-"""Names of folders above class folders, in any case, and the subset that their images belong to."""
-PASSED_OVER = frozenset(
+"""Subset by the name (in any case) of a folder above the class folders."""
+IGNORED_FOLDERS = frozenset(
     {"$recycle.bin", "#recycle", "@eadir", "@recycle", "__macosx", "lost+found", "system volume information"}
 )
-"""Folders that a system or storage device makes (in lower case): nothing in them counts, nor in hidden ones."""
-BYSTANDERS = frozenset({"", ".csv", ".dat", ".db", ".ini", ".json", ".md", ".txt", ".xml"})
-"""Files of these kinds lie beside images everywhere: passed over and counted, as hidden ones are."""
+"""Folders made by operating systems and storage devices, in lower case; ignored like hidden ones."""
+IGNORED_SUFFIXES = frozenset({"", ".csv", ".dat", ".db", ".ini", ".json", ".md", ".txt", ".xml"})
+"""Suffixes of files that are common beside images; ignored and counted like hidden ones."""
 SHOWN = 20
-"""Lines of a list that an error prints before it says how many more there are."""
+"""Largest number of list entries that an error prints before it gives the number of the others."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One image file: posix path relative to the data folder, class index, and the subset its folder puts it in.
+    """One image file.
 
-    group: the picture it was cut from, where a CSV file says so. digest: SHA-256 of the file, once it was checked.
+    Attributes:
+        path: POSIX path relative to the data folder.
+        label: Class index.
+        subset: Subset that its folder or the CSV file assigns, if any.
+        group: The picture that it was cut from, if a CSV file gives it.
+        digest: SHA-256 of the file, once checked.
     """
 
     path: str
@@ -60,9 +65,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Folder:
-    """Labelled images. bad: files that cannot be used, and why. ignored: how many files were passed over.
+    """Labelled images.
 
-    labels: name of the CSV file that gave the labels; empty if folders did.
+    Attributes:
+        root: The data folder.
+        classes: Class names.
+        items: The images.
+        bad: Reasons by path of the unusable files.
+        ignored: Number of ignored files.
+        labels: Name of the CSV file with the labels; empty for class folders.
     """
 
     root: Path
@@ -75,7 +86,13 @@ class Folder:
 
 @dataclass(frozen=True)
 class Checked:
-    """A folder whose images can all be used. fingerprint: SHA-256 over their paths and decoded pixels."""
+    """A folder whose images are all usable.
+
+    Attributes:
+        folder: The usable images.
+        excluded: Reasons by path of the files that were left out.
+        fingerprint: SHA-256 over the paths and decoded pixels.
+    """
 
     folder: Folder
     excluded: dict[str, str]
@@ -85,35 +102,38 @@ class Checked:
 def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
     """Find the images in class folders, with or without train/, val/ and test/ above those.
 
-    A class folder is searched to its bottom. In SIPaKMeD's original layout im_X/im_X/CROPPED is class X, and the
-    cluster images beside CROPPED are left out.
-    classes: those of a network that will be evaluated here; without it, the folders' names in sorted order.
+    Class folders are searched recursively. Folders with one of the data layouts contribute the class and the images
+    that the layout gives.
+
+    Args:
+        data: The data folder.
+        classes: Classes of a network that will be evaluated on the images; default: the folder names, sorted.
 
     Raises:
-        DataError: no folder, nothing in it, a single class, class folders without images, or unknown classes.
+        DataError: A missing or empty folder, a single class, class folders without images, or unknown classes.
     """
     if not data.is_dir():
         raise DataError(f"no folder at {data}", fix="give --data the folder that holds one folder per class")
     tops = _tops(data)
     folders = [(subset, name, path) for subset, top in tops for name, path in _class_folders(top)]
     names = _class_names(data, folders, classes)
-    sorted_out = _Sorting(data)
-    empty = [path for subset, name, path in folders if not sorted_out.add(path, names.index(name), subset)]
+    found = _Collector(data)
+    empty = [path for subset, name, path in folders if not found.add(path, names.index(name), subset)]
     if empty:
-        raise DataError(f"no images in {some(map(str, empty))}", fix="fill or remove these class folders")
+        raise DataError(f"no images in {join_limited(map(str, empty))}", fix="fill or remove these class folders")
     for top in dict.fromkeys((data, *(top for _, top in tops))):
-        sorted_out.loose(top)
-    return Folder(data, names, tuple(sorted_out.items), sorted_out.bad, sorted_out.ignored)
+        found.add_stray(top)
+    return Folder(data, names, tuple(found.items), found.bad, found.ignored)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images under a folder: what `scan` takes in class folders, and `edgekd predict` in any folder.
+    """List the images under a folder; `scan` uses it for class folders, `edgekd predict` for any folder.
 
-    By the ends of their names, in any case; hidden ones do not count. Links are followed, to files and to folders,
-    but not upwards, and each folder is entered once. A link that leads nowhere counts, so that it will be named.
+    Images are recognised by their suffix in any case; hidden files are ignored. Links to files and folders are
+    followed, but not upwards, and each folder is visited once. Broken links are listed, so that they are reported.
 
     Raises:
-        DataError: a folder that cannot be read.
+        DataError: A folder is not readable.
     """
     return [file for file in _files(folder) if _is_image(file)]
 
@@ -125,7 +145,7 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(here)
-        folders[:] = sorted(name for name in folders if not _passed_over(name))
+        folders[:] = sorted(name for name in folders if not _is_ignored(name))
         yield from (Path(root, name) for name in sorted(files))
 
 
@@ -135,7 +155,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"{error.filename} cannot be read ({error.strerror})", fix="mend its permissions or remove it")
+    raise DataError(f"{error.filename} cannot be read ({error.strerror})", fix="correct its permissions or remove it")
 
 
 def _is_image(file: Path) -> bool:
@@ -143,29 +163,29 @@ def _is_image(file: Path) -> bool:
     return not file.name.startswith(".") and (broken or file.suffix.lower() in EXTENSIONS)
 
 
-def _passed_over(folder: str) -> bool:
-    return folder.startswith(".") or folder.lower() in PASSED_OVER
+def _is_ignored(folder: str) -> bool:
+    return folder.startswith(".") or folder.lower() in IGNORED_FOLDERS
 
 
 def _visible(folder: Path) -> list[Path]:
     try:
-        return sorted(p for p in folder.iterdir() if not _passed_over(p.name))
+        return sorted(p for p in folder.iterdir() if not _is_ignored(p.name))
     except OSError as error:
         _unreadable(error)
 
 
 def _tops(data: Path) -> list[tuple[Subset | None, Path]]:
-    """The folders that hold class folders: train/, val/ and test/, else `data` itself."""
+    """Return the folders of class folders, with their subset: train/, val/ and test/, or else `data` itself."""
     folders = [p for p in _visible(data) if p.is_dir()]
-    brought = [p for p in folders if p.name.lower() in SUBSETS and any(c.is_dir() for c in _visible(p))]
-    if not brought:
+    subsets = [p for p in folders if p.name.lower() in SUBSETS and any(c.is_dir() for c in _visible(p))]
+    if not subsets:
         return [(None, data)]
-    if strangers := [p.name for p in folders if p not in brought]:
+    if others := [p.name for p in folders if p not in subsets]:
         raise DataError(
-            f"{data} has {some(strangers)} beside {some(p.name for p in brought)}",
+            f"{data} has {join_limited(others)} beside {join_limited(p.name for p in subsets)}",
             fix="leave only train/, val/ and test/ there, or only class folders",
         )
-    return [(SUBSETS[p.name.lower()], p) for p in brought]
+    return [(SUBSETS[p.name.lower()], p) for p in subsets]
 
 
 def _class_folders(top: Path) -> Iterator[tuple[str, Path]]:
@@ -176,20 +196,22 @@ def _class_names(
     data: Path, folders: Sequence[tuple[Subset | None, str, Path]], known: Sequence[str] | None
 ) -> tuple[str, ...]:
     if not folders:
-        raise DataError(f"{data} has no class folders", fix="put the images of each class in a folder of its own")
+        raise DataError(f"{data} has no class folders", fix="put the images of each class into a folder of their own")
     found = {name for _, name, _ in folders}
     trained = {name for subset, name, _ in folders if subset in (None, "train")}
     names = tuple(known) if known is not None else tuple(sorted(trained or found))
     if unknown := sorted(found - set(names)):
         where = [str(path) for _, name, path in folders if name == unknown[0]]
-        raise DataError(f"unknown class {some(map(repr, unknown))} in {where[0]}", fix=nearest(unknown[0], names))
+        raise DataError(
+            f"unknown class {join_limited(map(repr, unknown))} in {where[0]}", fix=nearest(unknown[0], names)
+        )
     if len(names) < 2:
-        raise DataError(f"{data} has one class only: {names[0]}", fix="give --data the folder above the class folders")
+        raise DataError(f"{data} has only one class: {names[0]}", fix="give --data the folder above the class folders")
     return names
 
 
-class _Sorting:
-    """Files sorted into images, bad ones and bystanders."""
+class _Collector:
+    """Sorts files into images, unusable files and ignored ones."""
 
     def __init__(self, data: Path) -> None:
         self.data = data
@@ -198,23 +220,23 @@ class _Sorting:
         self.ignored = 0
 
     def add(self, folder: Path, label: int, subset: Subset | None) -> int:
-        """Take everything under a class folder; the number of images is returned."""
+        """Add everything under a class folder; return the number of images."""
         before = len(self.items)
         for file in _files(folder):
-            self._file(file, label, subset)
+            self._add_file(file, label, subset)
         return len(self.items) - before
 
-    def _file(self, path: Path, label: int, subset: Subset | None) -> None:
+    def _add_file(self, path: Path, label: int, subset: Subset | None) -> None:
         kind = path.suffix.lower()
         if _is_image(path):
             self.items.append(Found(_name(path, self.data), label, subset))
-        elif kind in BYSTANDERS or path.name.startswith("."):
+        elif kind in IGNORED_SUFFIXES or path.name.startswith("."):
             self.ignored += 1
         else:
             self.bad[_name(path, self.data)] = f"not an image (*{kind})"
 
-    def loose(self, top: Path) -> None:
-        """Complain of images that lie beside the class folders."""
+    def add_stray(self, top: Path) -> None:
+        """Record images beside the class folders as unusable."""
         for path in (p for p in _visible(top) if not p.is_dir()):
             if _is_image(path):
                 self.bad[_name(path, self.data)] = "in no class folder"
@@ -231,65 +253,71 @@ def _name(path: Path, data: Path) -> str:
     return name
 
 
-def some(names: Iterable[str]) -> str:
-    """`a, b, c and 17 more`, at most SHOWN of them."""
+def join_limited(names: Iterable[str]) -> str:
+    """Join names as `a, b, c and 17 more`, at most SHOWN of them."""
     listed = list(names)
     more = len(listed) - SHOWN
     return ", ".join(listed[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | None = None) -> Checked:
-    """Decode every image once; name everything that is unreadable, empty, animated, too small or large, or a copy.
+    """Decode every image once and report all that are unreadable, empty, animated, too small or large, or duplicates.
 
-    Copies are found by their pixels as 8-bit RGB. Of copies with one label the first stays, a test image before a
-    training image, so that what is left out never changes what is measured on; copies under two labels all go.
+    Duplicates are found by their pixels as 8-bit RGB. Of duplicates with one label the first is kept, a test image
+    before a training image, so that the test subset never depends on what is excluded; duplicates with different
+    labels are all unusable.
+
+    Args:
+        folder: Result of `scan` or `read_labels`.
+        exclude_bad: Leave out unusable files.
+        progress: Called with the images checked and their number.
 
     Raises:
-        DataError: files that cannot be used (unless exclude_bad), or a class that has none left without them.
+        DataError: Unusable files (unless `exclude_bad`), or a class without any usable image.
     """
-    looks, bad = _decode(folder, progress)
-    pixels = {path: look.pixels for path, look in looks.items()}
-    bad = {**folder.bad, **bad, **_copies(folder, pixels)}
+    hashes, bad = _decode(folder, progress)
+    pixels = {path: digests.pixels for path, digests in hashes.items()}
+    bad = {**folder.bad, **bad, **_duplicates(folder, pixels)}
     if bad and not exclude_bad:
         lines = [f"  {path}: {reason}" for path, reason in sorted(bad.items())]
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         raise DataError(
-            "\n".join([f"{len(bad)} of the files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
-            fix="mend or remove them, or leave them out with --exclude-bad",
+            "\n".join([f"{len(bad)} files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
+            fix="repair or remove them, or leave them out with --exclude-bad",
         )
-    items = tuple(dataclasses.replace(i, digest=looks[i.path].file) for i in folder.items if i.path not in bad)
+    items = tuple(dataclasses.replace(i, digest=hashes[i.path].file) for i in folder.items if i.path not in bad)
     if gone := {i.label for i in folder.items} - {i.label for i in items}:
-        classes = some(folder.classes[label] for label in sorted(gone))
-        raise DataError(f"no usable image is left of {classes}", fix="mend the files, or remove the class folder")
+        classes = join_limited(folder.classes[label] for label in sorted(gone))
+        raise DataError(f"no usable image is left of {classes}", fix="repair the files, or remove the class folder")
     if bad:
-        log.warning("%d of the files in %s are left out", len(bad), folder.root)
+        log.warning("%d files in %s are left out", len(bad), folder.root)
     return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, pixels))
 
 
-class _Look(NamedTuple):
-    """What decoding an image once tells: SHA-256 of the file and of its pixels, or the reason why it cannot be used."""
+class _Digests(NamedTuple):
+    """SHA-256 of an image file and of its pixels, or the reason why it cannot be used."""
 
     file: str = ""
     pixels: str = ""
     reason: str = ""
 
 
-def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, _Look], dict[str, str]]:
-    """The images that can be decoded, and reasons for those that cannot."""
-    looks, bad = {}, {}
+def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, _Digests], dict[str, str]]:
+    """Return the digests by path of all images that can be decoded, and the reasons for the others."""
+    hashes, bad = {}, {}
     with ThreadPoolExecutor(default_threads()) as pool:
-        results = pool.map(partial(_look_at, folder.root), folder.items)
-        for done, (item, look) in enumerate(zip(folder.items, results), 1):
-            if look.reason:
-                bad[item.path] = look.reason
+        results = pool.map(partial(_digests, folder.root), folder.items)
+        for done, (item, digests) in enumerate(zip(folder.items, results), 1):
+            if digests.reason:
+                bad[item.path] = digests.reason
             else:
-                looks[item.path] = look
+                hashes[item.path] = digests
             if progress:
                 progress(done, len(folder.items))
-    return looks, bad
+    return hashes, bad
 
 
-def _look_at(root: Path, item: Found) -> _Look:
+def _digests(root: Path, item: Found) -> _Digests:
     path = root / item.path
     try:
         with opened(path) as image:
@@ -299,11 +327,11 @@ def _look_at(root: Path, item: Found) -> _Look:
                 pixels.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     except DataError as error:
         reason = error.what.removeprefix(f"{path}: ")
-        return _Look(reason="empty" if reason.startswith("not an image") and not path.stat().st_size else reason)
-    return _Look(sha256(path), pixels.hexdigest())
+        return _Digests(reason="empty" if reason.startswith("not an image") and not path.stat().st_size else reason)
+    return _Digests(sha256(path), pixels.hexdigest())
 
 
-def _copies(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
+def _duplicates(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
     same: dict[str, list[Found]] = defaultdict(list)
     order: list[Subset | None] = ["test", "val", "train", None]
     for item in sorted(folder.items, key=lambda i: order.index(i.subset)):
@@ -314,13 +342,13 @@ def _copies(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
         for item in items:
             other = next((o for o in items if o.label != item.label), items[0])
             if other is not item:
-                bad[item.path] = _same_as(other, item, folder.classes)
+                bad[item.path] = _duplicate_of(other, item, folder.classes)
     return bad
 
 
-def _same_as(other: Found, item: Found, classes: Sequence[str]) -> str:
+def _duplicate_of(other: Found, item: Found, classes: Sequence[str]) -> str:
     label = f", labelled {classes[other.label]}" if other.label != item.label else ""
-    return f"same picture as {other.path}{label}"
+    return f"duplicate of {other.path}{label}"
 
 
 def _fingerprint(items: Iterable[Found], hashes: Mapping[str, str]) -> str:

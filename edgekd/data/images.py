@@ -1,4 +1,4 @@
-"""Files and pictures to a batch, decoded in a thread pool (Pillow frees the interpreter while it decodes)."""
+"""Loading images into batches, decoded in a thread pool (Pillow releases the GIL while it decodes)."""
 
 from __future__ import annotations
 
@@ -23,38 +23,45 @@ Source: TypeAlias = File | Image.Image | npt.NDArray[np.uint8]
 
 
 def load(source: Source, preprocess: Preprocess) -> Array:
-    """One picture to float32 (3, H, W).
+    """Load one image as the network's input, float32 (3, H, W).
 
-    source: a path, the bytes of an image file, one that is open for reading in binary, a Pillow image, or a uint8
-        array in RGB order (H, W, 3) or grey (H, W) or (H, W, 1).
+    Args:
+        source: A path, the bytes of an image file, a file opened for reading in binary mode, a Pillow image, or a uint8
+            array in RGB order (H, W, 3) or grey (H, W) or (H, W, 1).
+        preprocess: The network's preprocessing.
 
     Raises:
-        DataError: the file cannot be used (it is named), or the array is no picture.
+        DataError: An unusable file, which is named, or an array that is not an image.
     """
     if isinstance(source, Image.Image):
         return preprocess(to_rgb(source))
     if isinstance(source, np.ndarray) or not (isinstance(source, (str, Path, bytes)) or hasattr(source, "read")):
-        return preprocess(to_rgb(_picture(source)))
+        return preprocess(to_rgb(_from_array(source)))
     with opened(source) as image:
         return preprocess(image)
 
 
-def _picture(pixels: Any) -> Image.Image:
+def _from_array(pixels: Any) -> Image.Image:
     shape: tuple[int, ...] = getattr(pixels, "shape", ())
     dtype = getattr(pixels, "dtype", type(pixels).__name__)
     if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))) or 0 in shape:
         raise DataError(
-            f"{dtype} of shape {tuple(shape)} is no picture",
+            f"{dtype} of shape {tuple(shape)} is not an image",
             fix="give a path, a file or its bytes, a Pillow image, or a uint8 array (H, W, 3) in RGB order",
         )
     return Image.fromarray(pixels[:, :, 0] if shape[2:] == (1,) else pixels)
 
 
 def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Progress | None = None) -> Array:
-    """N sources (see `load`) to float32 (N, 3, H, W), in their order.
+    """Load N images as float32 (N, 3, H, W), in their order.
+
+    Args:
+        paths: Sources as for `load`.
+        preprocess: The network's preprocessing.
+        progress: Called with the images loaded and their number.
 
     Raises:
-        DataError: the first that cannot be used; a file is named.
+        DataError: An unusable image; the first one is reported, a file by its name.
     """
     size = preprocess.image_size
     batch = np.empty((len(paths), 3, size, size), np.float32)
@@ -75,13 +82,22 @@ def load_subset(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Array, npt.NDArray[np.int64]]:
-    """One part of a split: images (N, 3, H, W) and labels (N,).
+    """Load one subset of a split.
 
-    limit: at most so many, spread evenly over the part (which is sorted by class), the same ones each time.
+    Args:
+        split: The split.
+        subset: Which subset.
+        data: The data folder.
+        preprocess: The network's preprocessing.
+        limit: Largest number of images, spread evenly over the subset (which is sorted by class), always the same ones.
+        progress: Called with the images loaded and their number.
+
+    Returns:
+        Images (N, 3, H, W) and labels (N,).
 
     Raises:
-        ArtifactError: the split has no such part. DataError: files are missing from `data`, were changed since the
-            split was made, or cannot be used.
+        ArtifactError: The split has no such subset.
+        DataError: Files are missing from `data`, have changed since the split was made, or are unusable.
     """
     items = _spread(split.subset(subset), limit)
     require_unchanged(items, data, what=f"{subset} images")
@@ -90,30 +106,35 @@ def load_subset(
 
 
 def require_unchanged(items: Sequence[Item], data: Path, *, what: str = "images") -> None:
-    """Compare image files with the SHA-256 that a split has of them. what: how errors call them.
+    """Compare image files with their SHA-256 in the split.
+
+    Args:
+        items: The images.
+        data: The data folder.
+        what: Name of the images in errors.
 
     Raises:
-        DataError: files that are missing from `data` or were changed since; some are named.
+        DataError: Files are missing from `data` or have changed; some are named.
     """
     with ThreadPoolExecutor(default_threads()) as pool:
-        found = list(pool.map(lambda item: _digest(data / item.path), items))
-    missing = [item.path for item, digest in zip(items, found) if digest is None]
+        digests = list(pool.map(lambda item: _digest(data / item.path), items))
+    missing = [item.path for item, digest in zip(items, digests) if digest is None]
     if missing:
         raise DataError(
             f"{data} lacks {_counted(missing, items, what)}",
             fix="give the folder that the split was made from with --data",
         )
-    if changed := [item.path for item, digest in zip(items, found) if item.digest not in ("", digest)]:
+    if changed := [item.path for item, digest in zip(items, digests) if item.digest not in ("", digest)]:
         raise DataError(
-            f"{data} holds other pictures than the split was made of: {_counted(changed, items, what)}",
-            fix="bring back the pictures, or make a new split and train on it",
+            f"{data} has other images than the split: {_counted(changed, items, what)}",
+            fix="restore the images, or create a new split and train on it",
         )
 
 
 def _digest(path: Path) -> str | None:
     try:
         return sha256(path) if path.is_file() else None
-    except OSError:  # such names cannot be, or it may not be read
+    except OSError:  # an impossible name, or an unreadable file
         return None
 
 

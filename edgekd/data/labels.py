@@ -1,4 +1,4 @@
-"""Labels from a CSV file, for images that do not lie in class folders."""
+"""Labels from a CSV file, for images that are not in class folders."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgekd.data.folders import SUBSETS, Folder, Found, some
+from edgekd.data.folders import SUBSETS, Folder, Found, join_limited
 from edgekd.data.split import check_relative
 from edgekd.errors import DataError, nearest
 
 REQUIRED, OPTIONAL = ("path", "label"), ("group", "subset")
-FIX = "the first line names the columns: path, label and, if you like, group and subset"
+FIX = "the first line names the columns: path, label and, optionally, group and subset"
 
 
 def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None) -> Folder:
-    """The images that a CSV file lists.
+    """Read the images that a CSV file lists.
 
-    It is UTF-8, separated by commas, semicolons or tabs; its first line names the columns, in any order and case:
-        path: of the image, relative to `data`, with slashes.
-        label: the name of its class.
-        group: the picture (patient, slide) it was cut from, for all images or none.
-        subset: train, val or test, or another name of a subset's folder; for all images or none.
-    Other columns are passed over.
-    classes: those of a network that will be evaluated here; without it, the labels in sorted order.
+    The file is UTF-8, separated by commas, semicolons or tabs. Its first line names the columns, in any order and case;
+    other columns are ignored:
+
+    - `path`: path of the image relative to `data`, with slashes.
+    - `label`: name of its class.
+    - `group`: picture (patient, slide) that it was cut from; for all images or none.
+    - `subset`: train, val, test, or another name of a subset's folder; for all images or none.
+
+    Args:
+        data: The data folder.
+        file: The CSV file.
+        classes: Classes of a network that will be evaluated on the images; default: the labels, sorted.
 
     Raises:
-        DataError: no such file or folder, no such columns, or what is wrong in which line.
+        DataError: A missing file, folder or column, or an invalid line, which is named.
     """
     if not data.is_dir():
         raise DataError(f"no folder at {data}", fix="give --data the folder that the paths are relative to")
@@ -36,13 +41,13 @@ def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None)
         raise DataError(f"{file} lists no images", fix=FIX)
     names = tuple(classes) if classes is not None else tuple(sorted({row["label"] for _, row in rows}))
     if len(names) < 2:
-        raise DataError(f"{file} has one class only: {names[0]}", fix="list images of two classes or more")
+        raise DataError(f"{file} has only one class: {names[0]}", fix="list images of two classes or more")
     seen: dict[str, int] = {}
     for line, row in rows:
         if row["label"] not in names:
             raise _wrong(file, line, f"unknown class {row['label']!r}", nearest(row["label"], names))
         if (first := seen.setdefault(row["path"], line)) != line:
-            raise _wrong(file, line, f"{row['path']} is in line {first} already", "list each image once")
+            raise _wrong(file, line, f"{row['path']} is already in line {first}", "list each image once")
         for column in OPTIONAL:
             if bool(row[column]) != bool(rows[0][1][column]):
                 raise _wrong(file, line, f"{column} is given for some images only", "give it for all images or none")
@@ -51,7 +56,7 @@ def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each line's number and its values in our columns, empty where it has none."""
+    """Yield each line's number and its values by column, empty where the file lacks the column."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             head = stream.readline()
@@ -59,30 +64,32 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             reader = csv.reader(itertools.chain([head], stream), delimiter=separator, strict=True)
             columns = [name.strip().lower() for name in next(reader, [])]
             if lacking := [name for name in REQUIRED if columns.count(name) != 1]:
-                raise _wrong(file, 1, f"there is not one column {some(lacking)}", FIX)
+                raise _wrong(file, 1, f"not exactly one column {join_limited(lacking)}", FIX)
             for cells in filter(any, reader):
                 yield reader.line_num, _row(file, reader.line_num, columns, cells)
     except FileNotFoundError:
-        raise DataError(f"no file of labels at {file}", fix="check the path") from None
+        raise DataError(f"no labels file at {file}", fix="check the path") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})", fix="give --labels a CSV file") from None
     except UnicodeDecodeError:
         raise DataError(f"{file} is not UTF-8", fix="save it as UTF-8 (in Excel: CSV UTF-8)") from None
     except csv.Error as error:
-        raise _wrong(file, reader.line_num, str(error), "mend the line") from None
+        raise _wrong(file, reader.line_num, str(error), "correct the line") from None
 
 
 def _row(file: Path, line: int, columns: list[str], cells: list[str]) -> dict[str, str]:
     if len(cells) != len(columns):
-        raise _wrong(file, line, f"{len(cells)} values in {len(columns)} columns", "quote values that hold a separator")
+        raise _wrong(
+            file, line, f"{len(cells)} values in {len(columns)} columns", "quote values that contain a separator"
+        )
     found = dict(zip(columns, map(str.strip, cells)))
     row = {name: found.get(name, "") for name in REQUIRED + OPTIONAL}
     if lacking := [name for name in REQUIRED if not row[name]]:
-        raise _wrong(file, line, f"no {some(lacking)}", "fill it in or remove the line")
+        raise _wrong(file, line, f"no {join_limited(lacking)}", "fill it in or remove the line")
     try:
         check_relative(row["path"])
     except ValueError as error:
-        raise _wrong(file, line, str(error), "give the path from --data downwards") from None
+        raise _wrong(file, line, str(error), "give the path relative to --data") from None
     if row["subset"] and row["subset"].lower() not in SUBSETS:
         raise _wrong(file, line, f"unknown subset {row['subset']!r}", nearest(row["subset"].lower(), SUBSETS))
     return row

@@ -1,4 +1,4 @@
-"""split.json: which image is in which part, and its checked reading."""
+"""split.json: the division into training, validation and test images, and its validated reading."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ Subset = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Item:
-    """One image: posix path relative to the data folder, class index, and the picture it was cut from.
+    """One image.
 
-    digest: SHA-256 of the file; without one it is not checked when it is read.
+    Attributes:
+        path: POSIX path relative to the data folder.
+        label: Class index.
+        group: The picture that it was cut from, if known.
+        digest: SHA-256 of the file; without it, the file is not verified when it is read.
     """
 
     path: str
@@ -31,14 +35,14 @@ class Item:
 
 
 def check_relative(path: str) -> None:
-    """Whether this is the plain posix path of a file below some folder.
+    """Check that a path is a normalised POSIX path of a file below a folder.
 
     Raises:
-        ValueError: it is absolute, leads upwards or to the folder itself, is no Unicode, or could be written shorter.
+        ValueError: It is absolute, leads upwards or to the folder itself, is not Unicode, or is not normalised.
     """
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or "\0" in path:
-        raise ValueError(f"path: {path!r} is no plain path below the data folder")
+        raise ValueError(f"path: {path!r} is not a normalised path below the data folder")
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -47,9 +51,20 @@ def check_relative(path: str) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """Which image is where. `leaking` counts groups with images in more than one part.
+    """A division of images into train, val and test.
 
-    labels: name of the CSV file that gave the labels; empty if folders did.
+    Attributes:
+        classes: Class names.
+        subsets: Images of each subset.
+        method: How it was made, for example `ratio:3,1,1`.
+        seed: Random seed.
+        group: Data layout or regular expression that names the pictures images were cut from, or `none`.
+        groups: Number of these pictures.
+        leaking: Number of pictures with images in more than one subset.
+        fingerprint: SHA-256 over the images' paths and pixels.
+        excluded: Reasons by path of the files that were left out.
+        labels: Name of the CSV file with the labels; empty for class folders.
+        schema: Version of the file format.
     """
 
     classes: tuple[str, ...]
@@ -67,32 +82,32 @@ class Split:
     def __post_init__(self) -> None:
         check_classes(self.classes)
         if unknown := self.subsets.keys() - set(get_args(Subset)):
-            raise ValueError(f"subsets: {min(unknown)!r} is none of train, val, test")
+            raise ValueError(f"subsets: {min(unknown)!r} is not train, val or test")
         if not 0 <= self.leaking <= self.groups:
-            raise ValueError(f"leaking: {self.leaking} of {self.groups} groups cannot be")
+            raise ValueError(f"leaking: {self.leaking} of {self.groups} groups is impossible")
         seen: dict[str, str] = {}
         for subset, items in self.subsets.items():
             for item in items:
                 if not 0 <= item.label < len(self.classes):
                     raise ValueError(f"subsets.{subset}: {item.path} has the label {item.label} of {len(self.classes)}")
                 here = f"{subset}: {item.path}"
-                for picture in filter(None, (item.path, item.digest)):
-                    if (other := seen.setdefault(picture, here)) is not here:
-                        raise ValueError(f"subsets: one picture is there twice, {other} and {here}")
+                for key in filter(None, (item.path, item.digest)):
+                    if (other := seen.setdefault(key, here)) is not here:
+                        raise ValueError(f"subsets: one image occurs twice, {other} and {here}")
 
     def subset(self, name: Subset) -> tuple[Item, ...]:
-        """The images of one part.
+        """Return the images of one subset.
 
         Raises:
-            ArtifactError: the part is empty or missing.
+            ArtifactError: The subset is empty or missing.
         """
         if not self.subsets.get(name):
-            raise ArtifactError(f"the split has no {name} images", fix="make another with --split ratio:3,1,1")
+            raise ArtifactError(f"the split has no {name} images", fix="create another split with --split ratio:3,1,1")
         return self.subsets[name]
 
 
 def leaks(subsets: Mapping[str, Sequence[Item]]) -> tuple[int, int]:
-    """The number of groups, and of those with images in more than one part."""
+    """Count the groups, and those with images in more than one subset."""
     sides = Counter(key for items in subsets.values() for key in {i.group for i in items} - {""})
     return len(sides), sum(n > 1 for n in sides.values())
 
@@ -101,32 +116,32 @@ def read_split(path: Path) -> Split:
     """Read split.json, or the one in a run folder.
 
     Raises:
-        ArtifactError: no split; parts, labels, paths or classes that cannot be; an image twice or without SHA-256;
-            other leaks than it says.
+        ArtifactError: Missing or invalid file, an image that occurs twice or has no SHA-256, or leaks that differ from
+            the recorded ones.
     """
     path = path / "split.json" if path.is_dir() else path
     split = read_json(path, Split, what="split")
-    again = "make another split: train with --split ratio:3,1,1"
+    again = "create another split: train with --split ratio:3,1,1"
     if lacking := [i.path for items in split.subsets.values() for i in items if not i.digest]:
         raise ArtifactError(f"{path} has no SHA-256 of {lacking[0]}: an earlier edgekd wrote it", fix=again)
     groups, leaking = leaks(split.subsets)
     if (groups, leaking) != (split.groups, split.leaking):
-        said = f"{split.leaking} of {split.groups} groups leak"
-        raise ArtifactError(f"{path} was edited: it says that {said}, but {leaking} of {groups} do", fix=again)
+        recorded = f"{split.leaking} of {split.groups} groups leak"
+        raise ArtifactError(f"{path} was edited: it records that {recorded}, but {leaking} of {groups} do", fix=again)
     return split
 
 
 def is_stray(path: str) -> bool:
-    """Whether a path that should lie in a folder is none, or leads out of it."""
+    """Return True if a path is empty or leads out of its folder."""
     parts = PurePosixPath(path).parts
     return not parts or path.startswith("/") or ".." in parts
 
 
 def check_classes(classes: tuple[str, ...]) -> None:
-    """Whether these can be the names of a classifier's classes.
+    """Check the names of a classifier's classes.
 
     Raises:
-        ValueError: fewer than two, one without a name, or one twice.
+        ValueError: Fewer than two, an empty name, or a duplicate.
     """
     if len(classes) < 2 or not all(classes) or len(set(classes)) != len(classes):
-        raise ValueError("classes: two or more names, none of them empty or there twice")
+        raise ValueError("classes: at least two different names are required, none of them empty")

@@ -1,4 +1,4 @@
-"""Which image is for training, which for validation, which for testing; and what leaks between them."""
+"""Dividing images into training, validation and test subsets, and counting leaks between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.data.folders import Checked, Folder, Found, scan, some
+from edgekd.data.folders import Checked, Folder, Found, join_limited, scan
 from edgekd.data.labels import read_labels
 from edgekd.data.layouts import group_names, group_patterns
 from edgekd.data.split import Item, Split, Subset, leaks, read_split
@@ -20,18 +20,21 @@ from edgekd.errors import ConfigError, DataError, nearest
 
 SUBSETS: tuple[Subset, ...] = ("train", "val", "test")
 TRIES = 20
-"""Random orders in which groups are dealt out, of which the best is taken."""
+"""Random orders of assigning groups, of which the best is taken."""
 Ints: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 def images_of(data: Path, *, labels: Path | None = None, method: str = "") -> Folder:
-    """The images to divide: what the CSV file `labels` lists, else what is in class folders.
+    """Find the images to divide: those that a CSV file lists, or else those in class folders.
 
-    method: as for `make_split`; if it is a split that was made of a CSV file, its images.
+    Args:
+        data: The data folder.
+        labels: CSV file of labels.
+        method: As for `make_split`; a split.json that was made from a CSV file provides its images.
 
     Raises:
-        EdgekdError: as `read_labels`, `read_split` or `scan`.
+        EdgekdError: See `read_labels`, `read_split` and `scan`.
     """
     if labels is not None:
         return read_labels(data, labels)
@@ -44,20 +47,25 @@ def images_of(data: Path, *, labels: Path | None = None, method: str = "") -> Fo
 def make_split(
     checked: Checked, *, method: str = "ratio:3,1,1", fold: int = 0, group: str = "none", seed: int = 0
 ) -> Split:
-    """Divide the images into train, val and test, class by class in the same proportion.
+    """Divide the images into train, val and test, each class in the same proportion.
 
-    method: `ratio:3,1,1` (train, val, test; 0 leaves a part empty), `kfold:5` (of 5 equal parts number `fold` is the
-        test part, the next one validation, the rest training), or the path of a split.json. What train/, val/ and
-        test/ folders bring is kept; a part that they lack is cut from training, a fifth of it.
-    group: `none`; `cluster` (SIPaKMeD) or `slide` (Kather 2016); or a regular expression, searched in each relative
-        path, whose captured text (all of the match if it captures none) names the picture the image was cut from.
-        Images of a group stay together, so val and test may lack a class that comes from few pictures: `summary`
-        says so. With `none` the shipped patterns are still tried, to count what leaks. The groups that a CSV file
-        of labels gives take the place of this.
+    Args:
+        checked: The images.
+        method: `ratio:3,1,1` (train, val, test; 0 leaves a subset empty), `kfold:5` (of 5 equal folds, number `fold` is
+            the test subset, the next one the validation subset, the rest training), or the path of a split.json.
+            Existing train/, val/ and test/ folders are preserved; a missing subset gets a fifth of the training
+            images.
+        fold: Index of the test fold, from 0.
+        group: `none`; a data layout or its group name, such as `cluster` (SIPaKMeD) or `slide` (Kather 2016); or a
+            regular expression, searched in each relative path, whose captured text (the whole match without captures)
+            names the picture that the image was cut from. Images of a group stay together, so val and test may lack a
+            class that comes from few pictures; `summary` reports it. With `none`, the layouts' patterns are still
+            used to count leaks. Groups from a CSV file take precedence.
+        seed: Random seed.
 
     Raises:
-        ConfigError: a method, fold or pattern that cannot be.
-        DataError: too few images or groups, a pattern that does not match, or a split.json of other images.
+        ConfigError: Invalid method, fold or pattern.
+        DataError: Too few images or groups, a pattern that does not match, or a split.json of other images.
     """
     if Path(method).suffix == ".json":
         return _given(checked, Path(method))
@@ -67,17 +75,17 @@ def make_split(
         group = "labels"
     else:
         keys = group_keys([i.path for i in items], group)
-    brought = {i.subset for i in items} - {None}
-    weights, names = _plan(method, fold) if brought <= {"train"} else _missing(brought, method)
-    where = _deal(checked.folder, weights, names, keys if group != "none" else None, seed)
+    existing = {i.subset for i in items} - {None}
+    weights, names = _plan(method, fold) if existing <= {"train"} else _missing(existing, method)
+    assigned = _assign(checked.folder, weights, names, keys if group != "none" else None, seed)
     subsets: dict[str, list[Item]] = {subset: [] for subset in SUBSETS}
-    for item, key, subset in zip(items, keys, where):
+    for item, key, subset in zip(items, keys, assigned):
         subsets[subset].append(Item(item.path, item.label, key, item.digest))
     groups, leaking = leaks(subsets)
     return Split(
         classes=checked.folder.classes,
-        subsets={subset: tuple(inside) for subset, inside in subsets.items()},
-        method=_described(method, fold, brought),
+        subsets={subset: tuple(images) for subset, images in subsets.items()},
+        method=_described(method, fold, existing),
         seed=seed,
         group=group_names().get(group, group),
         groups=groups,
@@ -88,28 +96,28 @@ def make_split(
     )
 
 
-def _deal(
+def _assign(
     folder: Folder, weights: Sequence[float], names: Sequence[Subset], keys: Sequence[str] | None, seed: int
 ) -> list[Subset]:
-    """The part of each image. val/ and test/ that the folder brings stay; all else is dealt out."""
-    where: list[Subset] = [item.subset or "train" for item in folder.items]
-    pool = [n for n, subset in enumerate(where) if subset == "train"]
+    """Return the subset of each image. Existing val/ and test/ are preserved; all other images are assigned."""
+    assigned: list[Subset] = [item.subset or "train" for item in folder.items]
+    pool = [n for n, subset in enumerate(assigned) if subset == "train"]
     labels = np.array([folder.items[n].label for n in pool], np.int64)
     rng = np.random.default_rng(seed)
     if keys is None:
-        dealt = _deal_images(labels, folder.classes, weights, rng)
+        parts = _assign_images(labels, folder.classes, weights, rng)
     else:
-        dealt = _deal_groups(labels, [keys[n] for n in pool], len(folder.classes), weights, rng)
-    for n, subset in zip(pool, dealt):
-        where[n] = names[subset]
-    trained = {item.label for item, subset in zip(folder.items, where) if subset == "train"}
+        parts = _assign_groups(labels, [keys[n] for n in pool], len(folder.classes), weights, rng)
+    for n, part in zip(pool, parts):
+        assigned[n] = names[part]
+    trained = {item.label for item, subset in zip(folder.items, assigned) if subset == "train"}
     if lacking := [name for label, name in enumerate(folder.classes) if label not in trained]:
-        raise DataError(f"no whole group is left to train class {some(lacking)}", fix=_FEWER)
-    return where
+        raise DataError(f"no whole group is left for training class {join_limited(lacking)}", fix=_FEWER)
+    return assigned
 
 
 def _plan(method: str, fold: int) -> tuple[list[float], list[Subset]]:
-    """How many parts to deal the images into, their weights, and what each will be."""
+    """Return the weights of the parts to divide the images into, and the subset that each becomes."""
     kind, _, text = method.partition(":")
     try:
         numbers = [float(n) for n in text.split(",")]
@@ -121,38 +129,45 @@ def _plan(method: str, fold: int) -> tuple[list[float], list[Subset]]:
         k = int(numbers[0])
         return [1.0] * k, ["test" if n == fold else "val" if n == (fold + 1) % k else "train" for n in range(k)]
     raise ConfigError(
-        f"--split {method} (fold {fold}) cannot be",
+        f"--split {method} (fold {fold}) is not valid",
         fix="use ratio:3,1,1 for train, val and test, kfold:5 with a fold from 0 to 4, or the path of a split.json",
     )
 
 
-def _missing(brought: set[Subset | None], method: str) -> tuple[list[float], list[Subset]]:
-    """A fifth of train/ for each of val/ and test/ that the folder does not bring."""
-    if "train" not in brought:
-        raise DataError("the folder brings no train/", fix="add it, or put the class folders at the top")
+def _missing(existing: set[Subset | None], method: str) -> tuple[list[float], list[Subset]]:
+    """Like `_plan`, with a fifth of train/ for each of val/ and test/ that is missing."""
+    if "train" not in existing:
+        raise DataError("the folder has no train/", fix="add it, or put the class folders at the top")
     if method.startswith("kfold"):
         raise ConfigError(
-            f"--split {method} does not go with a folder that brings {some(sorted(filter(None, brought)))}",
+            f"--split {method} needs a folder without {join_limited(sorted(filter(None, existing)))}",
             fix="put all class folders at the top, without train/, val/ and test/",
         )
-    names: list[Subset] = ["train", *(subset for subset in SUBSETS if subset not in brought)]
+    names: list[Subset] = ["train", *(subset for subset in SUBSETS if subset not in existing)]
     return [5.0 - len(names[1:]), *(1.0 for _ in names[1:])], names
 
 
-def _described(method: str, fold: int, brought: set[Subset | None]) -> str:
-    if brought <= {"train"}:
+def _described(method: str, fold: int, existing: set[Subset | None]) -> str:
+    if existing <= {"train"}:
         return f"{method} fold {fold}" if method.startswith("kfold") else method
-    cut = [subset for subset in SUBSETS if subset not in brought]
-    kept = f"folder: {', '.join(subset for subset in SUBSETS if subset in brought)}"
+    cut = [subset for subset in SUBSETS if subset not in existing]
+    kept = f"folder: {', '.join(subset for subset in SUBSETS if subset in existing)}"
     return kept + (f"; {' and '.join(cut)} cut from train, 1/5 each" if cut else "")
 
 
 def group_keys(paths: Sequence[str], group: str) -> list[str]:
-    """The picture each image was cut from; all empty if `group` is `none` and no shipped pattern fits every path.
+    """Return the picture that each image was cut from.
+
+    Args:
+        paths: Relative paths of the images.
+        group: As for `make_split`.
+
+    Returns:
+        A key for each image; all empty if `group` is `none` and no layout's pattern matches every path.
 
     Raises:
-        ConfigError: no regular expression.
-        DataError: paths that it does not match.
+        ConfigError: Invalid regular expression.
+        DataError: Paths that it does not match.
     """
     if group == "none":
         fitting = (keys for p in group_patterns().values() if all(keys := _keys(paths, re.compile(p))))
@@ -161,11 +176,11 @@ def group_keys(paths: Sequence[str], group: str) -> list[str]:
     try:
         pattern = re.compile(group_patterns().get(name, name))
     except re.error as error:
-        raise ConfigError(f"--group {group} is no regular expression: {error}", fix=_group_fix(group)) from None
+        raise ConfigError(f"--group {group} is not a regular expression: {error}", fix=_group_fix(group)) from None
     keys = _keys(paths, pattern)
-    if strange := [path for path, key in zip(paths, keys) if not key]:
+    if unmatched := [path for path, key in zip(paths, keys) if not key]:
         raise DataError(
-            f"--group {group} says nothing of {len(strange)} of {len(paths)} images: {some(strange[:3])}",
+            f"--group {group} does not match {len(unmatched)} of {len(paths)} images: {join_limited(unmatched[:3])}",
             fix=_group_fix(group),
         )
     return keys
@@ -174,7 +189,7 @@ def group_keys(paths: Sequence[str], group: str) -> list[str]:
 def _group_fix(group: str) -> str:
     return (
         nearest(group, ["none", *group_patterns(), *group_names()])
-        + " A regular expression on the relative path works too."
+        + " A regular expression on the relative path is accepted, too."
     )
 
 
@@ -183,21 +198,21 @@ def _keys(paths: Sequence[str], pattern: re.Pattern[str]) -> list[str]:
     return ["" if m is None else "/".join(g or "" for g in m.groups()) or m[0] for m in matches]
 
 
-def _deal_images(labels: Ints, classes: Sequence[str], weights: Sequence[float], rng: np.random.Generator) -> Ints:
-    """A part (N,) for each image: each class shuffled and cut by the weights."""
+def _assign_images(labels: Ints, classes: Sequence[str], weights: Sequence[float], rng: np.random.Generator) -> Ints:
+    """Return the part (N,) of each image: each class shuffled and divided by the weights."""
     totals = np.bincount(labels, minlength=len(classes))
     if few := [f"{name} ({n})" for name, n in zip(classes, totals) if n < len(weights)]:
-        raise DataError(f"too few images for {len(weights)} parts in class {some(few)}", fix=_FEWER)
-    dealt, filled = np.empty(len(labels), np.int64), np.zeros(len(weights))
+        raise DataError(f"too few images for {len(weights)} parts in class {join_limited(few)}", fix=_FEWER)
+    parts, filled = np.empty(len(labels), np.int64), np.zeros(len(weights))
     for label, total in enumerate(totals):
         counts = _shares(total, weights, filled)
-        dealt[rng.permutation(np.flatnonzero(labels == label))] = np.repeat(np.arange(len(weights)), counts)
+        parts[rng.permutation(np.flatnonzero(labels == label))] = np.repeat(np.arange(len(weights)), counts)
         filled += counts
-    return dealt
+    return parts
 
 
 def _shares(total: int, weights: Sequence[float], filled: Floats) -> Ints:
-    """`total` in whole numbers by weight, at least one each; what rounding leaves goes to the largest remainders."""
+    """Divide `total` into whole numbers by weight, at least one each, by the largest remainders."""
     exact = total * np.asarray(weights) / sum(weights)
     counts = np.maximum(np.floor(exact + 1e-9).astype(np.int64), 1)
     while counts.sum() != total:
@@ -207,10 +222,10 @@ def _shares(total: int, weights: Sequence[float], filled: Floats) -> Ints:
     return counts
 
 
-def _deal_groups(
+def _assign_groups(
     labels: Ints, keys: Sequence[str], classes: int, weights: Sequence[float], rng: np.random.Generator
 ) -> Ints:
-    """A part (N,) for each image, the same for all images of a group; classes as even as whole groups allow."""
+    """Return the part (N,) of each image, the same within a group; classes as balanced as whole groups allow."""
     _, group = np.unique(np.asarray(keys), return_inverse=True)
     table = np.zeros((group.max() + 1, classes), np.int64)
     np.add.at(table, (group, labels), 1)
@@ -221,43 +236,51 @@ def _deal_groups(
 
 
 def _greedy(table: Floats, target: Floats, rng: np.random.Generator) -> tuple[int, float, Ints]:
-    """Groups (G, C) dealt one by one, large ones early, to the part (P, C) that they bring nearest to its target.
+    """Assign groups one by one, large ones early, each to the part that it brings closest to its target.
 
-    Returns: empty cells, squared distance to the target, and the part (G,) of each group.
+    Args:
+        table: Share (G, C) of each class in each group.
+        target: Wanted share (P, C) of each class in each part.
+        rng: Source of the order.
+
+    Returns:
+        Number of empty cells, squared distance to the target, and the part (G,) of each group.
     """
-    have, dealt = np.zeros_like(target), np.zeros(len(table), np.int64)
+    have, parts = np.zeros_like(target), np.zeros(len(table), np.int64)
     for g in np.argsort(-table.sum(1) * rng.uniform(0.5, 1, len(table)), kind="stable"):
-        dealt[g] = np.argmin((table[g] * (2 * (have - target) + table[g])).sum(1))
-        have[dealt[g]] += table[g]
-    return int((have == 0).sum()), float(((have - target) ** 2).sum()), dealt
+        parts[g] = np.argmin((table[g] * (2 * (have - target) + table[g])).sum(1))
+        have[parts[g]] += table[g]
+    return int((have == 0).sum()), float(((have - target) ** 2).sum()), parts
 
 
 _FEWER = "use fewer parts (ratio:4,0,1), add images, or split without groups (--group none)"
 
 
 def _given(checked: Checked, path: Path) -> Split:
-    """A split.json, if it is of just these images."""
+    """Read a split.json of exactly these images."""
     split = read_split(path)
     if split.classes != checked.folder.classes:
-        ours, theirs = some(checked.folder.classes), some(split.classes)
-        raise DataError(f"{path} is for classes {theirs}; {checked.folder.root} has {ours}", fix="make a new split")
+        ours, theirs = join_limited(checked.folder.classes), join_limited(split.classes)
+        raise DataError(f"{path} is for classes {theirs}; {checked.folder.root} has {ours}", fix="create a new split")
     here = {i.path: i for i in checked.folder.items}
     there = {i.path: i for items in split.subsets.values() for i in items}
     both = here.keys() & there.keys()
     problems = {
         "that are not in the folder": there.keys() - here.keys(),
         "fewer than the folder has": here.keys() - there.keys(),
-        "under another class": {p for p in both if here[p].label != there[p].label},
+        "with another class": {p for p in both if here[p].label != there[p].label},
         "that were changed since": {p for p in both if here[p].digest != there[p].digest},
     }
-    lines = [f"  {len(found)} images {what}: {some(sorted(found)[:5])}" for what, found in problems.items() if found]
+    lines = [
+        f"  {len(found)} images {what}: {join_limited(sorted(found)[:5])}" for what, found in problems.items() if found
+    ]
     if lines:
-        raise DataError("\n".join([f"{path} does not fit {checked.folder.root}:", *lines]), fix="make a new split")
+        raise DataError("\n".join([f"{path} does not fit {checked.folder.root}:", *lines]), fix="create a new split")
     return split
 
 
 def summary(split: Split) -> str:
-    """A text table of images a class and part, and what leaks between the parts."""
+    """Format a table of the images per class and subset, and the leaks between subsets."""
     wide = max(map(len, [*split.classes, "class"]))
     rows = [("class", *SUBSETS)]
     counts = {subset: Counter(i.label for i in split.subsets.get(subset, ())) for subset in SUBSETS}
@@ -265,14 +288,14 @@ def summary(split: Split) -> str:
     rows += [("all", *(str(counts[subset].total()) for subset in SUBSETS))]
     table = [f"{name:<{wide}}" + "".join(f"{cell:>8}" for cell in cells) for name, *cells in rows]
     lacking = {subset: [name for k, name in enumerate(split.classes) if not counts[subset][k]] for subset in SUBSETS}
-    notes = [f"{subset} has no {some(names)}" for subset, names in lacking.items() if names and counts[subset]]
+    notes = [f"{subset} has no {join_limited(names)}" for subset, names in lacking.items() if names and counts[subset]]
     title = f"split {split.method}, seed {split.seed}, groups: {split.group}"
     return "\n".join([title, *table, *notes, _leak_text(split)])
 
 
 def _leak_text(split: Split) -> str:
     if not split.groups:
-        return "which images were cut from one picture is not known: give --group to keep them together"
+        return "images cut from one picture are not known: give --group to keep them together"
     if not split.leaking:
-        return f"none of {split.groups} groups leaks: images cut from one picture are in one part"
-    return f"{split.leaking} of {split.groups} groups leak: images cut from one picture are in several parts"
+        return f"none of {split.groups} groups leaks: images cut from one picture are in one subset"
+    return f"{split.leaking} of {split.groups} groups leak: images cut from one picture are in several subsets"

@@ -1,11 +1,9 @@
-"""Synthetic cells: five classes that overlap, drawn from a seed, for the demo and for tests without real images."""
+"""Synthetic cell images: five overlapping classes drawn from a seed, for the demo and for tests without real images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +11,12 @@ from PIL import Image
 
 from edgekd.errors import DataError
 from edgekd.files import atomic_folder
-
-Plane: TypeAlias = npt.NDArray[np.float32]
+from edgekd.types import Array, Progress
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell looks like: lengths relative to the picture's side, the rest from 0 to about 1."""
+    """Appearance of a cell: lengths relative to the image's side, the other values from 0 to about 1."""
 
     radius: float
     elongation: float
@@ -36,27 +33,34 @@ CLASSES = {
     "large-flat": Cell(0.39, 1.20, 0.26, 0.65, 0.15, 0.12),
     "small-round": Cell(0.24, 1.15, 0.50, 0.60, 0.18, 0.08),
 }
-"""The mean cell of each class."""
+"""Mean cell of each class."""
 SPREAD = Cell(0.03, 0.16, 0.045, 0.08, 0.09, 0.12)
-"""Standard deviations around it. A small CNN trained from nothing for a minute is right about 87 times in 100."""
+"""Standard deviations around the mean. A small CNN trained from scratch for a minute reaches about 87 % accuracy."""
 CELLS_PER_SLIDE = (4, 10)
 
 
 def write_cells(
-    out: Path, *, count: int = 1500, size: int = 64, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    out: Path, *, count: int = 1500, size: int = 64, seed: int = 0, progress: Progress | None = None
 ) -> None:
-    """Write `count` RGB pictures of `size` x `size` pixels as out/<class>/<slide>_<cell>.png.
+    """Write RGB images as out/<class>/<slide>_<cell>.png.
 
-    The cells of a slide share stain and background, as pieces of a real picture do; slides are numbered anew in
-    each class, as in SIPaKMeD, so `--group cluster` fits. The same seed draws the same pixels.
+    The cells of a slide share stain and background, like parts of a real image. Slides are numbered separately in each
+    class, as in SIPaKMeD, so `--group cluster` applies. The same seed draws the same pixels.
+
+    Args:
+        out: A new or empty folder.
+        count: Number of images.
+        size: Side of an image in pixels.
+        seed: Random seed.
+        progress: Called with the images written and their number.
 
     Raises:
-        DataError: `out` has files already, or `count` is under two a class.
+        DataError: `out` is not empty, or `count` is less than two per class.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty", fix="remove it or choose another folder")
     if count < 2 * len(CLASSES):
-        raise DataError(f"{count} cells are too few", fix=f"ask for {2 * len(CLASSES)} or more")
+        raise DataError(f"{count} cells are too few", fix=f"give {2 * len(CLASSES)} or more")
     with atomic_folder(out) as folder:
         done = 0
         for label, name in enumerate(CLASSES):
@@ -82,16 +86,16 @@ def _slides(label: int, *, count: int, size: int, seed: int) -> list[tuple[str, 
     return cells
 
 
-def _stain(rng: np.random.Generator) -> Plane:
-    """Colours (background, cytoplasm, nucleus) x RGB of one slide, from 0 to 1."""
+def _stain(rng: np.random.Generator) -> Array:
+    """Draw the colours of one slide: (background, cytoplasm, nucleus) x RGB, 0..1."""
     base = np.array([[0.88, 0.87, 0.90], [0.62, 0.70, 0.80], [0.33, 0.25, 0.50]])
     tint = rng.normal(0, 0.04, (1, 3)) + rng.normal(0, 0.03, (3, 3))
     pinkness = rng.uniform(-0.2, 0.2) * np.array([[0, 0, 0], [1, -0.3, -0.4], [0.3, 0, -0.3]])
     return np.clip(base + tint + pinkness, 0, 1).astype(np.float32)
 
 
-def draw(cell: Cell, stain: Plane, *, size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """One cell (size, size, 3): cytoplasm, the halo and the nucleus on it, grain, a neighbour's edge, camera noise."""
+def draw(cell: Cell, stain: Array, *, size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Draw a cell (size, size, 3): cytoplasm, halo, nucleus, grain, the edge of a neighbour, and camera noise."""
     canvas = np.broadcast_to(stain[0], (size, size, 3)).copy()
     centre = rng.normal(0, 0.04, 2)
     around = 0.75 * np.array([np.cos(a := rng.uniform(0, 2 * np.pi)), np.sin(a)])
@@ -110,14 +114,14 @@ def draw(cell: Cell, stain: Plane, *, size: int, rng: np.random.Generator) -> np
     return pixels
 
 
-def _paint(canvas: Plane, opacity: Plane, colour: Plane) -> None:
+def _paint(canvas: Array, opacity: Array, colour: Array) -> None:
     canvas += opacity[..., None] * (colour - canvas)
 
 
 def _blob(
     rng: np.random.Generator, middle: npt.NDArray[np.float64], radius: float, elongation: float, size: int
-) -> Plane:
-    """Opacity (size, size) of an ellipse with an uneven, soft edge."""
+) -> Array:
+    """Draw the opacity (size, size) of an ellipse with an irregular, soft edge."""
     turn, *phases = rng.uniform(0, 2 * np.pi, 3)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
     y, x = y - middle[0], x - middle[1]
@@ -125,11 +129,11 @@ def _blob(
     u, v = u / np.sqrt(elongation), v * np.sqrt(elongation)
     angle = np.arctan2(v, u)
     edge = radius * (1 + 0.06 * np.sin(2 * angle + phases[0]) + 0.05 * np.sin(3 * angle + phases[1]))
-    opacity: Plane = np.clip((edge - np.hypot(u, v)) * size / 2 + 0.5, 0, 1).astype(np.float32)
+    opacity: Array = np.clip((edge - np.hypot(u, v)) * size / 2 + 0.5, 0, 1).astype(np.float32)
     return opacity
 
 
-def _noise(rng: np.random.Generator, cells: int, size: int) -> Plane:
-    """Smooth noise (size, size) of unit-normal values on a `cells` x `cells` grid."""
+def _noise(rng: np.random.Generator, cells: int, size: int) -> Array:
+    """Draw smooth noise (size, size), interpolated from standard normal values on a `cells` x `cells` grid."""
     grid = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
     return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""A table in the time there is: how fast each job trains, and what has to be cut."""
+"""Fits a table's runs into a time budget: measures how fast each job trains, and chooses what to cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgekd.data.folders import Checked, Folder
 from edgekd.data.splitting import make_split
 from edgekd.errors import ConfigError, TrainingError
 from edgekd.files import atomic_folder, atomic_write
-from edgekd.reproduce.plan import Planned, Request, plan, tasks
+from edgekd.reproduce.plan import PlannedRun, RunOptions, missing_jobs, plan
 from edgekd.reproduce.table_spec import Table
 from edgekd.serialization import read_json, to_json
 from edgekd.training import run_folder
@@ -26,72 +26,89 @@ from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import SweepMember
 
 LADDER = (224, 160, 112, 96, 80)
-"""Pixels to go down to. Below, the deepest maps are a pixel or two."""
+"""Image sizes to go down to. Below, the deepest feature maps are a pixel or two wide."""
 FLOORS = 10, 3
-"""Epochs that are kept while pixels can still be cut, and at least."""
-PROBE_PIXELS = 112
-"""Speed is measured on pictures of this size at most, and taken to fall with their area."""
+"""Smallest number of epochs while the image size can still be cut, and after that."""
+PROBE_IMAGE_SIZE = 112
+"""Largest image size at which speed is measured; it is assumed to fall with the area."""
 PER_EVALUATED = 1 / 3
-"""What an image costs that is evaluated, against one that is trained on."""
+"""Cost of evaluating an image, as a fraction of training on it."""
 START_S = 30.0
-"""What a run takes to begin and to end, beside training and evaluation."""
+"""Seconds that a run takes besides training and evaluation."""
 PROBES = "probe"
-"""The folder under `runs` for what is trained to learn its speed."""
+"""Folder below `runs` for the runs that measure speed."""
 
 
 def seconds(text: str) -> float:
-    """`30m`, `1h30m`, `45s` in seconds.
+    """Parse `30m`, `1h30m`, `45s` into seconds.
 
     Raises:
-        ConfigError: no such time.
+        ConfigError: Another format.
     """
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not match or not any(match.groups()):
-        raise ConfigError(f"--budget {text}: no time", fix="for example --budget 30m, 1h30m or 90s")
+        raise ConfigError(f"--budget {text}: not a time", fix="for example --budget 30m, 1h30m or 90s")
     return float(sum(int(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1))))
 
 
 @dataclass(frozen=True)
-class Load:
-    """One job's work. train, val, test: images. images_per_s: trained, at `measured_at` pixels."""
+class JobCost:
+    """The cost of one job.
+
+    Attributes:
+        epochs: Number of epochs.
+        image_size: Image size.
+        train: Number of training images.
+        val: Number of validation images.
+        test: Number of test images.
+        images_per_s: Training speed.
+        measured_at: Image size at which it was measured.
+    """
 
     epochs: int
-    pixels: int
+    image_size: int
     train: int
     val: int
     test: int
     images_per_s: float
     measured_at: int
 
-    def seconds(self, epochs: int, pixels: int) -> float:
-        """What one run takes in at most so many epochs and pixels."""
+    def seconds(self, epochs: int, image_size: int) -> float:
+        """Return the seconds of one run at these numbers of epochs and image size, or its own if they are smaller."""
         images = min(epochs, self.epochs) * (self.train + PER_EVALUATED * self.val) + PER_EVALUATED * self.test
-        return START_S + images / self.images_per_s * (min(pixels, self.pixels) / self.measured_at) ** 2
+        return START_S + images / self.images_per_s * (min(image_size, self.image_size) / self.measured_at) ** 2
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """What fits: epochs and pixels at most, and how many of the seeds and folds. seconds: the estimate."""
+    """What fits into the budget.
+
+    Attributes:
+        epochs: Largest number of epochs.
+        image_size: Largest image size.
+        repeats: How many of the seeds and folds.
+        seconds: Estimated time of it all.
+    """
 
     epochs: int
-    pixels: int
+    image_size: int
     repeats: int
     seconds: float
 
 
-def fit(loads: Sequence[Load], budget_s: float, *, repeats: int, at_once: int = 1) -> Cuts:
-    """The largest cut of the work that fits into the time.
+def fit(costs: Sequence[JobCost], budget_s: float, *, repeats: int, at_once: int = 1) -> Cuts:
+    """Choose the smallest cuts that fit into the time.
 
-    Epochs go first, down to 10; then pixels, a step of the ladder at a time; then epochs down to 3; then repeats. What
-    does not even fit then is returned with its estimate above the budget.
+    Epochs are cut first, down to 10; then the image size, one step of the ladder at a time; then epochs down to 3; then
+    repeats. If not even that fits, it is returned with an estimate above the budget.
     """
-    full, size = max(load.epochs for load in loads), max(load.pixels for load in loads)
+    full, size = max(cost.epochs for cost in costs), max(cost.image_size for cost in costs)
     steps = [size, *(p for p in LADDER if p < size)] if size > min(LADDER) else [size]
     high, low = (min(floor, full) for floor in FLOORS)
-    ranges = [(pixels, full, high) for pixels in steps] + [(steps[-1], high, low)]
-    tries = [(pixels, epochs, repeats) for pixels, top, floor in ranges for epochs in range(top, floor - 1, -1)]
+    ranges = [(size, full, high) for size in steps] + [(steps[-1], high, low)]
+    tries = [(size, epochs, repeats) for size, top, floor in ranges for epochs in range(top, floor - 1, -1)]
     tries += [(steps[-1], low, fewer) for fewer in range(repeats - 1, 0, -1)]
-    each = (Cuts(e, p, r, r * sum(load.seconds(e, p) for load in loads) / at_once) for p, e, r in tries)
+    each = (Cuts(e, p, r, r * sum(cost.seconds(e, p) for cost in costs) / at_once) for p, e, r in tries)
     for cuts in each:
         if cuts.seconds <= budget_s:
             return cuts
@@ -99,19 +116,19 @@ def fit(loads: Sequence[Load], budget_s: float, *, repeats: int, at_once: int = 
 
 
 Key = tuple[str, str, str, int, str]
-"""What decides a job's speed: network, method, teacher's network, batch size, precision."""
+"""What a job's speed depends on: network, method, teacher's network, batch size, precision."""
 Speeds = dict[Key, tuple[float, int]]
-"""Images a second, and at how many pixels."""
+"""Images per second, and the image size."""
 
 
-def key(planned: Planned) -> Key:
+def key(planned: PlannedRun) -> Key:
     p = planned.protocol
     teacher = planned.teacher.protocol.network if planned.teacher else ""
     return p.network, p.method, teacher, p.batch_size, p.precision
 
 
 def known_speeds(runs: Path) -> Speeds:
-    """The speeds of the last epochs of all runs of at least two; the first one's includes much that is done once."""
+    """Return the speed of the last epoch of each run of two or more; the first epoch includes one-time work."""
     found: Speeds = {}
     folders = {path.parent for path in runs.glob(f"**/{run_folder.METRICS}")}
     for folder in sorted(folders, key=lambda f: (PROBES not in f.parts, f)):  # real runs count more
@@ -125,18 +142,18 @@ def known_speeds(runs: Path) -> Speeds:
     return found
 
 
-def loads(planned: Mapping[str, Planned], speeds: Speeds, subsets: Mapping[str, int]) -> list[Load]:
-    """The work of each distinct run folder whose speed is known. parts: images in train, val and test."""
+def job_costs(planned: Mapping[str, PlannedRun], speeds: Speeds, subsets: Mapping[str, int]) -> list[JobCost]:
+    """Return the cost of each distinct run folder whose speed is known; `subsets` has the numbers of images."""
     found = []
     for one in {one.folder: one for one in planned.values()}.values():
         if key(one) in speeds:
             own = one.protocol.epochs, one.protocol.preprocess.image_size
-            found.append(Load(*own, subsets["train"], subsets["val"], subsets["test"], *speeds[key(one)]))
+            found.append(JobCost(*own, subsets["train"], subsets["val"], subsets["test"], *speeds[key(one)]))
     return found
 
 
 def few_images(folder: Folder, out: Path, *, batch_size: int) -> None:
-    """A folder of links to as many images as a batch and its share of validation and test images need."""
+    """Make a folder of links to as many images as one batch and its validation and test images need."""
     count = -(-(2 * batch_size) // len(folder.classes))
     taken: Counter[tuple[int, str | None]] = Counter()
     with atomic_folder(out) as made:
@@ -148,11 +165,11 @@ def few_images(folder: Folder, out: Path, *, batch_size: int) -> None:
                 link.symlink_to((folder.root / item.path).resolve())
 
 
-def decide(
+def choose_cuts(
     table: Table,
-    planned: Mapping[str, Planned],
+    planned: Mapping[str, PlannedRun],
     members: Sequence[SweepMember],
-    request: Request,
+    options: RunOptions,
     *,
     checked: Checked,
     budget_s: float,
@@ -160,25 +177,26 @@ def decide(
     at_once: int,
     say: Callable[[str], None],
 ) -> Cuts:
-    """What fits into the time: measured speeds, then `fit`. It is kept beside the runs, so that a second start goes on
-    with the first one's runs whatever the machine is doing by then.
+    """Measure the speed of each job, and choose what fits into the time.
+
+    The choice is kept beside the runs, so that a second start continues the same runs whatever the machine's load is.
 
     Raises:
-        TrainingError: no job could be tried.
+        TrainingError: The speed of no job could be measured.
     """
     content = [{"budget_s": budget_s, "at_once": at_once}, [one.digest for one in planned.values()], members]
-    kept = request.runs / "plans" / f"{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
+    kept = options.runs / "plans" / f"{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
     if kept.is_file():
-        say(f"cut as when it was first begun; remove {kept} to decide anew")
+        say(f"cut as when it was first started; remove {kept} to choose anew")
         return read_json(kept, Cuts, what="plan")
-    speeds = _measured(table, planned, request, checked=checked, until=until, at_once=at_once, say=say)
+    speeds = _measured(table, planned, options, checked=checked, until=until, at_once=at_once, say=say)
     protocol = next(iter(planned.values())).protocol
     split = make_split(checked, method=protocol.split, group=protocol.group, seed=members[0].seed, fold=members[0].fold)
     sizes = {subset: len(items) for subset, items in split.subsets.items()}
-    work = loads(planned, speeds, sizes)
+    work = job_costs(planned, speeds, sizes)
     if not work:
         raise TrainingError(
-            "no job of this table could be tried", fix=f"give more time, or see the logs in {request.runs / PROBES}"
+            "the speed of no job could be measured", fix=f"give more time, or see the logs in {options.runs / PROBES}"
         )
     cuts = fit(work, until - time.monotonic(), repeats=len(members), at_once=at_once)
     atomic_write(kept, to_json(cuts))
@@ -187,29 +205,29 @@ def decide(
 
 def _measured(
     table: Table,
-    planned: Mapping[str, Planned],
-    request: Request,
+    planned: Mapping[str, PlannedRun],
+    options: RunOptions,
     *,
     checked: Checked,
     until: float,
     at_once: int,
     say: Callable[[str], None],
 ) -> Speeds:
-    """The speed of each job: from runs that are there, else from two epochs of a batch or so."""
-    speeds = known_speeds(request.runs)
+    """Return the speed of each job: from finished runs, else from two epochs of about one batch."""
+    speeds = known_speeds(options.runs)
     unknown = [name for name, one in planned.items() if key(one) not in speeds]
     if not unknown:
         return speeds
     batch_size = max(one.protocol.batch_size for one in planned.values())
     few = f"{checked.fingerprint[:12]}-{batch_size}"
-    data = request.runs / PROBES / f"images-{few}"
+    data = options.runs / PROBES / f"images-{few}"
     if not data.is_dir():
         few_images(checked.folder, data, batch_size=batch_size)
-    two = {**request.overrides, "epochs": 2}
-    cut = dataclasses.replace(request, overrides=two, pixels=PROBE_PIXELS, group="none", weights=None)
+    two = {**options.overrides, "epochs": 2}
+    cut = dataclasses.replace(options, overrides=two, image_size=PROBE_IMAGE_SIZE, group="none", weights=None)
     probe = dataclasses.replace(cut, data=data, fingerprint=f"few of {few}", runs=data.parent)
     tried = plan(table, probe)
-    jobs = tasks([each for name in unknown for each in tried[name].needed()], [SweepMember(0, 0)], probe)
+    jobs = missing_jobs([each for name in unknown for each in tried[name].needed()], [SweepMember(0, 0)], probe)
     say(f"measuring speed: {len(jobs)} short runs")
     run_jobs(jobs, at_once=at_once, deadline=until)
-    return known_speeds(request.runs)
+    return known_speeds(options.runs)

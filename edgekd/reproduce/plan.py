@@ -1,4 +1,4 @@
-"""A table's jobs as runs: settings, run folders named after what decides their result, differences from the paper."""
+"""A table's jobs as runs: their settings, their run folders (named by a digest), their differences from the paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgekd.distill.methods import METHODS
 from edgekd.errors import ConfigError
 from edgekd.files import sha256
 from edgekd.models.networks import hub_name
-from edgekd.reproduce.table_spec import IMAGENET, Job, Table
+from edgekd.reproduce.table_spec import IMAGENET, JobSpec, Table
 from edgekd.schema import to_table
 from edgekd.training import jobs, sweep
 from edgekd.training.protocol import RESUMABLE, Protocol
@@ -29,18 +29,27 @@ RECIPE = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "milestones", "gamma"),
     *("warmup_epochs", "precision", "clip_norm", "ema"),
 )
-"""What `--protocol` replaces, beside augmentation and pixels: how to train, not what."""
+"""Protocol keys that `--protocol` replaces, besides augmentation and image size: how to train, not what."""
 NO_RESULT = (*RESUMABLE, "teacher", "network", "weights", "seed", "fold")
-"""Protocol keys that are no part of a job's settings: of no influence, or kept apart."""
+"""Protocol keys that the digest leaves out: without influence on the result, or part of it in another way."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What decides a table's runs beside the table.
+class RunOptions:
+    """The options that decide a table's runs.
 
-    data: the images, and their fingerprint once they are read. runs: where run folders go. weights: a folder of
-    <network>.safetensors. protocol: how to train instead of the paper's way. overrides: protocol keys. instead: a
-    network to another. epochs, pixels: cut to these by the budget, 0 for not.
+    Attributes:
+        data: Folder of the images.
+        fingerprint: Digest of the images, once they are read.
+        runs: Folder of the run folders.
+        weights: Folder of <network>.safetensors.
+        protocol: Protocol that replaces the paper's way to train; empty for none.
+        overrides: Protocol keys.
+        substitutes: Network to the one that replaces it.
+        group: Grouping of the split.
+        exclude_bad: Train without images that cannot be used.
+        epochs: Number of epochs that the budget allows; 0 for no limit.
+        image_size: Image size that the budget allows; 0 for no limit.
     """
 
     data: Path
@@ -53,27 +62,39 @@ class Request:
     group: str | None = None
     exclude_bad: bool = False
     epochs: int = 0
-    pixels: int = 0
+    image_size: int = 0
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A job as it will be run. file: of its first weights. teacher, start: the jobs it learns and starts from."""
+class PlannedRun:
+    """A job with the settings that it is run with.
 
-    job: Job
+    Attributes:
+        job: The job.
+        paper: The paper's settings.
+        protocol: Ours.
+        file: File of its initial weights.
+        teacher: The job that it learns from.
+        start: The job whose weights it starts from.
+        fingerprint: Digest of the images.
+        runs: Folder of the run folders.
+    """
+
+    job: JobSpec
     paper: Protocol
     protocol: Protocol
     file: Path | None
-    teacher: Planned | None
-    start: Planned | None
+    teacher: PlannedRun | None
+    start: PlannedRun | None
     fingerprint: str
     runs: Path
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of everything that decides the result but seed, fold and edgekd's version. Only settings that are not
-        `Protocol`'s defaults (or the precision that once was) count, so that a setting which edgekd gains later changes
-        no digest."""
+        """Digest of everything that decides the result but seed, fold and edgekd's version.
+
+        Settings equal to `Protocol`'s defaults are left out, so that a setting added later changes no digest.
+        """
         first = self.start.digest if self.start else sha256(self.file) if self.file else "none"
         teacher = self.teacher.digest if self.teacher else ""
         own = {k: v for k, v in dataclasses.asdict(self.protocol).items() if k not in NO_RESULT}
@@ -84,88 +105,93 @@ class Planned:
 
     @property
     def folder(self) -> Path:
-        """Where its runs are, one for each member."""
+        """Folder of its runs, one for each seed and fold."""
         return self.runs / f"{self.protocol.network}-{self.protocol.method}-{self.digest}"
 
-    def task(self, member: SweepMember) -> str:
-        """The name of what makes a run's scores."""
+    def job_name(self, member: SweepMember) -> str:
+        """Return the name of the job that writes a run's scores."""
         return f"{self.folder.name}/{member.name}" + (f"/svm-{self.job.svm}" if self.job.svm else "")
 
-    def needed(self) -> Iterator[Planned]:
-        """All that it needs, and itself at the end."""
+    def needed(self) -> Iterator[PlannedRun]:
+        """Yield the runs that it depends on, and itself at the end."""
         for other in (self.teacher, self.start):
             if other:
                 yield from other.needed()
         yield self
 
     def scores(self, member: SweepMember) -> Path:
-        """The file with a run's test scores."""
+        """Return the file with a run's test scores."""
         return self.folder / member.name / (f"svm-{self.job.svm}.json" if self.job.svm else sweep.TEST)
 
-    def differs(self) -> list[str]:
-        """What is not as in the paper, in words."""
-        own = list(_differences(self))
+    def differences(self) -> list[str]:
+        """List the differences from the paper as text."""
+        own = list(_own_differences(self))
         for what, other in (("teacher", self.teacher), ("first weights", self.start)):
-            own += [f"{what}: {text}" for text in (other.differs() if other else []) if text not in own]
+            own += [f"{what}: {text}" for text in (other.differences() if other else []) if text not in own]
         return own
 
 
 def _beyond(own: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not the default ones."""
+    """Return the settings that differ from the defaults."""
     other = {k: v for k, v in own.items() if v != default.get(k)}
     return {k: _beyond(v, default.get(k, {})) if isinstance(v, dict) else v for k, v in other.items()}
 
 
-def plan(table: Table, request: Request) -> dict[str, Planned]:
-    """Every job that the table's rows need, each after what it needs.
+def plan(table: Table, options: RunOptions) -> dict[str, PlannedRun]:
+    """Return the runs that the table's rows require, in dependency order.
 
     Raises:
-        ConfigError: settings that cannot be.
+        ConfigError: Unknown keys or wrong values.
     """
-    found: dict[str, Planned] = {}
+    found: dict[str, PlannedRun] = {}
     for name in table.order():
         job = table.jobs[name]
-        protocol = settings(table, job, request)
-        file = _file(protocol.network, request.weights) if job.weights == IMAGENET else None
+        protocol = resolve_protocol(table, job, options)
+        file = _file(protocol.network, options.weights) if job.weights == IMAGENET else None
         teacher, start = found.get(job.teacher), found.get(job.weights)
         paper = _paper(table, job)
-        found[name] = Planned(job, paper, protocol, file, teacher, start, request.fingerprint, request.runs)
+        found[name] = PlannedRun(job, paper, protocol, file, teacher, start, options.fingerprint, options.runs)
     return found
 
 
-def _paper(table: Table, job: Job) -> Protocol:
+def _paper(table: Table, job: JobSpec) -> Protocol:
     overrides = {"network": job.network, "method": job.method} | table.settings | job.settings
     return config.load(Protocol, "protocols", table.protocol, overrides=overrides)
 
 
-def settings(table: Table, job: Job, request: Request) -> Protocol:
-    """The paper's settings, then `--protocol`'s, then the table's own, then `--set`'s, then the budget's cuts.
+def resolve_protocol(table: Table, job: JobSpec, options: RunOptions) -> Protocol:
+    """Combine the settings of the paper, `--protocol`, the table, `--set` and the budget; later ones win.
 
-    What is counted in epochs (milestones, warm-up, anchors, a method's first stage) shrinks with them, unless set.
+    What is counted in epochs (milestones, warm-up, anchors, a method's initial stage) is scaled with them, unless set.
     """
-    network = request.substitutes.get(job.network, job.network)
+    network = options.substitutes.get(job.network, job.network)
     overrides = {**table.settings, **job.settings}
-    if request.protocol:
-        recipe = config.load(Protocol, "protocols", request.protocol)
+    if options.protocol:
+        recipe = config.load(Protocol, "protocols", options.protocol)
         cut = scaled(_paper(table, job), recipe.epochs)
         ways = {key: getattr(recipe, key) for key in RECIPE} | {"augment": dataclasses.asdict(recipe.augment)}
         ways["preprocess.image_size"] = recipe.preprocess.image_size
         overrides = ways | overrides | {"anchor_every": cut.anchor_every} | _init_epochs(cut)
-    asked = {k: v for k, v in request.overrides.items() if k != "epochs"}
+    asked = {k: v for k, v in options.overrides.items() if k != "epochs"}
     overrides |= {"network": network, "method": job.method, "weights": "none"}
-    overrides |= ({"group": request.group} if request.group else {}) | asked
+    overrides |= ({"group": options.group} if options.group else {}) | asked
     made = config.load(Protocol, "protocols", table.protocol, overrides=overrides)
-    epochs = request.overrides.get("epochs", made.epochs)
-    made = scaled(made, min(epochs, request.epochs) if request.epochs else epochs, keep=asked)
-    size = min(made.preprocess.image_size, request.pixels or made.preprocess.image_size)
+    epochs = options.overrides.get("epochs", made.epochs)
+    made = scaled(made, min(epochs, options.epochs) if options.epochs else epochs, keep=asked)
+    size = min(made.preprocess.image_size, options.image_size or made.preprocess.image_size)
     return dataclasses.replace(made, preprocess=dataclasses.replace(made.preprocess, image_size=size))
 
 
 def scaled(p: Protocol, epochs: int, *, keep: Collection[str] = ()) -> Protocol:
-    """The protocol in so many epochs, with all that is counted in epochs in proportion; `keep` names what stays.
+    """Scale a protocol to a number of epochs, and what is counted in epochs in proportion.
+
+    Args:
+        p: The protocol.
+        epochs: Number of epochs.
+        keep: Keys that are not scaled.
 
     Raises:
-        ConfigError: not a number of epochs.
+        ConfigError: Not a number of epochs.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ConfigError(f"epochs: {epochs!r} is no number of epochs", fix="for example --set epochs=20")
@@ -190,15 +216,15 @@ def _init_epochs(p: Protocol) -> dict[str, int]:
 
 
 def _file(network: str, folder: Path | None) -> Path | None:
-    """The network's ImageNet weights, if the folder has them."""
+    """Return the file of the network's ImageNet weights, if the folder has it."""
     try:
         file = folder / f"{hub_name(network)}.safetensors" if folder else None
-    except ConfigError:  # one of edgekd's own, for which nobody has such weights
+    except ConfigError:  # one of edgekd's own, which has no such weights
         return None
     return file if file and file.is_file() else None
 
 
-def _differences(planned: Planned) -> Iterator[str]:
+def _own_differences(planned: PlannedRun) -> Iterator[str]:
     ours, paper = planned.protocol, planned.paper
     if ours.network != paper.network:
         yield f"{ours.network} in place of {paper.network}"
@@ -208,7 +234,7 @@ def _differences(planned: Planned) -> Iterator[str]:
         yield f"{ours.epochs} epochs, not {paper.epochs}"
     if ours.preprocess.image_size != paper.preprocess.image_size:
         yield f"{ours.preprocess.image_size} pixels, not {paper.preprocess.image_size}"
-    if ours.group != "none":
+    if ours.group != paper.group:
         yield f"split grouped by {ours.group}"
     size = dataclasses.replace(paper.preprocess, image_size=ours.preprocess.image_size)
     same = dataclasses.replace(scaled(paper, ours.epochs), preprocess=size, group=ours.group)
@@ -221,28 +247,30 @@ def _differences(planned: Planned) -> Iterator[str]:
 
 
 def _short(value: Any, other: Any) -> str:
-    """A setting in words; of a table only the keys in which the other one differs."""
+    """Format a setting; of a table only the keys in which the other one differs."""
     if isinstance(value, dict):
         return " ".join(f"{k} {v}" for k, v in value.items() if other.get(k) != v) or "nothing"
     return str(list(value) if isinstance(value, tuple) else value)
 
 
-def tasks(planned: Collection[Planned], members: Sequence[SweepMember], request: Request) -> list[jobs.ChildJob]:
-    """What is missing of each run, seed by seed, so that every row has one number before any has two."""
+def missing_jobs(
+    planned: Collection[PlannedRun], members: Sequence[SweepMember], options: RunOptions
+) -> list[jobs.ChildJob]:
+    """Return the jobs that are missing, seed by seed, so that every row has one number before any has two."""
     found: dict[str, jobs.ChildJob] = {}
     for member in members:
         for one in planned:
             name, folder = f"{one.folder.name}/{member.name}", one.folder / member.name
             if not (folder / sweep.TEST).is_file() and name not in found:
-                found[name] = _train(one, member, request)
+                found[name] = _train(one, member, options)
             if one.job.svm and not one.scores(member).is_file():
-                test = EvaluateRequest(run=folder, data=request.data, out=one.scores(member), svm=one.job.svm)
+                test = EvaluateRequest(run=folder, data=options.data, out=one.scores(member), svm=one.job.svm)
                 log = one.folder / f"{one.scores(member).stem}-{member.name}.log"
-                found[one.task(member)] = jobs.ChildJob(one.task(member), (test,), log, (name,))
+                found[one.job_name(member)] = jobs.ChildJob(one.job_name(member), (test,), log, (name,))
     return list(found.values())
 
 
-def _train(one: Planned, member: SweepMember, request: Request) -> jobs.ChildJob:
+def _train(one: PlannedRun, member: SweepMember, options: RunOptions) -> jobs.ChildJob:
     above = [other for other in (one.teacher, one.start) if other]
     first = one.start.folder / member.name if one.start else one.file or "none"
     teacher = str((one.teacher.folder / member.name).resolve()) if one.teacher else ""
@@ -252,6 +280,6 @@ def _train(one: Planned, member: SweepMember, request: Request) -> jobs.ChildJob
     return sweep.train_job(
         f"{one.folder.name}/{member.name}",
         protocol,
-        TrainRequest(command="distill", data=request.data, out=folder, exclude_bad=request.exclude_bad),
+        TrainRequest(command="distill", data=options.data, out=folder, exclude_bad=options.exclude_bad),
         depends_on=tuple(f"{other.folder.name}/{member.name}" for other in above),
     )

@@ -1,4 +1,4 @@
-"""A paper's table as TOML: what is printed in each row, and which run gives our number."""
+"""A paper's table as TOML: the printed numbers of each row, and the job that gives ours."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ KIND = "papers"
 
 @dataclass(frozen=True)
 class Data:
-    """The paper's images: the set's name and how many there are."""
+    """The paper's images: name of the data set, and number of images."""
 
     name: str
     images: int
 
 
 @dataclass(frozen=True)
-class Job:
+class JobSpec:
     """A network to train under the table's protocol.
 
-    weights: what it starts from: `imagenet`, `none`, or another job. teacher: another job. settings: protocol keys of
-    its own. svm: a feature point, on which a support vector machine answers instead of the network's classifier.
+    Attributes:
+        network: Name of the network.
+        method: Distillation method.
+        weights: What it starts from: `imagenet`, `none`, or another job.
+        teacher: Another job; empty for none.
+        settings: Protocol keys of its own.
+        svm: Feature point whose features a support vector machine classifies in place of the network's own classifier.
     """
 
     network: str
@@ -40,16 +45,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: printed and spread (standard deviation) by column, in the column's unit.
+    """One row.
 
-    job: what gives our numbers. network: of a row that counts costs and trains nothing. open: why edgekd has no such
-    row.
+    Attributes:
+        label: The paper's label.
+        job: The job that gives our numbers.
+        network: Network of a row that counts costs and trains nothing.
+        unsupported: Why edgekd cannot make this row; empty if it can.
+        printed: Column to the printed number, in the column's unit.
+        spread: Column to its standard deviation.
     """
 
     label: str
     job: str = ""
     network: str = ""
-    open: str = ""
+    unsupported: str = ""
     printed: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
 
@@ -58,9 +68,19 @@ class Row:
 class Table:
     """A table of a paper.
 
-    columns: title to measure: `EXIT.METRIC` of the test images, where EXIT is exit_0 …, ensemble, or answer (the
-    ensemble, or the only exit); `cost.FIELD` of the network; `NETWORK/cost.FIELD`, how many times less than NETWORK's
-    it is. settings: protocol keys of all jobs. exclude_bad: train without images that cannot be used.
+    Attributes:
+        caption: Its caption.
+        source: Where it is printed.
+        protocol: Name of the protocol that all jobs use.
+        data: The paper's images.
+        columns: Title to measure: `EXIT.METRIC` on the test images, where EXIT is exit_0 …, ensemble, or
+            prediction (the ensemble, or the only exit); `cost.FIELD` of the network; `NETWORK/cost.FIELD`, how many
+            times smaller than NETWORK's it is.
+        rows: The rows.
+        jobs: Name to job.
+        settings: Protocol keys of all jobs.
+        notes: Remarks on the table.
+        exclude_bad: Train without images that cannot be used.
     """
 
     caption: str
@@ -69,33 +89,33 @@ class Table:
     data: Data
     columns: dict[str, str]
     rows: tuple[Row, ...]
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: dict[str, JobSpec] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     exclude_bad: bool = False
 
     def __post_init__(self) -> None:
         if not self.jobs:
-            raise ValueError("jobs: there is none")
+            raise ValueError("jobs: at least one is needed")
         known = {*self.jobs, NONE, IMAGENET, ""}
         for name, job in self.jobs.items():
             if strange := {job.teacher, job.weights} - known:
                 raise ValueError(f"jobs.{name}: {min(strange)} is no job")
         for row in self.rows:
-            if row.job not in self.jobs and not row.open and not row.network:
-                raise ValueError(f"row '{row.label}': {row.job or 'nothing'} is no job, and it is not open")
+            if row.job not in self.jobs and not row.unsupported and not row.network:
+                raise ValueError(f"row '{row.label}': {row.job or 'nothing'} is no job, and it is not unsupported")
             if strange := (row.printed.keys() | row.spread.keys()) - self.columns.keys():
                 raise ValueError(f"row '{row.label}': {min(strange)} is no column")
 
     def network(self, row: Row) -> str:
-        """Whose cost a row counts."""
+        """Return the network whose cost a row counts."""
         return row.network or self.jobs[row.job].network
 
     def order(self, labels: Collection[str] = ()) -> list[str]:
-        """The jobs that the rows with these labels, or all, ask for and those that they need, each after what it needs.
+        """Return the jobs required by the rows with these labels (default: all), in dependency order.
 
         Raises:
-            ConfigError: no row has such a label; jobs that need each other.
+            ConfigError: No row has such a label, or jobs depend on each other.
         """
         known = [row.label for row in self.rows]
         for label in labels:
@@ -105,7 +125,7 @@ class Table:
 
         def add(name: str, above: tuple[str, ...]) -> None:
             if name in above:
-                raise ConfigError(f"jobs need each other: {' < '.join((*above, name))}", fix="mend the table")
+                raise ConfigError(f"jobs depend on each other: {' < '.join((*above, name))}", fix="correct the table")
             for other in needs(self.jobs[name]):
                 add(other, (*above, name))
             if name not in found:
@@ -117,21 +137,21 @@ class Table:
         return found
 
 
-def needs(job: Job) -> list[str]:
-    """The jobs that a job starts from and learns from."""
+def needs(job: JobSpec) -> list[str]:
+    """Return the jobs that a job depends on: its teacher, and the one whose weights it starts from."""
     return [name for name in (job.teacher, job.weights) if name not in (NONE, IMAGENET, "")]
 
 
 def names() -> list[str]:
-    """The tables that edgekd knows."""
+    """List the tables that come with edgekd."""
     return config.names(KIND)
 
 
 def read(name: str) -> Table:
-    """A table by name, or from a TOML file.
+    """Read a table by name, or from a TOML file.
 
     Raises:
-        ConfigError: no such table, or one that cannot be.
+        ConfigError: No such table, or wrong keys or values.
     """
     table = load(Table, KIND, name)
     table.order()

@@ -10,7 +10,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,11 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from edgekd.child import start_child
 from edgekd.host import default_threads
 from edgekd.training.request import Request
 
-GRACE_S = 10
-"""Seconds that a process has to end by itself."""
 JobState = Literal["done", "failed", "skipped"]
 
 
@@ -167,9 +165,8 @@ def _process(
 ) -> int:
     """Run one job in a child process, which stops when its standard input is closed."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "edgekd.cli.job", job.to_json()]
     with job.log.open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env)
+        process = start_child("edgekd.cli.job", job.to_json(), stdout=log, stderr=subprocess.STDOUT, env=env)
         started(process)
         return process.wait()
 

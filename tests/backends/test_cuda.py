@@ -6,8 +6,10 @@ tells: benchmarks/gpu.
 
 from __future__ import annotations
 
+import enum
 import operator
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +119,30 @@ def test_bindings_that_are_not_there(box: Callable[..., Box], monkeypatch: pytes
         device()
 
 
+def test_a_driver_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bindings up to 12.8 raise instead of answering with a code."""
+
+    def missing() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    runtime = types.SimpleNamespace(cudaGetDeviceCount=missing)
+    with pytest.raises(BackendError, match=r"no NVIDIA driver here: Failed to dlopen libcuda[\s\S]*--runtime nvidia"):
+        CudaPython(runtime)
+
+
+def test_an_error_of_the_driver_is_named(box: Callable[..., Box]) -> None:
+    """The runtime describes no error but its own."""
+    box("10.3")
+    gpu = device()
+    assert isinstance(gpu, CudaPython)
+
+    class Refused(enum.IntEnum):
+        CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222
+
+    with pytest.raises(BackendError, match=r"CUDA says CUDA_ERROR_UNSUPPORTED_PTX_VERSION[\s\S]*newer driver"):
+        gpu.do((Refused.CUDA_ERROR_UNSUPPORTED_PTX_VERSION, None), fix="take a newer driver")
+
+
 def test_the_real_bindings_have_every_name() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     driver = pytest.importorskip("cuda.bindings.driver")
@@ -125,7 +151,7 @@ def test_the_real_bindings_have_every_name() -> None:
     assert len(found) > 25
     for name in found:
         operator.attrgetter(name)(runtime)
-    for name in re.findall(r"_driver\(\)\.(cu\w+)", source):
+    for name in re.findall(r"\bdriver(?:\(\))?\.(cu\w+)", source):
         operator.attrgetter(name)(driver)
 
 

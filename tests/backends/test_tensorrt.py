@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ from edgekd.backends.cuda.device_tensor import moves
 from edgekd.backends.tensorrt.builder import timing_cache, timing_cache_path
 from edgekd.backends.tensorrt.graph_passes import to_fp16, without_qdq
 from edgekd.backends.tensorrt.library import logger
-from edgekd.errors import ArtifactError, BackendError, DataError
+from edgekd.errors import ArtifactError, BackendError, DataError, GateError
 from edgekd.policy import Policy
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.doctor import report
@@ -104,6 +105,20 @@ def test_profiles_and_scratch(box: Callable[..., Box], small_student: Path, tmp_
     assert [p._shapes["images"] for p in config._profiles] == [((n, 3, 16, 16),) * 3 for n in BUCKETS]
     assert config.builder_optimization_level == 5
     assert next(iter(config._pools.values())) == pytest.approx(1 << 30, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "size"), [({"wrong_profile": 0}, 1), ({"wrong_profile": 1}, 2), ({"forgets": True}, 8)]
+)
+def test_every_batch_size_is_checked_also_after_the_others(
+    box: Callable[..., Box], trouble: dict[str, Any], size: int, small_student: Path, tmp_path: Path
+) -> None:
+    box("8.6")
+    parity = compiled(small_student, tmp_path / "student.engine", recipe("fp16", max_accuracy_drop=0.5)).parity
+    assert [turn["size"] for turn in parity["by_batch_size"]] == [8, 4, 2, 1, 2, 4, 8]
+    box("8.6", **trouble)
+    with pytest.raises(GateError, match=rf"^in batches of {size}: tensorrt fp16 loses too much accuracy on 20 "):
+        compiled(small_student, tmp_path / "other.engine", recipe("fp16", max_accuracy_drop=0.5))
 
 
 def test_libraries_can_be_left_out(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_a_driver_older_than_the_bindings(box: Callable[..., Box]) -> None:
     [
         ({"out_of_memory": True}, "cannot build stage_0 as fp16", "workspace_share"),
         ({"no_reason": True}, "does not say why", "report"),
+        ({"cannot_start": True}, "initialization failure with error: 35", "report"),
         ({"unknown_sm": True}, "SM 53 is not supported", r"Orin \(SM 8\.7\)"),
         (
             {"operators": ("GlobalAveragePool",)},

@@ -80,7 +80,7 @@ def test_refuses_what_does_not_fit() -> None:
         metrics(PROBABILITIES, LABELS, "ab")
     with pytest.raises(DataError, match="do not fit"):
         metrics(PROBABILITIES[:0], LABELS[:0], "abc")
-    with pytest.raises(DataError, match="labels reach"):
+    with pytest.raises(DataError, match="labels range"):
         metrics(PROBABILITIES, LABELS + 1, "abc")
     with pytest.raises(BackendError, match="not finite"):
         metrics(PROBABILITIES * np.nan, LABELS, "abc")
@@ -89,10 +89,10 @@ def test_refuses_what_does_not_fit() -> None:
 def test_texts() -> None:
     result = metrics(PROBABILITIES, LABELS, ("cell", "b", "c"))
     assert confusion_text(result).splitlines() == [
-        "truth \\ answer  [0]  [1]  [2]",
-        "[0] cell          2    1    .",
-        "[1] b             .    1    1",
-        "[2] c             .    .    1",
+        "truth \\ prediction  [0]  [1]  [2]",
+        "[0] cell              2    1    .",
+        "[1] b                 .    1    1",
+        "[2] c                 .    .    1",
     ]
     first, second, *_ = text_table({"exit_0": result, "ensemble": result}).splitlines()
     assert first.split() == ["accuracy", "sensitivity", "specificity", "precision", "F1", "calibration", "error"]

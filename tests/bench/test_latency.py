@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgekd.bench import energy
-from edgekd.bench.latency import TURN, rotate, summarise, take_turns, variation
+from edgekd.bench.latency import TURN, summarise, time_interleaved, time_queries, variation
 
 
 def test_summary_by_hand() -> None:
@@ -59,12 +59,12 @@ def test_rotation_asks_in_turn_until_time_and_count_are_reached() -> None:
         return len(seen)
 
     queries = [np.array([i], np.float32) for i in range(3)]
-    samples, returned = rotate(query, queries, seconds=0, count=7)
+    samples, returned = time_queries(query, queries, seconds=0, count=7)
     assert seen == [0, 1, 2, 0, 1, 2, 0]
     assert returned == list(range(1, 8))
     assert len(samples) == 7
     assert min(samples) > 0
-    many, _ = rotate(query, queries, seconds=0.05, count=1)
+    many, _ = time_queries(query, queries, seconds=0.05, count=1)
     assert sum(many) <= 0.06 * 1000
     assert len(many) > 7
 
@@ -73,10 +73,10 @@ def test_turns_give_every_way_the_same_queries() -> None:
     asked: list[list[int]] = [[], []]
     ways = [lambda x, own=own: own.append(int(x[0])) or 0 for own in asked]  # type: ignore[func-returns-value]
     queries = [np.array([i]) for i in range(7)]
-    samples = take_turns(ways, queries, seconds=0)
+    samples = time_interleaved(ways, queries, seconds=0)
     assert [len(own) for own in samples] == [TURN, TURN]
     assert asked[0] == asked[1] == [i % 7 for i in range(TURN)]
-    samples = take_turns(ways, queries, seconds=0.01)
+    samples = time_interleaved(ways, queries, seconds=0.01)
     assert len(samples[0]) == len(samples[1]) > TURN
     assert asked[0][TURN : 3 * TURN] == [i % 7 for i in range(2 * TURN)]
 

@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.records import LIMITS, sample, variant
+from helpers.records import LIMITS, SUITE, sample, variant
 
 from edgekd import config
+from edgekd.bench.compare import compare
+from edgekd.bench.metrics import METRICS
 from edgekd.bench.record import Timing, read_record, refuse_existing, write_record
-from edgekd.bench.suite import Suite
-from edgekd.bench.tables import markdown, table, to_csv
-from edgekd.bench.targets import Limits, target_text, targets, warnings
+from edgekd.bench.suite import Limits, Suite
+from edgekd.bench.tables import markdown, notes, summary_table, table, to_csv
+from edgekd.bench.targets import target_text, targets, warnings
 from edgekd.errors import ArtifactError
 from edgekd.policy import Policy
 
@@ -55,9 +57,9 @@ ODD: dict[str, tuple[tuple[str | int, ...], object]] = {
     "an exit of 1e80": (("variants", 1, "exits", 0), 10**80),
     "an exit that the policy has not": (("variants", 1, "exits", 0), 3),
     "an exit below 0": (("variants", 1, "timings", 0, "exits", 0, 0), -1),
-    "an answer that is no class": (("variants", 0, "answers", 0), 3),
+    "an answer that is no class": (("variants", 0, "predictions", 0), 3),
     "a label that is no class": (("labels", 0), -1),
-    "an answer too few": (("variants", 0, "answers"), [0]),
+    "an answer too few": (("variants", 0, "predictions"), [0]),
     "a label too few": (("labels",), [0]),
     "negative times": (("variants", 0, "timings", 0, "samples_ms", 0, 0), -1.0),
     "times of nothing": (("variants", 0, "timings", 0, "samples_ms"), []),
@@ -67,7 +69,7 @@ ODD: dict[str, tuple[tuple[str | int, ...], object]] = {
     "no batch of 1": (("variants", 0, "timings", 0, "batch"), 2),
     "rounds of another number": (("variants", 0, "peak_mib"), [1.0]),
     "negative memory": (("variants", 0, "before_mib", 0), -1.0),
-    "turns of three": (("variants", 2, "turns_ms", 0), [[1.0], [1.0], [1.0]]),
+    "turns of three": (("variants", 2, "interleaved_ms", 0), [[1.0], [1.0], [1.0]]),
     "two of a name": (("variants", 0, "name"), "cascade"),
     "no variants": (("variants",), []),
     "an accuracy above 1": (("variants", 0, "metrics", "accuracy"), 1.5),
@@ -77,6 +79,8 @@ ODD: dict[str, tuple[tuple[str | int, ...], object]] = {
     "an engine without a name": (("engine", "name"), None),
     "a precision that is text": (("engine", "precision"), {"int8": "all"}),
     "a point of nothing": (("curve", 0), {}),
+    "an accuracy of no images": (("engine", "final_accuracy"), 0.9),
+    "a fact that is a table": (("engine", "facts"), {"recipe": {}}),
     "a verdict without a limit": (("targets", 1, "limit"), None),
     "no threads": (("threads",), 0),
     "two classes of a name": (("classes",), ["a", "a", "b"]),
@@ -94,7 +98,7 @@ def test_records_that_cannot_be(name: str, tmp_path: Path) -> None:
         node = node[key]
     node[path[-1]] = value
     (tmp_path / "odd.json").write_text(json.dumps(table))
-    with pytest.raises(ArtifactError, match=r"odd\.json is no benchmark record"):
+    with pytest.raises(ArtifactError, match=r"odd\.json is not a (valid )?benchmark record"):
         read_record(tmp_path / "odd.json")
 
 
@@ -103,7 +107,7 @@ def test_views_of_a_variant() -> None:
     assert cascade is not None
     assert cascade.shares == (0.5, 0.25, 0.25)
     assert cascade.memory_mib == 34.5
-    assert cascade.at(1).mean == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 3, rel=0.01)
+    assert cascade.latency(1).mean == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 3, rel=0.01)
 
 
 def test_targets_by_hand() -> None:
@@ -112,29 +116,28 @@ def test_targets_by_hand() -> None:
     assert faster.value == pytest.approx(12 / 1.75, rel=0.01)
     assert faster.met is True
     assert len(faster.rounds) == 2
-    assert "asked ≥ 6: met" in target_text(faster)
-    staged = by_name["cascade that nobody leaves / monolithic engine, in turns"]
+    assert "required ≥ 6: met" in target_text(faster)
+    staged = by_name["cascade without early exit / monolithic engine, interleaved"]
     assert staged.rounds == pytest.approx((1.05, 1.1))
     assert staged.value == pytest.approx(1.075)
     assert staged.met is True
-    assert by_name["cascade's accuracy minus that of all exits together"].value == 0
+    assert by_name["accuracy of the cascade minus that of all exits' ensemble"].value == 0
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(0, "+12.50 points; asked ≥ -0.5: met"), (2, "-12.50 points; asked ≥ -0.5: NOT")]
+    ("wrong", "said"), [(0, "+12.50 points; required ≥ -0.5: met"), (2, "-12.50 points; required ≥ -0.5: NOT")]
 )
 def test_a_cascade_above_or_below_all_exits_reads_well(wrong: int, said: str) -> None:
     record = sample()
     cascade = variant("cascade", 1.0, [0, 0, 0, 0, 1, 1, 2, 2], wrong=wrong)
     variants = tuple(cascade if v.name == "cascade" else v for v in record.variants)
-    (text,) = [
-        target_text(t) for t in targets(dataclasses.replace(record, variants=variants), LIMITS) if "minus" in t.name
-    ]
+    (text,) = [target_text(t) for t in targets(dataclasses.replace(record, variants=variants)) if "minus" in t.name]
     assert said in text
 
 
 def test_without_limits_there_are_figures_and_no_verdicts() -> None:
-    found = targets(sample(), Limits())
+    suite = dataclasses.replace(SUITE, targets=Limits())
+    found = targets(dataclasses.replace(sample(), suite=suite))
     assert [t.value for t in found] == [t.value for t in sample().targets]
     assert {t.met for t in found} == {None}
     assert not any("met" in target_text(t) for t in found)
@@ -144,7 +147,7 @@ def test_a_suite_sets_limits() -> None:
     """Those in the comments of the shipped one, which itself has none."""
     quick = Path(__file__).parents[2] / "benchmarks" / "suites" / "quick.toml"
     assert config.load(Suite, "benchmarks/suites", str(quick)).targets == Limits()
-    lines = re.findall(r"# (\w+ = [\d.]+)", quick.read_text().partition("[targets]")[2])
+    lines = re.findall(r"# (\S+ = [\d.]+)", quick.read_text().partition("[targets]")[2])
     pairs = [f"targets.{line.replace(' ', '')}" for line in lines]
     asked = config.load(Suite, "benchmarks/suites", "quick", overrides=config.parse_overrides(pairs))
     assert asked.targets == LIMITS
@@ -153,17 +156,17 @@ def test_a_suite_sets_limits() -> None:
 def test_targets_that_are_missed_say_so() -> None:
     record = sample()
     variants = [dataclasses.replace(v, overhead_ms=0.3) if v.name == "cascade" else v for v in record.variants]
-    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)), LIMITS)}
-    assert "NOT met" in target_text(slow["Python around the engine, an image"])
+    slow = {t.name: t for t in targets(dataclasses.replace(record, variants=tuple(variants)))}
+    assert "NOT met" in target_text(slow["Python overhead for one image"])
 
 
-def test_other_networks_and_engines_are_not_judged() -> None:
+def test_models_without_a_limit_are_not_judged() -> None:
     record = sample()
-    variants = tuple(dataclasses.replace(v, network="resnet50") if v.against else v for v in record.variants)
-    first = targets(dataclasses.replace(record, variants=variants), LIMITS)[0]
+    variants = tuple(dataclasses.replace(v, name="other") if v.baseline else v for v in record.variants)
+    first = targets(dataclasses.replace(record, variants=variants))[0]
     assert first.value > 6
     assert first.met is None
-    assert "asked" not in target_text(first)
+    assert "required" not in target_text(first)
 
 
 def test_warnings() -> None:
@@ -175,8 +178,7 @@ def test_warnings() -> None:
     busy = dataclasses.replace(record, load_before=(3.0, 1.0, 1.0), policy=Policy((1.0, 1.0, 1.0)))
     assert "busy" in "\n".join(warnings(busy))
     assert "no cascade" in "\n".join(warnings(busy))
-    answers = {"final": {"float": 0.99, "engine": 0.98, "images": 1000, "lost": 10, "gained": 0}}
-    engine = {**record.engine, "accuracy": {"answers": answers}}
+    engine = dataclasses.replace(record.engine, final_accuracy=0.98, validation_images=1000)
     for wrong, far in ((6, True), (0, False)):
         variants = (*record.variants, variant("final", 1.0, [2] * 8, wrong=wrong))
         text = "\n".join(warnings(dataclasses.replace(record, engine=engine, variants=variants)))
@@ -204,12 +206,35 @@ def test_p99_column_where_a_thousand_samples_are() -> None:
     assert header.count("p99") == 1
 
 
+def test_the_summary_has_four_columns() -> None:
+    header, rows = summary_table(sample())
+    assert header == ["variant", "mean ms", "accuracy %", "size MiB"]
+    assert rows[1] == ["cascade", "1.75", "87.50", "12.2"]
+    assert rows[-1][0] == "plain (resnet18, onnxruntime fp32)"
+
+
+def test_every_view_shows_every_metric() -> None:
+    """None keeps a list of its own: one entry in METRICS is a column of each."""
+    record = sample()
+    header, page, compared = table(record)[0], notes(record), compare({"a": record, "b": record}).splitlines()[0]
+    columns = to_csv(record).splitlines()[0].split(",")
+    assert [m.title for m in METRICS if m.title and not m.is_shown(record)] == ["p99", "energy mJ"]
+    for metric in METRICS:
+        assert set(metric.csv) <= set(columns)
+        if metric.is_shown(record):
+            assert any(column.endswith(metric.title) for column in header)
+            assert f"{metric.title}: {metric.legend}" in page
+        if metric.headline:
+            assert metric.headline in summary_table(record)[0]
+            assert f"b: {metric.headline} |" in compared
+
+
 def test_csv_has_a_row_for_each_variant_and_batch() -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(sample()))))
     assert len(rows) == 10
     assert rows[2]["variant"] == "cascade"
     assert float(rows[2]["accuracy"]) == 7 / 8
-    assert rows[2]["shares"] == "0.5000/0.2500/0.2500"
+    assert rows[2]["exit_shares"] == "0.5000/0.2500/0.2500"
     assert rows[2]["energy_mj"] == ""
     assert float(rows[2]["images_per_s"]) == pytest.approx(1000 / float(rows[2]["mean_ms"]))
     assert None not in rows[0]

@@ -66,9 +66,9 @@ def test_page_is_whole_and_stands_alone(data: Path, tmp_path: Path) -> None:
     assert page.seen.count("svg") == 4
     assert page.seen.count("img") == 8
     assert all(link.startswith(("data:image/", "#")) for link in page.links)
-    assert "round <b>, answered long | thin" in page.text  # the first image is answered wrongly
+    assert "round <b>, predicted long | thin" in page.text  # the first image is answered wrongly
     assert "NOT met" not in page.text
-    assert "2 of 9 pictures" in page.text
+    assert "2 of 9 groups" in page.text
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -82,7 +82,7 @@ def test_page_without_cascade(data: Path) -> None:
     page = html(dataclasses.replace(record, variants=variants, curve=(), targets=(), warnings=()), data=data)
     assert page.count("<svg") == 2
     assert "Confusion matrix of full" in page
-    assert "Where images leave" not in page
+    assert "Where images exit" not in page
 
 
 def test_images_elsewhere_are_named(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_a_picture_file_is_what_its_name_says(name: str, start: bytes, tmp_path:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "x", "x.jpg", ".png"])
 def test_other_names_of_pictures_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="no kind of picture"):
+    with pytest.raises(ConfigError, match="no suffix of a plot"):
         plots.picture_format(Path(name))
     before_all_else = CliRunner().invoke(app, ["evaluate", "nothing", "--plot", name])
-    assert "no kind of picture" in before_all_else.output
+    assert "no suffix of a plot" in before_all_else.output
 
 
 def test_names_in_a_picture_are_drawn_as_they_are_or_as_code_points(

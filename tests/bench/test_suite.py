@@ -19,10 +19,11 @@ from PIL import Image
 from edgekd import config
 from edgekd.artifacts.metadata import put_metadata, read_onnx
 from edgekd.bench import variants
+from edgekd.bench.measure import bench, expected_seconds, run_worker
 from edgekd.bench.record import Record, read_record, write_record
-from edgekd.bench.suite import Suite, bench, expected_seconds, run_worker
+from edgekd.bench.suite import Limits, Suite
 from edgekd.bench.tables import markdown
-from edgekd.bench.worker import Job, cut, take
+from edgekd.bench.worker import WorkerTask, batched, choose
 from edgekd.data.split import Item, Split
 from edgekd.errors import BackendError, ConfigError
 from edgekd.runtime.engine import open_engine
@@ -60,7 +61,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Split]:
 @pytest.fixture(scope="module")
 def measured(tuned: Path, split: tuple[Path, Split]) -> tuple[Record, list[tuple[int, int]]]:
     ticks: list[tuple[int, int]] = []
-    foretold: list[float] = []
+    estimates: list[float] = []
     record = bench(
         tuned,
         suite=TINY,
@@ -69,21 +70,21 @@ def measured(tuned: Path, split: tuple[Path, Split]) -> tuple[Record, list[tuple
         against={"plain": tuned},
         command="edgekd bench x",
         progress=lambda done, total: ticks.append((done, total)),
-        foretell=foretold.append,
+        on_estimate=estimates.append,
     )
-    assert len(foretold) == 1
-    assert foretold[0] > 0
+    assert len(estimates) == 1
+    assert estimates[0] > 0
     return record, ticks
 
 
-def test_the_time_is_foretold_by_hand() -> None:
+def test_the_estimated_time_by_hand() -> None:
     """Two rounds of a process that takes 3 s besides measuring, 0.1 s a query and 0.5 s a batch of 4."""
     suite = dataclasses.replace(TINY, min_count=(5, 4), min_seconds=1.0, warmup_seconds=0.25, rounds=2)
     once = 3 + (0.25 + 1.0) + (0.25 + 4 * 0.5)
     accuracy = (900 + 100) * 0.1
-    assert expected_seconds(suite, 3.0, [0.1, 0.5], count=900, beside=False) == pytest.approx(2 * once + accuracy)
-    with_turns = 2 * (once + 0.25 + 2 * 1.0) + accuracy
-    assert expected_seconds(suite, 3.0, [0.1, 0.5], count=900, beside=True) == pytest.approx(with_turns)
+    assert expected_seconds(suite, 3.0, [0.1, 0.5], count=900, interleaved=False) == pytest.approx(2 * once + accuracy)
+    with_pair = 2 * (once + 0.25 + 2 * 1.0) + accuracy
+    assert expected_seconds(suite, 3.0, [0.1, 0.5], count=900, interleaved=True) == pytest.approx(with_pair)
 
 
 def test_every_variant_is_measured(measured: tuple[Record, list[tuple[int, int]]], tmp_path: Path) -> None:
@@ -92,10 +93,10 @@ def test_every_variant_is_measured(measured: tuple[Record, list[tuple[int, int]]
     assert [v.name for v in record.variants] == ["cascade", "no-early-exit", "full", "plain"]
     for v in record.variants:
         assert [len(t.samples_ms[0]) >= n for t, n in zip(v.timings, TINY.min_count)] == [True, True]
-        assert v.metrics.n == len(v.answers) == len(v.exits) == 11
+        assert v.metrics.n == len(v.predictions) == len(v.exits) == 11
         assert v.memory_mib > 1
         assert v.load_ms[0] > v.first_ms[0] > 0
-        assert [len(turns) for turns in v.turns_ms] == ([2] if v.name == "no-early-exit" else [])
+        assert [len(pair) for pair in v.interleaved_ms] == ([2] if v.name == "no-early-exit" else [])
     assert len(record.preprocess_ms) == 11
     assert {t.name.split()[0] for t in record.targets} >= {"cascade", "Python"}
     write_record(tmp_path / "record.json", record)
@@ -109,12 +110,12 @@ def test_bench_counts_what_the_engine_answers(
     record, engine = measured[0], open_engine(tuned, threads=1)
     images = variants_input(split)
     for kind, name in (("cascade", "cascade"), ("full", "full"), ("final", "plain")):
-        answer = variants.answerer(engine, kind)
+        answer = variants.make_predictor(engine, kind)
         decisions = [answer(images[i : i + 1]) for i in range(len(images))]
         found = record.find(name)
         assert found is not None
         assert found.exits == tuple(int(d.exits[0]) for d in decisions)
-        assert found.answers == tuple(int(d.probabilities[0].argmax()) for d in decisions)
+        assert found.predictions == tuple(int(d.probabilities[0].argmax()) for d in decisions)
     cascade = record.find("cascade")
     assert cascade is not None
     assert len(set(cascade.exits)) > 1
@@ -127,38 +128,41 @@ def variants_input(split: tuple[Path, Split]) -> np.ndarray:
     return load_subset(split[1], "test", data=split[0], preprocess=Preprocess(32))[0]
 
 
-def test_kinds_graphs_and_answers(tuned: Path, student_onnx: Path) -> None:
+def test_variants_graphs_and_predictions(tuned: Path, student_onnx: Path) -> None:
     engine = open_engine(tuned, threads=1)
-    every = variants.kinds(engine.metadata, ("exits", "cascade", "no-early-exit", "full", "final"))
+    every = variants.variant_names(engine.metadata, ("exits", "cascade", "no-early-exit", "full", "final"))
     assert every == ["exit_0", "exit_1", "exit_2", "exit_3", "cascade", "no-early-exit", "full", "final"]
-    assert "cascade" not in variants.kinds(open_engine(student_onnx).metadata, ("exits", "cascade"))
-    assert variants.graphs("exit_1", 4) == {"stage_0", "stage_1"}
-    assert variants.graphs("cascade", 4) == {"stage_0", "stage_1", "stage_2", "stage_3"}
-    assert variants.graphs("final", 4) == {"final"}
-    assert variants.graphs("final", 1) == {"monolithic"}
+    assert "cascade" not in variants.variant_names(open_engine(student_onnx).metadata, ("exits", "cascade"))
+    assert variants.graph_names("exit_1", 4) == {"stage_0", "stage_1"}
+    assert variants.graph_names("cascade", 4) == {"stage_0", "stage_1", "stage_2", "stage_3"}
+    assert variants.graph_names("final", 4) == {"final"}
+    assert variants.graph_names("final", 1) == {"monolithic"}
     images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
     logits = engine.logits(images)
     for k in range(4):
-        decision = variants.answerer(engine, f"exit_{k}")(images)
+        decision = variants.make_predictor(engine, f"exit_{k}")(images)
         assert decision.exits.tolist() == [k] * 3
         np.testing.assert_allclose(decision.probabilities, variants.softmax(logits[k]), atol=1e-5)
-    assert variants.answerer(engine, "no-early-exit")(images).exits.tolist() == [3] * 3
-    for kind in every:
-        assert 0 < variants.overhead_ms(engine, kind, [images[:1]] * 3) < 50
+    assert variants.make_predictor(engine, "no-early-exit")(images).exits.tolist() == [3] * 3
+    for name in every:
+        assert 0 < variants.overhead_ms(engine, name, [images[:1]] * 3) < 50
 
 
 def test_pool_and_batches() -> None:
     images = np.arange(10, dtype=np.float32)[:, None]
-    assert sorted(take(images, 99, seed=1)[:, 0]) == list(range(10))
-    assert not np.array_equal(take(images, 10, seed=1), take(images, 10, seed=2))
-    assert [len(b) for b in cut(images, 4)] == [4, 4]
-    assert [b[:, 0].tolist() for b in cut(images[:3], 5)] == [[0, 1, 2, 0, 1]]
+    assert sorted(choose(images, 99, seed=1)[:, 0]) == list(range(10))
+    assert not np.array_equal(choose(images, 10, seed=1), choose(images, 10, seed=2))
+    assert [len(b) for b in batched(images, 4)] == [4, 4]
+    assert [b[:, 0].tolist() for b in batched(images[:3], 5)] == [[0, 1, 2, 0, 1]]
 
 
 def test_refusals(tuned: Path, split: tuple[Path, Split]) -> None:
     data, one = split
     with pytest.raises(ConfigError, match="'full' is a row already"):
         bench(tuned, suite=TINY, data=data, split=one, against={"full": tuned})
+    limited = dataclasses.replace(TINY, targets=Limits(faster={"plain": 6.0}))
+    with pytest.raises(ConfigError, match=r"targets\.faster\.plain: no model has this name"):
+        bench(tuned, suite=limited, data=data, split=one)
     other = dataclasses.replace(one, classes=tuple("vwxyz"))
     with pytest.raises(ConfigError, match="a, b, c, d, e; the split has v, w, x, y, z"):
         bench(tuned, suite=TINY, data=data, split=other)
@@ -181,27 +185,28 @@ def test_suites_that_cannot_be(change: str, said: str) -> None:
         config.load(Suite, "benchmarks/suites", "quick", overrides=config.parse_overrides([change]))
 
 
-def job(folder: Path, engine: Path, *, seconds: float = 0.0) -> Job:
+def task(folder: Path, engine: Path, *, seconds: float = 0.0) -> WorkerTask:
     np.save(folder / "images.npy", np.zeros((2, 3, 32, 32), np.float32))
-    return Job(engine=str(engine), kind="full", images=str(folder / "images.npy"), threads=1, batch_sizes=(1,),
-               min_count=(2,), min_seconds=seconds, warmup_seconds=0.0, pool=2, round=0, idle_watts=None)  # fmt: skip
+    images = str(folder / "images.npy")
+    return WorkerTask(engine=str(engine), variant="full", images=images, threads=1, batch_sizes=(1,), min_count=(2,),
+                      min_seconds=seconds, warmup_seconds=0.0, pool=2, round=0, idle_watts=None)  # fmt: skip
 
 
 def test_failing_worker_is_quoted(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"measuring full failed: no ONNX file at .*gone\.onnx"):
-        run_worker(job(tmp_path, tmp_path / "gone.onnx"), tmp_path / "run", name="full")
+        run_worker(task(tmp_path, tmp_path / "gone.onnx"), tmp_path / "run", name="full")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_workers_die_with_their_parent(tuned: Path, tmp_path: Path, how: signal.Signals) -> None:
-    (tmp_path / "long.json").write_bytes(to_json(job(tmp_path, tuned, seconds=120.0)))
+    (tmp_path / "long.json").write_bytes(to_json(task(tmp_path, tuned, seconds=120.0)))
     code = (
         "from pathlib import Path; from edgekd.serialization import read_json\n"
-        "from edgekd.bench.suite import run_worker\n"
-        "from edgekd.bench.worker import Job\n"
+        "from edgekd.bench.measure import run_worker\n"
+        "from edgekd.bench.worker import WorkerTask\n"
         f"here = Path({str(tmp_path)!r})\n"
-        "run_worker(read_json(here / 'long.json', Job, what='job'), here / 'run', name='long')"
+        "run_worker(read_json(here / 'long.json', WorkerTask, what='task'), here / 'run', name='long')"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, preexec_fn=heed_ctrl_c)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")

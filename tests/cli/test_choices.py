@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,73 +21,71 @@ from edgekd.training.protocol import Protocol
 
 TRAIN = "train --data {cells} --out {out} --model resnet18"
 DISTILL = "distill --data {cells} --out {out}"
-REPRODUCE = "reproduce gao2022-table3 --data {cells}"
 TYPING_ERRORS = {
-    f"{TRAIN} --protocol demmo": "demo",
-    f"{TRAIN} --precision 32-tru": "32-true",
-    f"{TRAIN} --group clustr": "cluster",
-    f"{TRAIN}8": "resnet18",
-    f"{DISTILL} --student msdnett --method ce": "msdnet",
-    f"{DISTILL} --method kdd": "kd",
-    f"{DISTILL} --protocol demmo": "demo",
-    f"{DISTILL} --precision 32-tru": "32-true",
-    f"{DISTILL} --method ce --group clustr": "cluster",
-    "evaluate {out} --subset tst": "test",
-    "compile {student} --recipe int9": "int8",
-    "compile {student} --backend openvin": "openvino",
-    "tune {student} --data {cells} --split x --confidence margn": "margin",
-    "tune {student} --data {cells} --split x --average meen": "mean",
-    "predict {student} {cells} --strategy cascad": "cascade",
-    "bench {student} --data {cells} --out {out}.json --no-report --suite quik": "quick",
-    "reproduce gao2022-tabel3 --data {cells}": "gao2022-table3",
-    f"{REPRODUCE} --protocol demmo": "demo",
-    "models show resnet81": "resnet18",
-    "models show resnet18 --stem smal": "small",
-    "models cost resnet81": "resnet18",
-    "models cost resnet18 --stem smal": "small",
-    "data get kather --out {out}": "kather2016",
+    ("train", "network"): (f"{TRAIN}8", "resnet18"),
+    ("train", "protocol"): (f"{TRAIN} --protocol demmo", "demo"),
+    ("train", "precision"): (f"{TRAIN} --precision 32-tru", "32-true"),
+    ("train", "group"): (f"{TRAIN} --group clustr", "cluster"),
+    ("distill", "network"): (f"{DISTILL} --student msdnett --method ce", "msdnet"),
+    ("distill", "method"): (f"{DISTILL} --method kdd", "kd"),
+    ("distill", "protocol"): (f"{DISTILL} --protocol demmo", "demo"),
+    ("distill", "precision"): (f"{DISTILL} --precision 32-tru", "32-true"),
+    ("distill", "group"): (f"{DISTILL} --method ce --group clustr", "cluster"),
+    ("evaluate", "subset"): ("evaluate {out} --subset tst", "test"),
+    ("compile", "recipe"): ("compile {student} --recipe int9", "int8"),
+    ("compile", "backend"): ("compile {student} --backend openvin", "openvino"),
+    ("tune", "confidence"): ("tune {student} --data {cells} --split x --confidence margn", "margin"),
+    ("tune", "average"): ("tune {student} --data {cells} --split x --average meen", "mean"),
+    ("predict", "strategy"): ("predict {student} {cells} --strategy cascad", "cascade"),
+    ("bench", "suite"): ("bench {student} --data {cells} --out {out}.json --no-report --suite quik", "quick"),
+    ("reproduce", "table"): ("reproduce gao2022-tabel3 --data {cells}", "gao2022-table3"),
+    ("reproduce", "protocol"): ("reproduce gao2022-table3 --data {cells} --protocol demmo", "demo"),
+    ("models show", "name"): ("models show resnet81", "resnet18"),
+    ("models show", "stem"): ("models show resnet18 --stem smal", "small"),
+    ("models cost", "names"): ("models cost resnet81", "resnet18"),
+    ("models cost", "stem"): ("models cost resnet18 --stem smal", "small"),
+    ("data get", "name"): ("data get kather --out {out}", "kather2016"),
+    ("config show", "name"): ("config show int88", "int8"),
+    ("config copy", "name"): ("config copy int88 {out}.toml", "int8"),
 }
+"""Words with one typing error, and the nearest name, by command and option."""
 NO_CHOICE = {
-    "set_": "checked key by key below",
-    "weights": "a path, beside hub and none",
-    "split": "a path, or a method with numbers",
-    "exits": "feature points of the network",
-    "seeds": "numbers",
-    "folds": "numbers",
-    "svm": "a feature point of the network",
-    "images": "paths",
-    "against": "NAME=PATH",
-    "row": "labels of the table",
-    "budget": "a time",
-    "substitutes": "NETWORK=OTHER",
-    "device": "gone with the device table",
+    **dict.fromkeys(["set_", "overrides"], "checked key by key below"),
+    **dict.fromkeys(["weights", "images", "against"], "paths"),
+    **dict.fromkeys(["split", "seeds", "folds", "budget"], "numbers"),
+    **dict.fromkeys(["exits", "svm"], "feature points of the network"),
+    **dict.fromkeys(["row", "substitutes"], "rows and networks of the table"),
+    **dict.fromkeys(["part", "text"], "any part of a name"),
 }
 
 
-@pytest.mark.parametrize("command", TYPING_ERRORS)
+@pytest.mark.parametrize("option", TYPING_ERRORS, ids=" ".join)
 def test_a_typing_error_is_refused_with_the_nearest_name(
-    command: str, student_onnx: Path, cells: Path, tmp_path: Path
+    option: tuple[str, str], student_onnx: Path, cells: Path, tmp_path: Path
 ) -> None:
+    command, near = TYPING_ERRORS[option]
     words = [word.format(student=student_onnx, cells=cells, out=tmp_path / "out") for word in command.split()]
-    assert f"Did you mean '{TYPING_ERRORS[command]}'?" in edgekd(*words, code=1)
+    assert f"Did you mean '{near}'?" in edgekd(*words, code=1)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith("-lock")]
 
 
-def callbacks() -> Iterator[tuple[str, Callable[..., Any]]]:
-    for group in (app, *(info.typer_instance for info in app.registered_groups)):
+def options() -> Iterator[tuple[str, str, Any]]:
+    """The options of all commands: command, name and type."""
+    for prefix, group in (("", app), *((f"{info.name} ", info.typer_instance) for info in app.registered_groups)):
         for command in group.registered_commands:
             assert command.callback
-            yield command.name or command.callback.__name__, command.callback
+            for name, option in inspect.signature(command.callback, eval_str=True).parameters.items():
+                yield prefix + (command.name or command.callback.__name__), name, option.annotation.__origin__
 
 
-def test_the_list_above_has_every_option_that_takes_text() -> None:
-    tried = {(line.split()[0], word.strip("-").replace("-", "_")) for line in TYPING_ERRORS for word in line.split()}
-    tried |= {("train", "model"), ("show", "name"), ("cost", "names"), ("get", "name"), ("reproduce", "table")}
-    tried |= {(name, "stem") for name in ("show", "cost")} | {("list", "part"), ("reproduce", "group")}
-    for name, callback in callbacks():
-        for option, hint in typing.get_type_hints(callback).items():
-            if str in (hint, *typing.get_args(hint)) or list[str] in (hint, *typing.get_args(hint)):
-                assert (name, option) in tried or option in NO_CHOICE, f"edgekd {name} {option}"
+def test_every_option_that_takes_text_is_in_the_list() -> None:
+    same_as_train = ("reproduce", "group")
+    found = {
+        (command, option)
+        for command, option, hint in options()
+        if {str, list[str]} & {hint, *typing.get_args(hint)} and option not in NO_CHOICE
+    }
+    assert found == TYPING_ERRORS.keys() | {same_as_train}
 
 
 def literals(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -92,7 +92,7 @@ def test_predict_prints_tables_and_names_bad_files(student_onnx: Path, cells: Pa
     assert "cut.png: cannot be decoded" in text
 
 
-def test_odd_pictures_are_predicted(student_onnx: Path, tmp_path: Path) -> None:
+def test_unusual_images_are_predicted(student_onnx: Path, tmp_path: Path) -> None:
     """Grey, RGBA, palette, CMYK, 16-bit: each is a picture."""
     rng = np.random.default_rng(0)
     for mode in ("L", "RGBA", "P", "CMYK"):

@@ -6,9 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from edgekd.cli.main import app
+from helpers.cli import edgekd
 
 SMALLER = {
     "data": "--count 120 --size 24",
@@ -20,12 +18,6 @@ SMALLER = {
 }
 
 
-def edgekd(words: list[str]) -> str:
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, (words, result.output, result.exception)
-    return result.stdout
-
-
 def test_printed_commands_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     (tmp_path / "a place").mkdir()
@@ -33,7 +25,7 @@ def test_printed_commands_run_one_after_another(tmp_path: Path, monkeypatch: pyt
     words, ran = ["data", "synthetic", "--out", "my cells"], []
     while words:
         ran.append(words)
-        said = edgekd([*words, *shlex.split(SMALLER.get(words[0], ""))]).splitlines()
+        said = edgekd(*words, *shlex.split(SMALLER.get(words[0], ""))).splitlines()
         words = shlex.split(said[-1])[2:] if said[-1].startswith("next: edgekd ") else []
     names = [words[0] for words in ran]
     assert names == ["data", "train", "distill", "export", "compile", "tune", "bench", "predict"]

@@ -143,7 +143,7 @@ def test_top_classes_and_probabilities(two_maps_onnx: Path, pictures: Path) -> N
     )[0]  # fmt: skip
 
 
-def test_out_is_whole_and_what_its_name_says(two_maps_onnx: Path, pictures: Path, tmp_path: Path) -> None:
+def test_out_is_atomic_and_its_suffix_sets_the_format(two_maps_onnx: Path, pictures: Path, tmp_path: Path) -> None:
     for name in ("r.csv", "r.json"):
         text = edgekd("predict", two_maps_onnx, pictures, tmp_path / "gone.png", "--out", tmp_path / name, code=1)
         assert "4 of 5 images classified" in text
@@ -160,7 +160,7 @@ def test_out_is_whole_and_what_its_name_says(two_maps_onnx: Path, pictures: Path
         (["--top-k", "6"], "has 5 classes"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(words: list[str], said: str, two_maps_onnx: Path, pictures: Path) -> None:
+def test_invalid_options_are_refused(words: list[str], said: str, two_maps_onnx: Path, pictures: Path) -> None:
     assert said in edgekd("predict", two_maps_onnx, pictures, *words, code=1)
 
 
@@ -170,7 +170,7 @@ def test_threads_are_one_or_more(two_maps_onnx: Path, pictures: Path) -> None:
 
 
 @pytest.mark.parametrize(("way", "how"), [("csv", signal.SIGKILL), ("json", signal.SIGINT), ("out", signal.SIGINT)])
-def test_what_was_answered_stays(
+def test_rows_printed_before_an_interrupt_are_complete(
     way: str, how: signal.Signals, two_maps_onnx: Path, pictures: Path, tmp_path: Path
 ) -> None:
     """Rows come as they are answered, and those that came are whole when the command is ended. A file is not there."""
@@ -206,7 +206,7 @@ def test_the_package_shows_its_api() -> None:
     assert all(getattr(package, name) for name in dir(package))
 
 
-def test_every_kind_of_source_is_the_same_picture(two_maps_onnx: Path, pictures: Path) -> None:
+def test_every_kind_of_source_gives_the_same_prediction(two_maps_onnx: Path, pictures: Path) -> None:
     classifier, path = Classifier(two_maps_onnx, threads=1), pictures / "a.png"
     expected = classifier.predict(path)
     pixels = np.asarray(Image.open(path))
@@ -227,7 +227,7 @@ def test_every_kind_of_source_is_the_same_picture(two_maps_onnx: Path, pictures:
      np.zeros((2, 8, 8, 3), np.uint8), iter("ab"), [None], [b"x"], (3,)],
     ids=lambda source: f"{source!r}"[:20],
 )  # fmt: skip
-def test_what_is_no_picture_is_a_data_error(source: object, two_maps_onnx: Path) -> None:
+def test_a_source_that_is_not_an_image_is_a_data_error(source: object, two_maps_onnx: Path) -> None:
     with pytest.raises(DataError):
         Classifier(two_maps_onnx, threads=1).predict(source)  # type: ignore[call-overload]
 

@@ -10,7 +10,7 @@ import pytest
 from edgekd.cli import common
 
 
-def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_printed_at_intervals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A step a second for a minute: the first line after 5 s, then one every 15 s."""
     now = [100.0]
     monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -25,7 +25,7 @@ def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch
     assert all(re.fullmatch(r"train: \d+/60 (\d:\d\d:\d\d left )?\S+/s loss 0.500", line) for line in lines), lines
 
 
-def test_what_is_over_soon_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with common.bar("read images") as progress:
         progress(3, 3)
     assert capsys.readouterr() == ("", "")

@@ -105,7 +105,7 @@ def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) ->
     assert (tmp_path / "set.zip").read_bytes() == CONTENT
 
 
-def test_wrong_checksum_and_wrong_part(server: Server, tmp_path: Path) -> None:
+def test_wrong_checksum_and_wrong_partial_download(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="had a wrong checksum"):
         fetch(Source(source(server).url, "0" * 32), tmp_path / "set.zip")
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +116,7 @@ def test_wrong_checksum_and_wrong_part(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_an_archive_of_the_users_stays(
+def test_the_users_own_archive_is_left_alone(
     right: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = zipped({"set/a/1.png": b"1", "set/b/2.png": b"2"})
@@ -162,7 +162,7 @@ def test_kather_arrives_as_class_folders(
 
 
 @pytest.mark.parametrize("name", ["../out.txt", "/tmp/out.txt", "a/../../out.txt"])
-def test_archives_may_not_leave_their_folder(tmp_path: Path, name: str) -> None:
+def test_archive_members_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "bad.zip").write_bytes(zipped({"a/fine.txt": b"", name: b"x"}))
     with pytest.raises(DataError, match="leads out of the folder"):
         unzip(tmp_path / "bad.zip", tmp_path / "in")
@@ -193,7 +193,7 @@ ODD: dict[str, Callable[[zipfile.ZipFile], Any]] = {
 
 
 @pytest.mark.parametrize("what", [*ODD, "encrypted", "an unknown compression", "damaged data", "cut short", "no files"])
-def test_odd_archives(what: str, tmp_path: Path) -> None:
+def test_invalid_archives_are_refused(what: str, tmp_path: Path) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         if what != "no files":
@@ -251,7 +251,7 @@ def test_cifar100_through_torchvision(server: Server, tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["cifar"]
 
 
-def test_the_shipped_address_is_torchvisions() -> None:
+def test_the_cifar100_source_is_torchvisions() -> None:
     shipped = DATA_LAYOUTS["cifar100"].source
     assert shipped
     assert (shipped.url, shipped.md5) == (CIFAR100.url, CIFAR100.tgz_md5)

@@ -34,7 +34,7 @@ def labelled(folder: Folder) -> list[tuple[str, str, str | None]]:
     return [(item.path, folder.classes[item.label], item.subset) for item in folder.items]
 
 
-def test_class_folders_hidden_files_and_bystanders(tmp_path: Path) -> None:
+def test_class_folders_and_ignored_files(tmp_path: Path) -> None:
     data = two_classes(tmp_path)
     picture(data / "b" / "slide7" / "deep.JPG", 9)
     for name in ("a/Thumbs.db", "a/0.dat", "a/.0.png", "LICENSE", "notes.txt"):
@@ -48,7 +48,7 @@ def test_class_folders_hidden_files_and_bystanders(tmp_path: Path) -> None:
     assert (folder.bad, folder.ignored) == ({}, 5)
 
 
-def test_parts_above_class_folders(tmp_path: Path) -> None:
+def test_subsets_above_class_folders(tmp_path: Path) -> None:
     for n, subset in enumerate(("train", "Valid", "test")):
         for m, name in enumerate("ab"):
             picture(tmp_path / subset / name / "0.png", 2 * n + m)
@@ -69,7 +69,7 @@ def test_parts_above_class_folders(tmp_path: Path) -> None:
     ("names", "subsets"),
     [(("training", "Validation", "TESTING"), ("train", "val", "test")), (("train", "valid", "test"), None)],
 )
-def test_names_of_part_folders(tmp_path: Path, names: tuple[str, ...], subsets: tuple[str, ...] | None) -> None:
+def test_names_of_subset_folders(tmp_path: Path, names: tuple[str, ...], subsets: tuple[str, ...] | None) -> None:
     for n, (subset, name) in enumerate(itertools.product(names, "ab")):
         picture(tmp_path / subset / name / "0.png", n)
     found = {item.path.split("/")[0]: item.subset for item in scan(tmp_path).items}
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
             ask(data)
 
 
-def test_sipakmed_as_it_is_given_out(tmp_path: Path, shared: Path) -> None:
+def test_sipakmed_in_its_published_layout(tmp_path: Path, shared: Path) -> None:
     for name in ("Dyskeratotic", "Parabasal"):
         cropped = tmp_path / f"im_{name}" / f"im_{name}" / "CROPPED"
         cropped.mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_sipakmed_as_it_is_given_out(tmp_path: Path, shared: Path) -> None:
     assert len(check(folder).folder.items) == 6
 
 
-def test_real_sets_are_found_whole(shared: Path) -> None:
+def test_real_data_sets_are_found_completely(shared: Path) -> None:
     cells, tiles = scan(shared / "data" / "sipakmed"), scan(shared / "data" / "kather2016")
     counts = np.bincount([item.label for item in cells.items])
     assert dict(zip(cells.classes, counts)) == {
@@ -165,12 +165,12 @@ def test_real_sets_are_found_whole(shared: Path) -> None:
     [
         ([], "no folder at"),
         (["README.md"], "has no class folders"),
-        (["a/0.png"], "one class only: a"),
+        (["a/0.png"], "only one class: a"),
         (["a/0.png", "b/notes.txt"], r"no images in .*/b\n"),
         (["train/a/0.png", "train/b/0.png", "test/bb/0.png"], r"(?s)unknown class 'bb' in .*Did you mean 'b'"),
     ],
 )
-def test_folders_that_cannot_be(tmp_path: Path, made: list[str], message: str) -> None:
+def test_invalid_folders_are_refused(tmp_path: Path, made: list[str], message: str) -> None:
     for name in made:
         picture(tmp_path / "data" / name) if name.endswith("png") else None
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def test_every_kind_of_bad_file_is_named_at_once(tmp_path: Path, shared: Path) -
         "a/lost.png": "no such file",
         "loose.png": "in no class folder",
     }
-    with pytest.raises(DataError, match=r"10 of the files .* cannot be used") as caught:
+    with pytest.raises(DataError, match=r"10 files in .* cannot be used") as caught:
         check(scan(data))
     assert "--exclude-bad" in caught.value.fix
     excluded = check(scan(data), exclude_bad=True).excluded
@@ -236,7 +236,7 @@ def test_every_kind_of_bad_file_is_named_at_once(tmp_path: Path, shared: Path) -
         assert f"{path}: {excluded[path]}" in caught.value.what
 
 
-def test_unusual_but_whole_pictures_are_kept(tmp_path: Path) -> None:
+def test_unusual_but_valid_images_are_kept(tmp_path: Path) -> None:
     data = two_classes(tmp_path)
     for n, mode in enumerate(("L", "RGBA", "1", "P", "LA"), 20):
         picture(data / "a" / f"{mode}.png", n, mode=mode)
@@ -246,26 +246,26 @@ def test_unusual_but_whole_pictures_are_kept(tmp_path: Path) -> None:
     assert len(check(scan(data)).folder.items) == 13
 
 
-def test_copies(tmp_path: Path) -> None:
+def test_duplicates(tmp_path: Path) -> None:
     data = two_classes(tmp_path)
     first = Image.open(data / "a" / "0.png")
     first.save(data / "a" / "again.bmp")  # other bytes, same pixels
     Image.open(data / "a" / "2.png").save(data / "b" / "other.png")
     assert check(scan(data), exclude_bad=True).excluded == {
-        "a/again.bmp": "same picture as a/0.png",
-        "a/2.png": "same picture as b/other.png, labelled b",
-        "b/other.png": "same picture as a/2.png, labelled a",
+        "a/again.bmp": "duplicate of a/0.png",
+        "a/2.png": "duplicate of b/other.png, labelled b",
+        "b/other.png": "duplicate of a/2.png, labelled a",
     }
 
 
-def test_a_copy_across_parts_stays_in_test(tmp_path: Path) -> None:
+def test_a_duplicate_across_subsets_stays_in_test(tmp_path: Path) -> None:
     for n, subset in enumerate(("train", "test")):
         for m, name in enumerate("ab"):
             picture(tmp_path / subset / name / "0.png", 2 * n + m)
     picture(tmp_path / "test" / "a" / "copy.png", 0)
     picture(tmp_path / "train" / "a" / "1.png", 50)
     excluded = check(scan(tmp_path), exclude_bad=True).excluded
-    assert excluded == {"train/a/0.png": "same picture as test/a/copy.png"}
+    assert excluded == {"train/a/0.png": "duplicate of test/a/copy.png"}
 
 
 def test_long_lists_are_cut_and_empty_classes_refused(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.cli import edgekd
 from PIL import Image
-from typer.testing import CliRunner
 
 from edgekd.data.folders import check, image_files, scan
 from edgekd.data.labels import read_labels
@@ -61,7 +61,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("kind", SPELLINGS)
-def test_spellings_of_one_table(kind: str, data: Path) -> None:
+def test_every_csv_dialect_reads_the_same(kind: str, data: Path) -> None:
     folder = read_labels(data, written(data, SPELLINGS[kind]))
     assert folder.classes == ("cell", "nucleus")
     assert [(i.path, i.label, i.subset, i.group) for i in folder.items] == [
@@ -70,7 +70,7 @@ def test_spellings_of_one_table(kind: str, data: Path) -> None:
     assert (folder.bad, folder.labels) == ({}, "labels.csv")
 
 
-def test_parts_and_groups(data: Path) -> None:
+def test_subsets_and_groups(data: Path) -> None:
     """Both take the place of --split and --group; parts are called as their folders may be."""
     subsets = ["Training"] * 12 + ["valid"] * 4 + ["TEST"] * 4
     split = make_split(check(read_labels(data, written(data, plain(subset=subsets)))), method="ratio:1,1,1", seed=9)
@@ -85,7 +85,7 @@ def test_parts_and_groups(data: Path) -> None:
     assert (split.groups, split.leaking) == (1, 1)
 
 
-def test_a_split_of_a_csv_needs_the_csv_no_more(data: Path) -> None:
+def test_a_split_made_from_a_csv_no_longer_needs_it(data: Path) -> None:
     split = make_split(check(read_labels(data, written(data, plain()))))
     file = data.parent / "split.json"
     atomic_write(file, to_json(split))
@@ -99,25 +99,25 @@ def test_a_split_of_a_csv_needs_the_csv_no_more(data: Path) -> None:
 
 
 WRONG = {
-    "no file": (None, r"no file of labels at .*labels\.csv"),
-    "nothing": ("", "line 1: there is not one column path, label"),
+    "no file": (None, r"no labels file at .*labels\.csv"),
+    "nothing": ("", "line 1: not exactly one column path, label"),
     "header alone": ("path,label\n", "lists no images"),
-    "no header": ("00.png,cell\n01.png,nucleus\n", "line 1: there is not one column path, label"),
-    "a column twice": ("path,label,label\n00.png,cell,cell\n", "line 1: there is not one column label"),
+    "no header": ("00.png,cell\n01.png,nucleus\n", "line 1: not exactly one column path, label"),
+    "a column twice": ("path,label,label\n00.png,cell,cell\n", "line 1: not exactly one column label"),
     "no label": (plain() + "99.png,\n", "line 22: no label"),
     "no path": (plain() + ",cell\n", "line 22: no path"),
     "too few": (plain() + "99.png\n", "line 22: 1 values in 2 columns"),
     "too many": (plain() + "99.png,cell,2\n", "line 22: 3 values in 2 columns"),
-    "twice": (plain() + "03.png,nucleus\n", r"line 22: 03\.png is in line 5 already"),
-    "absolute": (plain() + "/03.png,nucleus\n", r"line 22: .*'/03\.png' is no plain path"),
-    "upwards": (plain() + "../03.png,nucleus\n", r"line 22: .*'\.\./03\.png' is no plain path"),
+    "twice": (plain() + "03.png,nucleus\n", r"line 22: 03\.png is already in line 5"),
+    "absolute": (plain() + "/03.png,nucleus\n", r"line 22: .*'/03\.png' is not a normalised path"),
+    "upwards": (plain() + "../03.png,nucleus\n", r"line 22: .*'\.\./03\.png' is not a normalised path"),
     "unknown subset": (
         "path,label,subset\n00.png,cell,tset\n",
         r"(?s)line 2: unknown subset 'tset'.*Did you mean 'test'",
     ),
     "part of some": ("path,label,subset\n00.png,cell,test\n01.png,nucleus,\n", "line 3: subset is given for some"),
     "group of some": ("path,label,group\n00.png,cell,\n01.png,nucleus,3\n", "line 3: group is given for some"),
-    "one class": ("path,label\n00.png,cell\n", "one class only: cell"),
+    "one class": ("path,label\n00.png,cell\n", "only one class: cell"),
     "quote without end": (plain() + '"99.png,cell\n', "line 22: "),
     "Latin-1": (plain().replace("nucleus", "Kerné").encode("latin-1"), "is not UTF-8"),
     "UTF-16": (plain().encode("utf-16"), "is not UTF-8"),
@@ -125,7 +125,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_wrong_is_said_with_its_line(kind: str, data: Path) -> None:
+def test_an_error_names_its_line(kind: str, data: Path) -> None:
     text, message = WRONG[kind]
     file = written(data, text) if text is not None else data.parent / "labels.csv"
     with pytest.raises(DataError, match=message) as caught:
@@ -134,10 +134,10 @@ def test_what_is_wrong_is_said_with_its_line(kind: str, data: Path) -> None:
     assert caught.value.fix
 
 
-def test_images_that_cannot_be_used_are_named_as_in_folders(data: Path) -> None:
+def test_unusable_images_are_reported_as_in_folders(data: Path) -> None:
     (data / "04.png").write_bytes(b"")
     file = written(data, plain() + "lost.png,cell\n" + f"{'x' * 300}.png,cell\n")
-    with pytest.raises(DataError, match=r"(?s)3 of the files .* 04\.png: empty.* lost\.png: no such file"):
+    with pytest.raises(DataError, match=r"(?s)3 files in .* 04\.png: empty.* lost\.png: no such file"):
         check(read_labels(data, file))
     with pytest.raises(DataError, match=r"(?s)line 2: unknown class 'cell'.*Did you mean 'cells'"):
         read_labels(data, file, classes=("cells", "nucleus"))
@@ -145,19 +145,11 @@ def test_images_that_cannot_be_used_are_named_as_in_folders(data: Path) -> None:
 
 def test_trained_distilled_and_evaluated_with_labels(cells: Path, tmp_path: Path) -> None:
     """Of a folder without class folders; the split of the first run holds all that what follows needs."""
-    from edgekd.cli.main import app
-
     file, data = tmp_path / "labels.csv", tmp_path / "data"
     shutil.copytree(cells, data / "all")
     paths = sorted(p.relative_to(data).as_posix() for p in image_files(data))
     file.write_text("label,path\n" + "".join(f"{path.split('/')[1]},{path}\n" for path in paths))
-
-    def edgekd(*words: object, code: int = 0) -> str:
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        assert result.exit_code == code, f"{result.output}{result.exception!r}"
-        return result.output
-
-    small = ["--epochs", 1, "--image-size", 16, "--weights", "none", "--set", "batch_size=16", "--set", "workers=0"]
+    small = ["--epochs", "1", "--image-size", "16", "--weights", "none", "--set", "batch_size=16", "--set", "workers=0"]
     small += ["--precision", "32-true"]
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     edgekd("train", "--data", data, "--labels", file, "--model", "resnet18", *small, "--out", teacher)

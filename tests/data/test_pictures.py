@@ -404,7 +404,7 @@ def test_profiles_that_change_much() -> None:
 @pytest.mark.parametrize(
     ("profile", "problem"), [(b"no profile", "is damaged"), (DARK, "is for GRAY"), (SRGB[:200], "is damaged")]
 )
-def test_a_profile_that_cannot_be_used_is_said_once(
+def test_an_unusable_profile_is_warned_about_once(
     profile: bytes, problem: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preprocess, "_WARNED", set())
@@ -420,7 +420,7 @@ def test_every_mode_is_converted_or_refused_by_name() -> None:
     for mode in Image.MODES:
         image = Image.new(mode, (8, 8))
         if mode in ("I", "F"):
-            with pytest.raises(DataError, match="whose range is not known"):
+            with pytest.raises(DataError, match="whose range is unknown"):
                 to_rgb(image)
         else:
             assert to_rgb(image).mode == "RGB"
@@ -436,11 +436,11 @@ REFUSED = {
     "planes of 16 bits": (lambda: tiff(np.dstack([WHOLE] * 3), kind=2, planar=True), "separate planes"),
     "16-bit colour that is transparent": (
         lambda: png(np.dstack([WHOLE] * 3), kind=2, extra=chunk(b"tRNS", bytes(6))),
-        "means transparent",
+        "marked as transparent",
     ),
     "other primaries": (
         lambda: png(np.dstack([WHOLE] * 3), kind=2, extra=chunk(b"cHRM", struct.pack(">8I", *range(8)))),
-        "primary colours",
+        "primaries other than",
     ),
     "animated PNG": (lambda: animated("PNG"), "several frames"),
     "animated GIF": (lambda: animated("GIF"), "several frames"),
@@ -456,7 +456,7 @@ def animated(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_told_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_ambiguous_images_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     make, message = REFUSED[kind]
     path = tmp_path / "odd.tif"
     path.write_bytes(make())
@@ -465,7 +465,7 @@ def test_what_cannot_be_told_is_refused_by_name(kind: str, tmp_path: Path) -> No
     assert caught.value.fix
 
 
-def test_the_answer_does_not_depend_on_other_pixels() -> None:
+def test_conversion_is_independent_of_other_pixels() -> None:
     """A dark 16-bit picture is dark: nothing is scaled by what the picture holds."""
     dark, light = np.full((8, 8), 200, np.uint16), np.full((8, 8), 200, np.uint16)
     light[7, 7] = 65535
@@ -502,7 +502,7 @@ def test_transparency_is_laid_over_white_in_every_depth(depth: int, make: str) -
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_mistyped_exif_tag_refuses_no_picture(kind: str) -> None:
+def test_a_mistyped_exif_tag_is_ignored(kind: str) -> None:
     """Each byte of the tags in turn, set to what it should not be."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x011A] = 1, "a cell", 72.0
@@ -565,7 +565,7 @@ def test_a_large_picture_is_reduced_alike_in_every_container(monkeypatch: pytest
     assert open_image(saved(whole.crop((0, 0, 750, 255)), "PNG")).size == (750, 255)
 
 
-def test_strips_are_no_other_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_in_strips_equals_conversion_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     makes = [make for _, make in COLOUR.values()] + [make for levels, make in GREY.values() if levels == 16]
     colour, grey = blocks(256, 3), blocks(16, 1)[..., 0]
     pictures = [make(colour if n < len(COLOUR) else grey) for n, make in enumerate(makes)]
@@ -575,7 +575,7 @@ def test_strips_are_no_other_picture(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (rgb_of(one, None) == expected).all()
 
 
-def test_pictures_in_flight_share_one_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_concurrent_decoding_shares_one_memory_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each takes 40 % of the memory: of eight threads two work at a time; a larger one than all of it is refused."""
     path, inside, most = tmp_path / "cell.png", [], []
     path.write_bytes(saved(Image.fromarray(blocks(256, 3)), "PNG"))

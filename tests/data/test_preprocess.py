@@ -183,8 +183,8 @@ def test_load_takes_paths_pictures_and_arrays(tmp_path: Path) -> None:
     "source",
     [np.zeros((8, 8, 3), np.float32), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 8, 3), np.uint8), 7, None],
 )
-def test_load_refuses_what_is_no_picture(source: object) -> None:
-    with pytest.raises(DataError, match="no picture"):
+def test_load_refuses_what_is_not_an_image(source: object) -> None:
+    with pytest.raises(DataError, match="not an image"):
         load(source, PLAIN)  # type: ignore[arg-type]
 
 
@@ -195,7 +195,7 @@ def make_split(folder: Path, count: int) -> Split:
     return Split(("a", "b", "c"), {"val": items}, "ratio", 0, "none", 0, 0, "")
 
 
-def test_load_part_keeps_the_order(tmp_path: Path) -> None:
+def test_load_subset_keeps_the_order(tmp_path: Path) -> None:
     split, seen = make_split(tmp_path, 40), []
     images, labels = load_subset(
         split, "val", data=tmp_path, preprocess=PLAIN, progress=lambda done, total: seen.append((done, total))
@@ -206,13 +206,13 @@ def test_load_part_keeps_the_order(tmp_path: Path) -> None:
     assert seen == [(i, 40) for i in range(1, 41)]
 
 
-def test_load_part_limit_is_spread(tmp_path: Path) -> None:
+def test_load_subset_spreads_the_limit(tmp_path: Path) -> None:
     images, _ = load_subset(make_split(tmp_path, 10), "val", data=tmp_path, preprocess=PLAIN, limit=4)
     assert (images[:, 0, 0, 0] * 255).round().tolist() == [0, 2, 5, 7]
     assert len(load_subset(make_split(tmp_path, 10), "val", data=tmp_path, preprocess=PLAIN, limit=99)[0]) == 10
 
 
-def test_load_part_names_missing_files(tmp_path: Path) -> None:
+def test_load_subset_names_missing_files(tmp_path: Path) -> None:
     split = make_split(tmp_path, 10)
     for i in (1, 4, 5, 8):
         (tmp_path / f"{i}.png").unlink()
@@ -223,7 +223,7 @@ def test_load_part_names_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["other pixels", "cut short", "one bit", "another file"])
-def test_load_part_names_pictures_that_were_changed(change: str, tmp_path: Path) -> None:
+def test_load_subset_names_changed_files(change: str, tmp_path: Path) -> None:
     split, path = make_split(tmp_path, 10), tmp_path / "7.png"
     data = path.read_bytes()
     if change == "other pixels":
@@ -233,9 +233,7 @@ def test_load_part_names_pictures_that_were_changed(change: str, tmp_path: Path)
         path.symlink_to("8.png")
     else:
         path.write_bytes(data[:-5] if change == "cut short" else data[:40] + bytes([data[40] ^ 1]) + data[41:])
-    with pytest.raises(
-        DataError, match=r"other pictures than the split was made of: 1 of the split's 10 val images: 7\.png"
-    ):
+    with pytest.raises(DataError, match=r"other images than the split: 1 of the split's 10 val images: 7\.png"):
         load_subset(split, "val", data=tmp_path, preprocess=PLAIN)
     load_subset(split, "val", data=tmp_path, preprocess=PLAIN, limit=3)  # does not read it
 

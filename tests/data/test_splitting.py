@@ -115,19 +115,19 @@ def test_kather_slides(shared: Path) -> None:
     assert make_split(real(shared / "data" / "kather2016_tif")).groups == 9
 
 
-def test_patterns_that_cannot_be() -> None:
+def test_invalid_group_patterns_are_refused() -> None:
     checked = made_up({"a": 9, "b": 9})
-    with pytest.raises(DataError, match=r"(?s)says nothing of 18 of 18 images: a/0.png.*Did you mean 'cluster'"):
+    with pytest.raises(DataError, match=r"(?s)does not match 18 of 18 images: a/0.png.*Did you mean 'cluster'"):
         make_split(checked, group="clusters")
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         make_split(checked, group="(")
-    with pytest.raises(DataError, match="no whole group is left to train class"):
+    with pytest.raises(DataError, match="no whole group is left for training class"):
         make_split(made_up({"a": 9, "b": 9}), method="kfold:3", group="^[ab]")
 
 
-def test_methods_and_classes_that_cannot_be() -> None:
+def test_invalid_methods_and_too_small_classes_are_refused() -> None:
     for method in ("ratio:3,1", "ratio:0,1,1", "ratio:3,-1,1", "ratio:inf,1,1", "kfold:2", "kfold:x", "half"):
-        with pytest.raises(ConfigError, match="cannot be"):
+        with pytest.raises(ConfigError, match="is not valid"):
             make_split(made_up({"a": 9, "b": 9}), method=method)
     with pytest.raises(ConfigError, match="fold 5"):
         make_split(made_up({"a": 9, "b": 9}), method="kfold:5", fold=5)
@@ -140,21 +140,21 @@ def joined(*folders: Checked) -> Checked:
     return dataclasses.replace(folders[0], folder=dataclasses.replace(folders[0].folder, items=items))
 
 
-def test_parts_that_the_folder_brings_stay() -> None:
+def test_existing_subsets_are_preserved() -> None:
     train = made_up({"a": 10, "b": 20}, name="train/{}/{}.png", subset="train")
     test = made_up({"a": 4, "b": 3}, name="test/{}/{}.png", subset="test")
     split = make_split(joined(train, test))
     assert sizes(split) == {"train": [8, 16], "val": [2, 4], "test": [4, 3]}
     assert split.method == "folder: train, test; val cut from train, 1/5 each"
     assert {i.path.split("/")[0] for i in split.subset("val")} == {"train"}
-    with pytest.raises(ConfigError, match="brings test, train"):
+    with pytest.raises(ConfigError, match="without test, train"):
         make_split(joined(train, test), method="kfold:5")
-    with pytest.raises(DataError, match="brings no train"):
+    with pytest.raises(DataError, match="has no train/"):
         make_split(test)
     assert sizes(make_split(train))["test"] == [2, 4]
 
 
-def test_a_split_file_given_back(tmp_path: Path) -> None:
+def test_a_split_file_is_reused_or_refused(tmp_path: Path) -> None:
     checked = made_up({"a": 10, "b": 10}, name="{}/001_{:02d}.png")
     split = make_split(checked)
     atomic_write(tmp_path / "split.json", to_json(split))
@@ -165,7 +165,7 @@ def test_a_split_file_given_back(tmp_path: Path) -> None:
     for folder, message in (
         (fewer, r"1 images that are not in the folder: a/001_00.png"),
         (dataclasses.replace(fewer, items=(*checked.folder.items, Found("a/new.png", 0))), "fewer .* a/new.png"),
-        (dataclasses.replace(fewer, items=(relabelled, *fewer.items)), "under another class: a/001_00.png"),
+        (dataclasses.replace(fewer, items=(relabelled, *fewer.items)), "with another class: a/001_00.png"),
         (dataclasses.replace(fewer, items=(changed, *fewer.items)), "1 images that were changed since: a/001_00.png"),
         (dataclasses.replace(fewer, classes=("a", "c")), "is for classes a, b"),
     ):
@@ -200,27 +200,27 @@ def edit(key: str, value: object) -> Callable[[dict[str, Any]], object]:
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "test image in train": (
         lambda t: t["subsets"]["train"].append(t["subsets"]["test"][0]),
-        r"one picture is there twice, train: a/1x\.png and test: a/1x\.png",
+        r"one image occurs twice, train: a/1x\.png and test: a/1x\.png",
     ),
     "under another name": (
         lambda t: t["subsets"]["train"].append({**t["subsets"]["test"][0], "path": "a/copy.png"}),
-        r"one picture is there twice, train: a/copy\.png and test: a/1x\.png",
+        r"one image occurs twice, train: a/copy\.png and test: a/1x\.png",
     ),
-    "twice in a part": (lambda t: t["subsets"]["val"].append(t["subsets"]["val"][0]), "there twice, val: .* and val"),
+    "twice in a part": (lambda t: t["subsets"]["val"].append(t["subsets"]["val"][0]), "occurs twice, val: .* and val"),
     "moved, so that its group leaks": (
         lambda t: t["subsets"]["train"].append(t["subsets"]["val"].pop()),
-        "it says that 0 of 5 groups leak, but 1 of 5 do",
+        "it records that 0 of 5 groups leak, but 1 of 5 do",
     ),
     "label above": (edit("label", 2), r"a/1\.png has the label 2 of 2"),
     "label below": (edit("label", -1), r"a/1\.png has the label -1 of 2"),
     "label no number": (edit("label", "a"), r"train\[0\]\.label: expected int"),
-    "unknown subset": (lambda t: t["subsets"].update(training=[]), "'training' is none of train, val, test"),
-    "absolute": (edit("path", "/etc/passwd.png"), "no plain path"),
-    "upwards": (edit("path", "a/../../b.png"), "no plain path"),
-    "same file otherwise": (edit("path", "./a/1x.png"), "no plain path"),
-    "slashes": (edit("path", "a//1x.png"), "no plain path"),
-    "the folder itself": (edit("path", "."), "no plain path"),
-    "empty": (edit("path", ""), "no plain path"),
+    "unknown subset": (lambda t: t["subsets"].update(training=[]), "'training' is not train, val or test"),
+    "absolute": (edit("path", "/etc/passwd.png"), "not a normalised path"),
+    "upwards": (edit("path", "a/../../b.png"), "not a normalised path"),
+    "same file otherwise": (edit("path", "./a/1x.png"), "not a normalised path"),
+    "slashes": (edit("path", "a//1x.png"), "not a normalised path"),
+    "the folder itself": (edit("path", "."), "not a normalised path"),
+    "empty": (edit("path", ""), "not a normalised path"),
     "NUL": (edit("path", "a\0.png"), "is not valid text"),
     "half a character": (edit("path", "\ud800.png"), "is not valid text|is not UTF-8"),
     "class twice": (lambda t: t.update(classes=["a", "a"]), "classes: "),
@@ -228,13 +228,13 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "one class": (lambda t: t.update(classes=["a"]), "classes: "),
     "negative leaks": (lambda t: t.update(leaking=-1), "-1 of 5 groups"),
     "negative groups": (lambda t: t.update(groups=-5), "0 of -5 groups"),
-    "more groups": (lambda t: t.update(groups=9), "it says that 0 of 9 groups leak, but 0 of 5 do"),
+    "more groups": (lambda t: t.update(groups=9), "it records that 0 of 9 groups leak, but 0 of 5 do"),
     "no digest": (lambda t: t["subsets"]["val"][0].pop("digest"), r"no SHA-256 of a/3\.png"),
 }
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_a_split_that_cannot_be_is_refused_when_it_is_read(kind: str, tmp_path: Path) -> None:
+def test_an_invalid_split_is_refused_when_it_is_read(kind: str, tmp_path: Path) -> None:
     change, message = EDITS[kind]
     table, path = grouped(WHOLE), tmp_path / "split.json"
     path.write_text(json.dumps(table))
@@ -254,5 +254,5 @@ def test_summary_by_hand() -> None:
         "a           3       1       1\n"
         "bb          6       2       2\n"
         "all         9       3       3\n"
-        "which images were cut from one picture is not known: give --group to keep them together"
+        "images cut from one picture are not known: give --group to keep them together"
     )

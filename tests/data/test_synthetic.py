@@ -50,7 +50,7 @@ def test_classes_overlap_but_differ() -> None:
     assert 0.98 < (distance.argmin(axis=1) == label).mean() < 0.995
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(DataError, match="is not empty"):
         write_cells(tmp_path)

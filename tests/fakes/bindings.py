@@ -268,7 +268,10 @@ def cuda_driver(cuda: Cuda, kernel: Callable[..., None]) -> types.ModuleType:
         return (Error.cudaSuccess,)
 
     def load(code: bytes) -> Any:
-        assert b"decide" in code
+        assert b".entry decide(" in code
+        assert code.endswith(b"\0")  # or the driver reads on
+        if hasattr(kernel, "load"):
+            kernel.load(code)
         return Error.cudaSuccess, code
 
     driver.__dict__.update(
@@ -277,23 +280,6 @@ def cuda_driver(cuda: Cuda, kernel: Callable[..., None]) -> types.ModuleType:
         cuLaunchKernel=launch,
     )
     return driver
-
-
-def nvrtc() -> types.ModuleType:
-    """`cuda.bindings.nvrtc` that takes any source for its own translation."""
-    module = types.ModuleType("cuda.bindings.nvrtc")
-
-    def get(program: bytes, out: bytes) -> Any:
-        ctypes.memmove(out, bytes(program), len(program))
-        return (Error.cudaSuccess,)
-
-    module.__dict__.update(
-        nvrtcCreateProgram=lambda source, *rest: (Error.cudaSuccess, source),
-        nvrtcCompileProgram=lambda program, count, options: (Error.cudaSuccess,),
-        nvrtcGetPTXSize=lambda program: (Error.cudaSuccess, len(program)),
-        nvrtcGetPTX=get,
-    )
-    return module
 
 
 def pycuda(cuda: Cuda) -> types.ModuleType:

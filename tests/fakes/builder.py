@@ -26,6 +26,12 @@ def opset(model: onnx.ModelProto) -> int:
     return next(o.version for o in model.opset_import if not o.domain)
 
 
+def _of_profile(layer: dict[str, Any], index: int) -> dict[str, Any]:
+    """The layer as it is named for a profile other than the first."""
+    inputs = [{**tensor, "Name": f"{tensor['Name']} [profile {index}]"} for tensor in layer["Inputs"]]
+    return {**layer, "Name": f"{layer['Name']} [profile {index}]", "Inputs": inputs}
+
+
 def offer_builder(world: World) -> None:
     """Networks, parsers, configurations and builders."""
     trt, cuda, trouble, names, major, offer = (
@@ -347,7 +353,7 @@ def offer_builder(world: World) -> None:
         stored = {c.name: c.data_type for c in model.graph.initializer}
         half = "FP16" in flag_names and not trouble.ignores_fp16
         words = {
-            "Half": "Row major linear FP16 format",
+            "Half": "Channel major FP16 format where channel % 8 == 0",
             "Float": "Row major linear FP32",
             "Int8": "Row major Int8 format",
         }
@@ -357,7 +363,14 @@ def offer_builder(world: World) -> None:
         found: list[dict[str, Any]] = [{"Name": "reformat", "LayerType": "Reformat", "Inputs": [], "Outputs": []}]
         for node in model.graph.node:
             if node.op_type not in ("Conv", "Gemm", "MatMul"):
-                found.append({"Name": node.name, "LayerType": "PointWiseV2", "Inputs": [], "Outputs": []})
+                found.append(
+                    {
+                        "Name": node.name,
+                        "LayerType": "PointWiseV2" if major >= 10 else "NoOp",
+                        "Inputs": [],
+                        "Outputs": [],
+                    }
+                )
                 continue
             made = [maker[name].op_type if name in maker else "" for name in node.input[:2]]
             ranged = node.input[0] in reach
@@ -372,7 +385,11 @@ def offer_builder(world: World) -> None:
             if node.op_type == "Conv":
                 layer |= {"LayerType": "CaskConvolution", "ParameterType": "Convolution"}
                 layer |= {"Weights": {"Type": precision, "Count": 9}}
-            else:
-                layer |= {"LayerType": "gemm" if major >= 10 else "MatrixMultiply", "TacticName": "sm80_xmma_gemm"}
+            elif major >= 10:
+                layer |= {"LayerType": "gemm", "TacticName": "sm80_xmma_gemm"}
+            else:  # a convolution of 1x1
+                layer |= {"LayerType": "CaskGemmConvolution", "ParameterType": "Convolution"}
+                layer |= {"Weights": {"Type": precision, "Count": 9}, "TacticName": "sm80_xmma_gemm"}
             found.append(layer)
-        return found
+        others = range(1, len(config._profiles)) if major < 10 else ()
+        return found + [_of_profile(layer, i) for i in others for layer in found]

@@ -73,6 +73,7 @@ def offer_engine(world: World) -> None:
             self._weights = not content["stripped"]
             self._session: Any = None
             self._used: dict[int, Any] = {}  # profile to the context that has it
+            self._ran: list[int] = []  # profiles, in the order of their first runs and of every return
 
         num_io_tensors = property(lambda self: len(self._shapes))
         device_memory_size = property(lambda self: 4096)
@@ -91,6 +92,15 @@ def offer_engine(world: World) -> None:
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return self._shapes[name]
+
+        def get_tensor_format(self, name: str) -> Any:
+            return "TensorFormat.LINEAR"
+
+        def get_tensor_format_desc(self, name: str) -> str:
+            return "Row major linear " + {"FLOAT": "FP32", "HALF": "FP16 format"}[self._content["dtypes"][name]]
+
+        def get_tensor_components_per_element(self, name: str) -> int:
+            return 1
 
         def create_engine_inspector(self) -> Any:
             return EngineInspector(self)
@@ -193,7 +203,7 @@ def offer_engine(world: World) -> None:
                 shape = self.get_tensor_shape(name)
                 spans[name] = (address, math.prod(shape) * dtype.itemsize, dtype, shape)
                 cuda.bytes_at(*spans[name][:2])
-            me, memory = weakref.ref(self), self._memory
+            me, memory, profile = weakref.ref(self), self._memory, self._profile
 
             def act() -> None:
                 if me() is None:
@@ -202,7 +212,10 @@ def offer_engine(world: World) -> None:
                 cuda.bytes_at(*memory).fill(0xFF)
                 inputs = [i.name for i in engine._model.graph.input]
                 feeds = {n: _read(cuda, spans[n]) for n in inputs}
+                wrong = profile == trouble.wrong_profile or (trouble.forgets and profile in engine._ran[:-1])
+                engine._ran += [profile] if engine._ran[-1:] != [profile] else []
                 for name, value in engine._run(feeds).items():
+                    value = np.roll(value, 1, axis=1) if wrong and value.ndim == 2 else value
                     address, size, dtype, shape = spans[name]
                     assert value.shape == shape
                     cuda.bytes_at(address, size)[:] = np.frombuffer(value.astype(dtype).tobytes(), np.uint8)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes.bindings import cuda_driver, cuda_python, nvrtc, pycuda
+from fakes.bindings import cuda_driver, cuda_python, pycuda
 from fakes.cuda import Cuda
 from fakes.tensorrt import Trouble, make
 
@@ -94,7 +94,7 @@ def box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
         cudas.append(cuda)
         modules: dict[str, Callable[[], Any]] = {"tensorrt": lambda: make(family, cuda, found)}
         if "cuda-python" in bindings:
-            modules |= {"cuda": _package, "cuda.bindings": _package, "cuda.bindings.nvrtc": nvrtc}
+            modules |= {"cuda": _package, "cuda.bindings": _package}
             modules["cuda.bindings.runtime"] = lambda: cuda_python(cuda)
             modules["cuda.bindings.driver"] = lambda: cuda_driver(cuda, kernel)
         if "pycuda" in bindings:

@@ -50,12 +50,15 @@ class Trouble:
     out_of_memory: bool = False
     no_reason: bool = False  # fail to build and log nothing
     unknown_sm: bool = False
+    cannot_start: bool = False  # why is only a warning
     operators: tuple[str, ...] = ()  # that the parser does not know
     fast_int8: bool = True
     ignores_fp16: bool = False  # builds float32 whatever it is asked for
     damaged_information: bool = False
     dla_cores: int = 0
     cannot_run: bool = False
+    wrong_profile: int = -1  # whose kernels answer wrongly
+    forgets: bool = False  # a context answers wrongly once one of another profile has run since it did
 
 
 class _Enum(enum.Enum):
@@ -100,6 +103,11 @@ class World:
         if not (self.cuda.driver and self.cuda.count):
             raise RuleBroken("TensorRT is used where there is no driver or GPU: it crashes the interpreter")
         assert logger._is_logger
+        if self.trouble.cannot_start:
+            logger.log(
+                Severity.WARNING, "CUDA initialization failure with error: 35. Please check your CUDA installation"
+            )
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         if self.trouble.unknown_sm:
             self.error(logger, "6: [builder.cpp] Target GPU SM 53 is not supported by this TensorRT release.")
             raise TypeError("pybind11::init(): factory function returned nullptr")

@@ -402,7 +402,7 @@ class RecordBytes(Reader):
         if self.draw:  # slow
             plots.trade_off(record), plots.distribution(record.variants[0])
             (
-                plots.shares(record.variants[-1], record.labels, record.classes),
+                plots.exit_shares(record.variants[-1], record.labels, record.classes),
                 plots.confusion_svg(record.variants[0].metrics),
             )
         return nonsense(

@@ -53,7 +53,7 @@ SIGNALS = [signal.SIGKILL] * 7 + [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 WARM = [
-    *("edgekd.bench.report", "edgekd.bench.suite", "edgekd.cli", "edgekd.export", "edgekd.quantization.cpu"),
+    *("edgekd.bench.report", "edgekd.bench.measure", "edgekd.cli", "edgekd.export", "edgekd.quantization.cpu"),
     *("edgekd.runtime.classifier", "edgekd.runtime.tuning", "edgekd.training.train", "matplotlib.figure"),
     *("onnxruntime.quantization", "torch.utils.tensorboard"),
 ]

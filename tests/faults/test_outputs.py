@@ -35,7 +35,7 @@ def work(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work" / "site").mkdir()
     for name in ("manifest.json", "summary.json", "gao2022-table3.json"):
         (tmp_path / "work" / "site" / name).write_text('{"name": "a page"}')
-    for work in ("compiler.build.compile_engine", "bench.suite.bench", "runtime.tuning.tune", "export.export"):
+    for work in ("compiler.build.compile_engine", "bench.measure.bench", "runtime.tuning.tune", "export.export"):
         monkeypatch.setattr(f"edgekd.{work}", lambda *given, **more: pytest.fail("it began to work"))
     monkeypatch.setattr("edgekd.data.images.load_subset", lambda *given, **more: pytest.fail("it read images"))
     return tmp_path / "work"
@@ -52,8 +52,8 @@ def refused(line: str, said: str, work: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("evaluate run --plot run/model.safetensors", "names no kind of picture"),
-        ("evaluate run --plot student.onnx", "names no kind of picture"),
+        ("evaluate run --plot run/model.safetensors", "has no suffix of a plot"),
+        ("evaluate run --plot student.onnx", "has no suffix of a plot"),
         ("evaluate run --plot photo.png", "is not a plot"),
         ("evaluate run --out student.onnx", "is not a file of edgekd evaluate"),
         ("evaluate run --out record.json", "is not a file of edgekd evaluate"),
@@ -75,7 +75,7 @@ def refused(line: str, said: str, work: Path) -> None:
         (f"{TRAIN} --out site", "is not empty and no run folder"),
         (f"{TRAIN} --out site --resume", "is not empty and no run folder"),
         (f"{TRAIN} --out notes.md", "is a file"),
-        (f"{TRAIN} --out site --seeds 0,1", "is no summary of a sweep"),
+        (f"{TRAIN} --out site --seeds 0,1", "is not a summary of a sweep"),
         ("reproduce gao2022-table3 --data cells --out site --runs runs", "is not a table of edgekd reproduce"),
         ("data synthetic --out site", "is not empty"),
         ("data synthetic --out notes.md", "is not empty"),
@@ -102,7 +102,7 @@ def test_nothing_of_another_kind_is_replaced(line: str, said: str, work: Path) -
 )
 def test_no_output_lies_among_the_images(line: str, work: Path) -> None:
     (work / "link").symlink_to("cells")
-    refused(line, "lies in the folder of the images", work)
+    refused(line, "is in the data folder", work)
 
 
 @pytest.mark.parametrize("where", ["notes.md/x", "/proc/x"])
@@ -194,8 +194,8 @@ PRINT = "\"from edgekd import signals; signals.streams(); print('caf\\u00e9 \\u2
         (f"{PREDICT} <&-", 0, 151, ""),
         (f"{PREDICT} >&- 2>&- <&-", 0, 0, ""),
         (f"{PREDICT} > /dev/full", 1, 0, "error: No space left on device: standard output"),
-        ("python -m edgekd devices > /dev/full", 1, 0, "what was printed is cut short"),
-        ("python -m edgekd --help > /dev/full", 1, 0, "what was printed is cut short"),
+        ("python -m edgekd devices > /dev/full", 1, 0, "the printed output is truncated"),
+        ("python -m edgekd --help > /dev/full", 1, 0, "the printed output is truncated"),
         ("python -m edgekd predict none cells 2> /dev/full", 1, 0, ""),
         (f"PYTHONIOENCODING=ascii python -c {PRINT}", 0, 1, ""),
         (f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 python -c {PRINT}", 0, 1, ""),

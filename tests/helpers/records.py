@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 
 from edgekd.bench.accuracy import metrics
-from edgekd.bench.record import Record, Timing, Variant
-from edgekd.bench.targets import Limits, targets, warnings
+from edgekd.bench.record import CurvePoint, EngineFacts, Record, SplitFacts, Timing, Variant
+from edgekd.bench.suite import Limits, Suite
+from edgekd.bench.targets import targets, warnings
 from edgekd.host import HostInfo
 from edgekd.policy import Policy
 
@@ -18,7 +19,8 @@ CLASSES = ("round <b>", "long | thin", "[ 1, 2 ]")
 LABELS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
 
 
-LIMITS = Limits(faster=6, accuracy_drop=0.5, staged=1.1, overhead_ms=0.2)
+LIMITS = Limits(faster={"plain": 6.0}, accuracy_drop=0.5, staged=1.1, overhead_ms=0.2)
+SUITE = Suite((1, 32), min_count=(40, 5), min_seconds=0.1, warmup_seconds=0.0, rounds=2, pool=8, targets=LIMITS)
 
 
 HOST = HostInfo(
@@ -37,7 +39,7 @@ HOST = HostInfo(
 )
 
 
-def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, against: bool = False) -> Variant:
+def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, baseline: bool = False) -> Variant:
     """Latencies around `ms` for each exit deeper, in two rounds; the first `wrong` images are answered wrongly."""
     rng = np.random.default_rng(len(name))
     answers = np.where(np.arange(8) < wrong, (LABELS + 1) % 3, LABELS)
@@ -45,15 +47,15 @@ def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, against: 
     samples = [tuple((ms * (1 + e) + rng.normal(0, 0.01, 40) * ms).round(4).tolist()) for e in np.array(order)]
     return Variant(
         name=name,
-        network="resnet18" if against else "multi-exit-resnet18",
-        engine="onnxruntime fp32" if against else "openvino int8",
-        against=against,
+        network="resnet18" if baseline else "multi-exit-resnet18",
+        engine="onnxruntime fp32" if baseline else "openvino int8",
+        baseline=baseline,
         timings=(
             Timing(1, tuple(samples), tuple(tuple(o) for o in order)),
             Timing(32, tuple(tuple(round(20 * s, 4) for s in r[:5]) for r in samples)),
         ),
         metrics=metrics(np.eye(3)[answers] * 0.7 + 0.1, LABELS, CLASSES),
-        answers=tuple(answers.tolist()),
+        predictions=tuple(answers.tolist()),
         exits=tuple(exits),
         load_ms=(30.0, 32.0),
         first_ms=(5.0, 5.5),
@@ -61,7 +63,7 @@ def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, against: 
         peak_mib=(90.0, 95.5),
         overhead_ms=0.08,
         size_mib=12.25,
-        turns_ms=(((2.0, 2.2), (1.9, 2.1)), ((3.3, 3.3), (3.0, 3.0))) if name == "no-early-exit" else (),
+        interleaved_ms=(((2.0, 2.2), (1.9, 2.1)), ((3.3, 3.3), (3.0, 3.0))) if name == "no-early-exit" else (),
     )
 
 
@@ -71,12 +73,12 @@ def sample() -> Record:
         created="2026-11-21T04:00:00+00:00",
         command="edgekd bench student.engine",
         scenario="Single stream.",
-        suite={"rounds": 2},
+        suite=SUITE,
         threads=2,
-        engine={"path": "student.engine", "name": "openvino int8", "precision": {"i8": 0.9, "f32": 0.1}},
+        engine=EngineFacts("student.engine", "openvino int8", "openvino", "a" * 64, {"int8": 0.9, "fp32": 0.1}),
         policy=Policy((1.0, 1.0, 1.0), (0.9, 0.8)),
-        curve=({"accuracy": 0.7, "latency_ms": 0.9}, {"accuracy": 0.9, "latency_ms": 2.0}),
-        split={"fingerprint": "f" * 64, "method": "ratio:3,1,1", "seed": 0, "group": "none", "groups": 9, "leaking": 2},
+        curve=(CurvePoint(0.7, 0.9), CurvePoint(0.9, 2.0)),
+        split=SplitFacts("f" * 64, "ratio:3,1,1", seed=0, group="none", groups=9, leaking=2),
         classes=CLASSES,
         images=tuple(f"{'abc'[c]}/00{i}.png" for i, c in enumerate(LABELS)),
         labels=tuple(LABELS.tolist()),
@@ -90,7 +92,7 @@ def sample() -> Record:
             variant("cascade", 1.0, [0, 0, 0, 0, 1, 1, 2, 2], wrong=1),
             variant("no-early-exit", 1.05, [2] * 8, wrong=1),
             variant("full", 1.0, [2] * 8, wrong=1),
-            variant("plain", 12.0, [0] * 8, wrong=2, against=True),
+            variant("plain", 12.0, [0] * 8, wrong=2, baseline=True),
         ),
     )
-    return dataclasses.replace(record, targets=targets(record, LIMITS), warnings=warnings(record))
+    return dataclasses.replace(record, targets=targets(record), warnings=warnings(record))

@@ -23,10 +23,10 @@ from edgekd.errors import ConfigError
 from edgekd.models.feature_points import find
 from edgekd.models.networks import NETWORKS, build, library
 from edgekd.reproduce import table_spec
-from edgekd.reproduce.budget import START_S, Cuts, Load, fit, seconds
-from edgekd.reproduce.plan import Request, plan, scaled, tasks
-from edgekd.reproduce.report import Cell, Line, Result, state_of, states, write
-from edgekd.reproduce.results import _cost, _measured, counted
+from edgekd.reproduce.budget import START_S, Cuts, JobCost, fit, seconds
+from edgekd.reproduce.plan import RunOptions, missing_jobs, plan, scaled
+from edgekd.reproduce.report import Cell, Result, RowResult, row_states, write_result
+from edgekd.reproduce.results import _cost, _measured, cached_cost, state_of
 from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import SweepMember
 
@@ -89,9 +89,9 @@ PRINTED = {
 SPREAD = [0.16, 5.60, 0.62, 1.21, 0.42, 0.92, 0.74, 0.42, 0.57, 0.39, 0.65, 0.50, 0.31]
 
 
-def request(**more: object) -> Request:
+def request(**more: object) -> RunOptions:
     base = {"data": Path("cells"), "fingerprint": "f", "runs": Path("/runs")}
-    return Request(**(base | more))  # type: ignore[arg-type]
+    return RunOptions(**(base | more))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PRINTED)
@@ -116,16 +116,16 @@ def test_tables_name_what_edgekd_has() -> None:
                 with torch.device("meta"):
                     find(build(job.network, classes=5, image_size=224), job.svm)
         for row in table.rows:
-            assert row.open or row.job or row.network in known
+            assert row.unsupported or row.job or row.network in known
 
 
 def test_wrong_tables(tmp_path: Path) -> None:
     text = 'caption = "c"\nsource = "s"\nprotocol = "demo"\ndata = { name = "d", images = 1 }\n'
-    text += 'columns = { a = "answer.f1" }\n'
+    text += 'columns = { a = "prediction.f1" }\n'
     wrong = {
         "no job": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "b"\n',
         "is no column": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "a"\nprinted = { x = 1.0 }\n',
-        "need each other: a < b < a": '[jobs.a]\nnetwork = "n"\nteacher = "b"\n[jobs.b]\nnetwork = "n"\nteacher = "a"\n'
+        "on each other: a < b < a": '[jobs.a]\nnetwork = "n"\nteacher = "b"\n[jobs.b]\nnetwork = "n"\nteacher = "a"\n'
         '[[rows]]\nlabel = "r"\njob = "a"\n',
     }
     for said, tail in wrong.items():
@@ -165,7 +165,7 @@ def test_digests(tmp_path: Path) -> None:
     first = digests()
     assert first["student"] == "3171e38b55b7"
     assert digests(data=Path("elsewhere"), runs=Path("/r"), overrides={"workers": 7}) == first
-    for more in ({"fingerprint": "g"}, {"overrides": {"epochs": 9}}, {"group": "cluster"}, {"pixels": 96}):
+    for more in ({"fingerprint": "g"}, {"overrides": {"epochs": 9}}, {"group": "cluster"}, {"image_size": 96}):
         assert not set(digests(**more).values()) & set(first.values())
     (tmp_path / "resnet18.safetensors").write_bytes(b"w")
     given = digests(weights=tmp_path)
@@ -200,56 +200,63 @@ def test_another_protocol_trains_its_way_and_keeps_the_papers_method() -> None:
 def test_differences_are_said(tmp_path: Path) -> None:
     (tmp_path / "resnet18.safetensors").write_bytes(b"w")
     asked = request(
-        weights=tmp_path, epochs=9, pixels=96, substitutes={"resnest50d": "resnet50"}, overrides={"lr": 0.05}
+        weights=tmp_path, epochs=9, image_size=96, substitutes={"resnest50d": "resnet50"}, overrides={"lr": 0.05}
     )
     planned = plan(table_spec.read("gao2022-table3"), asked)
     cut = ["9 epochs, not 180", "96 pixels, not 224", "lr 0.05, not 0.1"]
-    assert planned["finetuned"].differs() == cut
+    assert planned["finetuned"].differences() == cut
     teacher = ["resnet50 in place of resnest50d", "random initial weights, not ImageNet's"]
-    assert planned["teacher"].differs() == teacher + cut
-    assert planned["student"].differs() == cut + [f"teacher: {text}" for text in teacher]
-    assert plan(table_spec.read("gao2022-table3"), request())["plain"].differs() == []
+    assert planned["teacher"].differences() == teacher + cut
+    assert planned["student"].differences() == cut + [f"teacher: {text}" for text in teacher]
+    assert plan(table_spec.read("gao2022-table3"), request())["plain"].differences() == []
     grouped = plan(table_spec.read("gao2022-table3"), request(group="cluster"))["plain"]
-    assert grouped.differs() == ["split grouped by cluster"]
+    assert grouped.differences() == ["split grouped by cluster"]
+
+
+def test_a_tables_group_holds_unless_another_is_given() -> None:
+    table = table_spec.read("gao2022-table3")
+    table = dataclasses.replace(table, settings={**table.settings, "group": "cluster"})
+    assert plan(table, request())["plain"].protocol.group == "cluster"
+    assert plan(table, request(group="none"))["plain"].differs() == ["split grouped by none"]
 
 
 def test_tasks_go_seed_by_seed_and_wait_for_what_they_need(tmp_path: Path) -> None:
     asked = request(runs=tmp_path)
     planned = plan(table_spec.read("gao2022-table3"), asked)
-    jobs = tasks(list(planned.values()), [SweepMember(0, 0), SweepMember(1, 0)], asked)
+    jobs = missing_jobs(list(planned.values()), [SweepMember(0, 0), SweepMember(1, 0)], asked)
     assert [job.name.rpartition("/")[2] for job in jobs] == ["seed0-fold0"] * 4 + ["seed1-fold0"] * 4
     by_name = {job.name: job for job in jobs}  # without weights fine-tuning and plain training are one run
-    student = by_name[planned["student"].task(SweepMember(1, 0))]
+    student = by_name[planned["student"].job_name(SweepMember(1, 0))]
     assert student.depends_on == (
-        planned["teacher"].task(SweepMember(1, 0)),
-        planned["finetuned"].task(SweepMember(1, 0)),
+        planned["teacher"].job_name(SweepMember(1, 0)),
+        planned["finetuned"].job_name(SweepMember(1, 0)),
     )
     settings = tmp_path / planned["student"].folder.name / "seed1-fold0.toml"
     assert config.load(Protocol, "protocols", str(settings)).teacher == str(planned["teacher"].folder / "seed1-fold0")
     done = planned["teacher"].folder / "seed0-fold0" / "test.json"
     done.parent.mkdir(parents=True)
     done.touch()
-    assert len(tasks(list(planned.values()), [SweepMember(0, 0), SweepMember(1, 0)], asked)) == 7
+    assert len(missing_jobs(list(planned.values()), [SweepMember(0, 0), SweepMember(1, 0)], asked)) == 7
 
 
 def test_budget_by_hand() -> None:
     """1000 images at 10 a second, 90 evaluated each epoch: 103 s an epoch at 224 pixels, a quarter of that at 112."""
-    load = Load(epochs=180, pixels=224, train=1000, val=90, test=0, images_per_s=40.0, measured_at=112)
+    load = JobCost(epochs=180, image_size=224, train=1000, val=90, test=0, images_per_s=40.0, measured_at=112)
     assert load.seconds(1, 224) == pytest.approx(START_S + 103)
     assert load.seconds(1, 112) == pytest.approx(START_S + 25.75)
     assert fit([load], 10**9, repeats=3) == Cuts(180, 224, 3, pytest.approx(3 * (START_S + 180 * 103)))
     cuts = fit([load], START_S + 103 * 60.5, repeats=1)
-    assert (cuts.epochs, cuts.pixels) == (60, 224)
+    assert (cuts.epochs, cuts.image_size) == (60, 224)
     cuts = fit([load], START_S + 103 * 9, repeats=1)  # under ten epochs: pixels go first
-    assert (cuts.epochs, cuts.pixels) == (17, 160)
+    assert (cuts.epochs, cuts.image_size) == (17, 160)
     cuts = fit([load], START_S + 103 * 5 * (80 / 224) ** 2, repeats=1)
-    assert (cuts.epochs, cuts.pixels) == (5, 80)
+    assert (cuts.epochs, cuts.image_size) == (5, 80)
     least = START_S + 103 * 3 * (80 / 224) ** 2
     assert fit([load], 2 * least, repeats=3).repeats == 2
     assert fit([load], 1.0, repeats=3) == Cuts(3, 80, 1, pytest.approx(least))
     assert fit([load] * 4, 4 * 103 * 100, repeats=1, at_once=4).epochs == 180
-    small = dataclasses.replace(load, pixels=32, measured_at=32)
-    assert fit([small], 10.0, repeats=1).pixels == 32
+    small = dataclasses.replace(load, image_size=32, measured_at=32)
+    assert fit([small], 10.0, repeats=1).image_size == 32
 
 
 @pytest.mark.parametrize(("text", "value"), [("30m", 1800), ("1h30m", 5400), ("90s", 90), ("2h", 7200)])
@@ -259,19 +266,19 @@ def test_times(text: str, value: float) -> None:
 
 def test_no_times() -> None:
     for text in ("", "30", "m", "1.5h", "30m1h"):
-        with pytest.raises(ConfigError, match="no time"):
+        with pytest.raises(ConfigError, match="not a time"):
             seconds(text)
 
 
 def test_measures_by_hand() -> None:
     exits = {"exit_0": {"accuracy": 0.5}, "exit_1": {"accuracy": 0.7}, "ensemble": {"accuracy": 0.6}}
-    assert _measured(exits, "answer.accuracy") == 0.6
+    assert _measured(exits, "prediction.accuracy") == 0.6
     assert _measured(exits, "exit_1.accuracy") == 0.7
-    assert _measured({"exit_0": {"accuracy": 0.5}}, "answer.accuracy") == 0.5
+    assert _measured({"exit_0": {"accuracy": 0.5}}, "prediction.accuracy") == 0.5
     assert _measured({"exit_0": {"accuracy": 0.5}}, "ensemble.accuracy") is None
     assert _measured({"exit_0": {"accuracy": 0.5}}, "exit_0.accuracy") is None
     assert _measured(exits, "exit_2.accuracy") is None
-    own = counted("mlp", classes=5, image_size=32)
+    own = cached_cost("mlp", classes=5, image_size=32)
     assert _cost("cost.parameters", own) == pytest.approx(own.parameters / 1e6)
     assert _cost("mlp/cost.macs", own) == 1
 
@@ -283,16 +290,16 @@ def test_states(tmp_path: Path) -> None:
     assert state_of([], 1, 3, ["a run failed"]) == ("partly", "n = 1 of 3; a run failed")
     cell = Cell(98.15, None, 97.0, 0.5)
     lines = (
-        Line("ResNeSt50 + TL", "reproduced", "", {"accuracy": cell}),
-        Line("ResNet18", "partly", "9 epochs, not 180", {"accuracy": cell}),
+        RowResult("ResNeSt50 + TL", "reproduced", "", {"accuracy": cell}),
+        RowResult("ResNet18", "partly", "9 epochs, not 180", {"accuracy": cell}),
     )
     result = Result("gao2022-table3", "c", "s", (), "now", "0", {}, lines)
     further = dataclasses.replace(
-        lines[1], why="9 epochs, not 180; split grouped by cluster", differs=("9 epochs", "cluster")
+        lines[1], reason="9 epochs, not 180; split grouped by cluster", differences=("9 epochs", "cluster")
     )
-    write(tmp_path, "gao2022-table3-cluster", dataclasses.replace(result, lines=(further,)))
-    assert [state for _, state, _ in states("gao2022-table3", tmp_path)] == ["open", "partly", *["open"] * 3]
-    write(tmp_path, "gao2022-table3", result)
+    write_result(tmp_path, "gao2022-table3-cluster", dataclasses.replace(result, rows=(further,)))
+    assert [state for _, state, _ in row_states("gao2022-table3", tmp_path)] == ["open", "partly", *["open"] * 3]
+    write_result(tmp_path, "gao2022-table3", result)
     text = edgekd("reproduce", "--list", "--out", tmp_path)
     assert all(f"{name}: " in text for name in PRINTED)
     assert "  ResNeSt50 + TL  reproduced\n" in text
@@ -305,10 +312,10 @@ def test_states(tmp_path: Path) -> None:
 
 SMALL = """
 caption = "Two networks"
-source = "nobody"
+source = "none"
 protocol = "demo"
 data = { name = "cells", images = 60 }
-columns = { accuracy = "answer.accuracy", parameters = "cost.parameters" }
+columns = { accuracy = "prediction.accuracy", parameters = "cost.parameters" }
 [jobs.teacher]
 network = "resnet18"
 weights = "imagenet"
@@ -348,19 +355,19 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     finished = {path: path.stat().st_mtime_ns for path in runs.glob("*/*/test.json")}
     assert finished
     text = edgekd(*words)
-    assert "cut as when it was first begun" in text
+    assert "cut as when it was first started" in text
     assert "budget 20m: 1 epochs, 16 pixels, 2 of 2 seeds and folds" in text
     assert f"; {4 - len(finished)} runs to do" in text
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
     found = json.loads((out / "small.json").read_text())
-    teacher, student = found["lines"]
+    teacher, student = found["rows"]
     assert [run["folder"].rpartition("/")[2] for run in student["runs"]] == ["seed0-fold0", "seed1-fold0"]
     each = [100 * run["scores"]["exit_0"]["accuracy"] for run in teacher["runs"]]
     assert teacher["cells"]["accuracy"]["mean"] == pytest.approx(np.mean(each))
     assert teacher["cells"]["accuracy"]["sd"] == pytest.approx(np.std(each, ddof=1))
     assert teacher["state"] == "partly"
-    assert "random initial weights, not ImageNet's; 1 epochs, not 8" in teacher["why"]
-    assert "first weights: random" in student["why"]
+    assert "random initial weights, not ImageNet's; 1 epochs, not 8" in teacher["reason"]
+    assert "first weights: random" in student["reason"]
     assert student["settings"]["weights"] == student["settings"]["teacher"]
     assert found["hosts"][0]["versions"]["edgekd"]
     assert str(tmp_path) not in (out / "small.json").read_text() + (out / "small.md").read_text()

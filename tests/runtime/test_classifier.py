@@ -55,7 +55,7 @@ def splitting(engine: Engine, images: Array, average: Average = "mean") -> Polic
 
 @pytest.mark.parametrize("few_classes", [4, 5])  # with 5, one image is decided on in plain floats
 @pytest.mark.parametrize("average", ["own", "mean"])
-def test_cascade_is_what_simulate_says_alone_and_in_batches(
+def test_the_cascade_equals_a_simulation_alone_and_in_batches(
     engine: Engine, images: Array, average: Average, few_classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgekd.runtime.classifier.FEW_CLASSES", few_classes)
@@ -72,7 +72,7 @@ def test_cascade_is_what_simulate_says_alone_and_in_batches(
     assert np.concatenate([one.probabilities for one in alone]) == pytest.approx(expected.probabilities, abs=1e-5)
 
 
-def test_images_leave_a_cascade_with_all_their_maps(two_maps_onnx: Path) -> None:
+def test_compaction_covers_all_boundary_tensors(two_maps_onnx: Path) -> None:
     engine = open_engine(two_maps_onnx, threads=1)
     images = np.random.default_rng(3).normal(size=(12, 3, 16, 16)).astype(np.float32)
     logits = engine.logits(images)
@@ -168,7 +168,7 @@ FLAT = {str(size): (1.0,) * 4 for size in (1, 4, 16)}
         ("openvino", FLAT, [16, 16, 16, 16]),
     ],
 )
-def test_batches_shrink_when_it_pays(
+def test_batches_are_compacted_when_that_is_faster(
     engine: Engine, backend: str, stage_ms: dict[str, tuple[float, ...]], sizes: list[int]
 ) -> None:
     leaves = np.array([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0])  # 4, 3, 2 and 2 images
@@ -183,7 +183,7 @@ def test_batches_shrink_when_it_pays(
     assert found.probabilities == pytest.approx(simulate(logits, policy).probabilities, abs=1e-6)
 
 
-def test_large_batches_are_cut_and_padded(engine: Engine) -> None:
+def test_large_batches_are_split_and_padded(engine: Engine) -> None:
     logits = np.random.default_rng(2).normal(size=(4, 50, 5)).astype(np.float32)
     recorder = Recorder(engine, logits, backend="openvino", stage_ms=LINEAR)
     found = Classifier(recorder, strategy="full").run(numbered(50))
@@ -240,7 +240,7 @@ def test_a_path_is_opened(student_onnx: Path, images: Array) -> None:
     assert len(classifier.run(images[:3]).exits) == 3
 
 
-def test_what_cannot_be_is_an_error(engine: Engine, images: Array) -> None:
+def test_invalid_arguments_are_errors(engine: Engine, images: Array) -> None:
     with pytest.raises(ConfigError, match="run edgekd tune"):
         Classifier(engine, strategy="cascade")
     with pytest.raises(ConfigError, match=r"(?s)no strategy 'fulll'.*Did you mean 'full'"):

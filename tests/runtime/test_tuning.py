@@ -29,7 +29,7 @@ def toy() -> tuple[Array, Labels]:
     return np.float32(np.log(np.stack([first, 1 - first], axis=-1))), np.zeros(100, np.int64)
 
 
-def test_the_fastest_without_loss() -> None:
+def test_the_fastest_setting_without_loss() -> None:
     tuned = choose(*toy(), MS, policy=OWN, max_accuracy_drop=0.0)
     assert (tuned.accuracy, tuned.ensemble_accuracy, tuned.accuracy_error) == (1.0, 1.0, 0.0)
     assert tuned.shares == pytest.approx((0.6, 0.2, 0.2))
@@ -41,7 +41,7 @@ def test_the_fastest_without_loss() -> None:
 @pytest.mark.parametrize(
     ("limit", "accuracy", "latency"), [(1.0, 0.8, 1.0), (1.4, 0.9, 1.4), (1.6, 1, 1.6), (9, 1, 1.6)]
 )
-def test_the_most_accurate_in_time(limit: float, accuracy: float, latency: float) -> None:
+def test_the_most_accurate_setting_within_a_latency(limit: float, accuracy: float, latency: float) -> None:
     tuned = choose(*toy(), MS, policy=OWN, latency_ms=limit)
     assert tuned.accuracy == pytest.approx(accuracy)
     assert tuned.latency_ms == pytest.approx(latency)
@@ -112,7 +112,7 @@ def test_too_few_images_for_the_margin(caplog: pytest.LogCaptureFixture) -> None
     assert "10 images are too few" in caplog.text
 
 
-def test_goals_that_cannot_be_reached() -> None:
+def test_unreachable_goals_are_errors() -> None:
     with pytest.raises(ConfigError, match=r"0\.5 ms; the fastest take 1\.000 ms"):
         choose(*toy(), MS, policy=OWN, latency_ms=0.5)
     with pytest.raises(ConfigError, match=r"-1 points of the ensemble; the best loses 0\.00"):
@@ -168,7 +168,7 @@ def test_unknown_words_are_refused_with_the_nearest(words: dict[str, str], stude
         tune(open_engine(student_onnx), *toy_images(), latency_ms=1.0, **words)  # type: ignore[arg-type]
 
 
-def test_one_goal(student_onnx: Path) -> None:
+def test_exactly_one_goal_is_required(student_onnx: Path) -> None:
     engine, (images, labels) = open_engine(student_onnx), toy_images()
     with pytest.raises(ConfigError, match="one goal"):
         tune(engine, images, labels)

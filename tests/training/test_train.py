@@ -51,6 +51,14 @@ FLAGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twice as many as elsewhere, so that a few epochs learn something."""
+    folder = tmp_path_factory.mktemp("cells") / "cells"
+    write_cells(folder, count=120, size=24)
+    return folder
+
+
 def distill(cells: Path, out: Path, *more: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen[str]:
     command = [*launcher, "-m", "edgekd", "distill", "--data", str(cells), "--out", str(out), *FLAGS, *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -148,7 +148,10 @@ class CudaPython(CudaDevice):
         )
 
     def _check_there(self) -> None:
-        error, count = self.runtime.cudaGetDeviceCount()
+        try:
+            error, count = self.runtime.cudaGetDeviceCount()
+        except RuntimeError as missing:  # cuda-python up to 12.8 where libcuda.so.1 cannot be loaded
+            raise BackendError(f"there is no NVIDIA driver here: {missing}", fix=GET_DRIVER) from missing
         if int(error) == NO_DRIVER and self._driver() == "0.0":
             raise BackendError("there is no NVIDIA driver here", fix=GET_DRIVER)
         if int(error) == NO_DRIVER:
@@ -167,11 +170,12 @@ class CudaPython(CudaDevice):
         return f"{number // 1000}.{number % 1000 // 10}"
 
     def do(self, result: Any, *, fix: str = "") -> Any:
-        """The value of a call that must succeed."""
+        """The value of a call of the runtime, or of the driver, that must succeed."""
         error, *values = result
         if int(error):
-            text = self.runtime.cudaGetErrorString(error)[1]
-            raise BackendError(f"CUDA says {error.name}: {text.decode()}", fix=fix)
+            of_driver = error.name.startswith("CUDA_")  # the runtime describes its own errors alone
+            text = "" if of_driver else f": {self.runtime.cudaGetErrorString(error)[1].decode()}"
+            raise BackendError(f"CUDA says {error.name}{text}", fix=fix)
         return values[0] if values else None
 
     def free_bytes(self) -> int:

@@ -15,6 +15,7 @@ from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import Backend, ReadFile, fractions
 from edgekd.backends.cuda.device import device
+from edgekd.backends.cuda.smi import power_and_clocks
 from edgekd.backends.runner import DeviceCascade as DeviceCascadeRunner
 from edgekd.backends.runner import StagedRunner
 from edgekd.backends.tensorrt import library as trt_library
@@ -104,13 +105,14 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         return DeviceCascade(stages, policy)
 
     def host_facts(self) -> dict[str, str]:
-        """Return GPU, compute capability (`sm`) and the CUDA versions of runtime and driver.
+        """Return GPU, compute capability (`sm`), the CUDA versions of runtime and driver, power limit and SM clock.
 
         Raises:
             BackendError: No driver, GPU or CUDA bindings.
         """
         gpu = device()
-        return {"gpu": gpu.name, "sm": gpu.sm, "cuda_runtime": gpu.cuda["runtime"], "cuda_driver": gpu.cuda["driver"]}
+        versions = {"cuda_runtime": gpu.cuda["runtime"], "cuda_driver": gpu.cuda["driver"]}
+        return {"gpu": gpu.name, "sm": gpu.sm, **versions, **power_and_clocks()}
 
     def incompatibility(self, manifest: Manifest) -> str:
         """Compare versions and GPU, before TensorRT reads the engine.

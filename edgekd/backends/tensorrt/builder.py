@@ -13,7 +13,7 @@ import onnx
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.graph_passes import is_seam, to_fp16, without_qdq
-from edgekd.backends.tensorrt.library import failed, library, logger, make, strongly_typed
+from edgekd.backends.tensorrt.library import failed, forget_messages, library, make, strongly_typed
 from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write, cache_folder, locked
@@ -54,7 +54,7 @@ def build_plan(
         raise monitor.error
     if plan is None:
         raise failed(f"TensorRT cannot build {name} as {recipe.name}")
-    logger().errors.clear()
+    forget_messages()
     return bytes(plan), graph
 
 

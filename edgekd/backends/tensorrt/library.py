@@ -71,26 +71,36 @@ def strongly_typed() -> bool:
 
 @functools.cache
 def logger() -> Any:
-    """One for the whole process, as TensorRT wants it; keeps the last errors for `failed`."""
+    """One for the whole process, as TensorRT wants it; keeps the last errors and warnings for `failed`."""
     trt = library()
 
     class Log(trt.ILogger):  # type: ignore[misc,name-defined]  # TensorRT has no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: collections.deque[str] = collections.deque(maxlen=8)
+            self.warnings: collections.deque[str] = collections.deque(maxlen=4)
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
                 self.errors.append(msg.strip())
+            elif severity == trt.Logger.WARNING:
+                self.warnings.append(msg.strip())
             log.debug("TensorRT: %s", msg)
 
     return Log()
 
 
+def forget_messages() -> None:
+    """Leave nothing for the next `failed` of what has passed."""
+    logger().errors.clear()
+    logger().warnings.clear()
+
+
 def failed(what: str, *, fix: str = "report it with the messages above") -> BackendError:
     """What to raise when TensorRT has failed, with what it logged and what that calls for."""
-    said = "\n".join(f"  TensorRT: {message}" for message in logger().errors)
-    logger().errors.clear()
+    messages = logger().errors or logger().warnings  # why CUDA does not start is only a warning
+    said = "\n".join(f"  TensorRT: {message}" for message in messages)
+    forget_messages()
     return BackendError(f"{what}\n{said}" if said else f"{what}, and TensorRT does not say why", fix=_advice(said, fix))
 
 

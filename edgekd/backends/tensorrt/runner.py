@@ -18,7 +18,7 @@ from edgekd.backends.base import ReadFile
 from edgekd.backends.cuda.device import Graph, Memory, device
 from edgekd.backends.cuda.device_tensor import Tensor
 from edgekd.backends.tensorrt.graph_passes import is_seam
-from edgekd.backends.tensorrt.library import failed, library, logger, make
+from edgekd.backends.tensorrt.library import failed, forget_messages, library, make
 from edgekd.backends.tensorrt.options import parse_options
 from edgekd.errors import BackendError, DataError
 
@@ -45,7 +45,7 @@ class TensorRTRunner:
             self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
             self.outputs = [n for n in names if n not in self.inputs]
             self._contexts: dict[int, Any] = {}
-            self._batches: dict[int, _Batch] = {}
+            self._batches: dict[int, Batch] = {}
             shapes = self.context(self.sizes[-1])
             self.tensors = {
                 n: Tensor(tuple(shapes.get_tensor_shape(n))[1:], self._dtype(n), self.sizes[-1]) for n in names
@@ -64,7 +64,7 @@ class TensorRTRunner:
             raise failed(f"TensorRT cannot open {path}", fix="compile it again on this machine with edgekd compile")
         if parse_options(recipe).strip_weights:
             _refit(engine, path.with_suffix(".onnx"), read)
-        logger().errors.clear()
+        forget_messages()
         return engine
 
     def _dtype(self, name: str) -> npt.DTypeLike:
@@ -124,10 +124,14 @@ class TensorRTRunner:
 
     def launch(self, count: int) -> None:
         """Enqueue the graph for the first `count` rows and the copy of its logits to the host."""
+        self.batch(count).launch()
+
+    def batch(self, count: int) -> Batch:
+        """The engine for the batch size that `count` rows take."""
         size = self.size_for(count)
         if size not in self._batches:
-            self._batches[size] = _Batch(self, size)
-        self._batches[size].launch()
+            self._batches[size] = Batch(self, size)
+        return self._batches[size]
 
     def size_for(self, count: int) -> int:
         """The smallest batch size that was built for and holds `count` rows."""
@@ -191,7 +195,7 @@ def _refit(engine: Any, path: Path, read: ReadFile) -> None:
         raise failed(f"the weights of {path} do not fit the engine beside it", fix="compile it again")
 
 
-class _Batch:
+class Batch:
     """An engine for batches of one size: one launch of a CUDA graph where that can be, else TensorRT's own."""
 
     def __init__(self, opened: TensorRTRunner, size: int) -> None:
@@ -199,11 +203,12 @@ class _Batch:
         self._name = opened.name
         self._answers = [opened.tensors[name] for name in opened.answers]
         self._size = size
-        self._enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
+        self.enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
         device().synchronize()
         self._graph = self._captured()
 
-    def _enqueue(self) -> None:
+    def enqueue(self) -> None:
+        """Enqueue the run and the copy of its logits, without a graph."""
         enqueue(self._context, name=self._name)
         for tensor in self._answers:
             tensor.fetch(self._size)
@@ -213,7 +218,7 @@ class _Batch:
             say_once(f"{device().bindings} has no CUDA graphs: every stage is launched by TensorRT, which is slower")
             return None
         try:
-            return device().capture(self._enqueue)
+            return device().capture(self.enqueue)
         except BackendError as error:
             say_once(f"no CUDA graphs, stages are launched by TensorRT, which is slower: {error.what}")
             return None
@@ -222,7 +227,7 @@ class _Batch:
         if self._graph:
             device().launch(self._graph)
         else:
-            self._enqueue()
+            self.enqueue()
 
 
 class StagedRun:

@@ -1,0 +1,28 @@
+"""What nvidia-smi reports of a GPU's power and clocks; on a Jetson `edgekd.host` reads nvpmodel's files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+QUERIES = {"power_limit": "power.limit", "max_sm_clock": "clocks.max.sm"}
+"""Fact to the property that nvidia-smi is queried for."""
+
+
+def power_and_clocks() -> dict[str, str]:
+    """Return power limit and highest SM clock, without what nvidia-smi does not report.
+
+    Nothing is returned where nvidia-smi is missing or fails, or where several GPUs differ: CUDA counts them otherwise.
+    """
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return {}
+    command = [program, f"--query-gpu={','.join(QUERIES.values())}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    gpus = {tuple(map(str.strip, line.split(","))) for line in done.stdout.splitlines()}
+    if len(gpus) != 1:
+        return {}
+    return {fact: value for fact, value in zip(QUERIES, gpus.pop()) if value and not value.startswith("[")}  # [N/A]
