@@ -13,7 +13,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision --index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,cpu,report,docs,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,cpu,ncnn,report,docs,dev]'
 	touch $(READY)
 
 demo: $(READY)

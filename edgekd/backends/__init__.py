@@ -3,6 +3,7 @@
 BUILTIN = {
     "onnxruntime": "edgekd.backends.onnxruntime:OnnxRuntimeBackend",
     "openvino": "edgekd.backends.openvino:OpenVinoBackend",
+    "ncnn": "edgekd.backends.ncnn:NcnnBackend",
     "tensorrt": "edgekd.backends.tensorrt.backend:TensorRTBackend",
 }
 """edgekd's own backends for `edgekd.backends.base.BACKENDS`; here, their names cost no import."""
