@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgekd.artifacts.metadata import ModelMetadata
+from edgekd.artifacts.metadata import ModelMetadata, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.report import describe_host
 from edgekd.backends.runner import Runner
@@ -167,7 +167,9 @@ def _engine(subject: Subject, source: Path, backend: str, precision: str, *, thr
     out = source.with_name(f"{backend}-{precision}.engine")
     recipe = Recipe(precision, batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1,)}})  # type: ignore[arg-type]
     images = subject.calibration if precision == "int8" else None
-    compile_engine(source, out, recipe=recipe, backend=backend, calibration=images, validation=None, threads=threads)
+    compile_engine(
+        read_student(source), out, recipe=recipe, backend=backend, calibration=images, validation=None, threads=threads
+    )
     return open_engine(out, threads=threads)
 
 

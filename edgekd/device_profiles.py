@@ -1,4 +1,4 @@
-"""Devices that edgekd knows: profiles in devices/*.toml, for editing."""
+"""Device profiles, in devices/*.toml."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from edgekd import config
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """One device. fp16_tflops and int8_tops are dense; 0 means that it has none. source: where the figures are from."""
+    """The data sheet of a device.
+
+    Attributes:
+        title: Its full name.
+        sm: CUDA compute capability.
+        memory_gb: Memory in GB.
+        bandwidth_gb_s: Memory bandwidth in GB/s.
+        fp16_tflops: Dense FP16 TFLOPS; 0 if it has none.
+        int8_tops: Dense INT8 TOPS; 0 if it has none.
+        dla: Number of deep learning accelerators.
+        power_modes: Names of its power modes.
+        source: Source of the numbers.
+    """
 
     title: str
     sm: float
@@ -28,7 +40,7 @@ class DeviceProfile:
 
 
 def table() -> list[tuple[str, ...]]:
-    """Rows for `edgekd devices`, the header first."""
+    """Return the rows of `edgekd devices`, the header first."""
     rows: list[tuple[str, ...]] = [
         ("name", "device", "SM", "memory GB", "GB/s", "FP16 TFLOPS", "INT8 TOPS", "DLA", "power modes", "source")
     ]

@@ -60,7 +60,7 @@ def export(network: MultiExitNetwork, metadata: ModelMetadata, *, out: Path, ima
     put_metadata(model, metadata)
     data = model.SerializeToString()
     try:
-        onnx_checks.parsed(data)
+        onnx_checks.parse(data)
     except ValueError as error:
         raise GateError(f"the network is not exported: {error}", fix="train it anew") from None
     worst = check_parity(network, data, images, names=names)

@@ -102,7 +102,7 @@ def test_messages_that_are_explained() -> None:
         "CUDA finds no GPU here",
         "was built by TensorRT",
         "cannot build",
-        "was asked for",
+        "the recipe requests",
     ):
         assert part in (ROOT / "docs" / "jetson.md").read_text()
         assert part in sources

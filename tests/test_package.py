@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from edgekd.engines.trt_device_exit import PTX
 
 from edgekd.extras import extras, missing
 
@@ -39,7 +38,7 @@ def test_wheel_holds_the_package_and_the_tomls_and_nothing_else(wheel: Path) -> 
     assert others == {
         "edgekd/py.typed",
         "edgekd/bench/report.html",
-        PTX.relative_to(ROOT).as_posix(),
+        *(f"edgekd/backends/tensorrt/ptx/{p.name}" for p in (ROOT / "edgekd/backends/tensorrt/ptx").glob("*.ptx")),
         *(f"edgekd/training/protocols/{p.name}" for p in (ROOT / "edgekd/training/protocols").glob("*.toml")),
         *(f"edgekd/reproduce/tables/{p.name}" for p in (ROOT / "edgekd/reproduce/tables").glob("*.toml")),
     }

@@ -19,7 +19,7 @@ from PIL import Image
 
 from edgekd import config
 from edgekd.artifacts.manifest import MANIFEST, EngineFile, read_manifest, write_manifest
-from edgekd.artifacts.metadata import put_metadata, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.bench.record import read_record
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(request: pytest.FixtureRequest, small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine that is tuned to leave early, of each backend."""
     folder, recipe = tmp_path_factory.mktemp("built") / "e.engine", Recipe("fp32", batch_sizes=(1,))
-    compile_engine(small_student, folder, recipe=recipe, backend=request.param, calibration=None, validation=None)
+    compile_engine(read_student(small_student), folder, recipe=recipe, backend=request.param, validation=None)
     manifest = read_manifest(folder)
     policy = Policy((1.0,) * 3, (0.25, 0.3))
     write_manifest(
@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite(bad: float, small_student: Path, tmp_path: 
 
 def compile_small(source: Path, out: Path) -> None:
     recipe = Recipe("fp32", batch_sizes=(1,))
-    compile_engine(source, out, recipe=recipe, backend="onnxruntime", calibration=None, validation=None)
+    compile_engine(read_student(source), out, recipe=recipe, backend="onnxruntime", validation=None)
 
 
 def broken(folder: Path, how: str, other: Path) -> None:
@@ -170,7 +170,7 @@ def test_replaced_files_do_not_change_an_open_engine(
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
     put_metadata(model, metadata)
     onnx.save(model, str(tmp_path / "other.onnx"))
-    compile_engine(tmp_path / "other.onnx", other, recipe=recipe, backend=backend, calibration=None, validation=None)
+    compile_engine(read_student(tmp_path / "other.onnx"), other, recipe=recipe, backend=backend, validation=None)
     wanted = Classifier(engine, threads=1).run(IMAGES)
     opened = open_engine(engine, threads=1)
     classifier = Classifier(opened)

@@ -370,7 +370,7 @@ class Toy:
     def __init__(self, name: str, gpu: CudaPython, source: Any) -> None:
         self.name, self._gpu, self._source = name, gpu, source
         self.tensors = {"images": source, f"exit_{name}": _ToyTensor(gpu)}
-        self.answers = [f"exit_{name}"]
+        self.logits = [f"exit_{name}"]
 
     def read_from(self, before: Toy) -> None: ...
 
@@ -381,7 +381,7 @@ class Toy:
 
     def execute_async_v3(self, stream: int) -> bool:
         row = int(self.name) * 4 * CLASSES
-        self._gpu.move(self.tensors[self.answers[0]].address, self._source.address + row, 4 * CLASSES)
+        self._gpu.move(self.tensors[self.logits[0]].address, self._source.address + row, 4 * CLASSES)
         return True
 
 

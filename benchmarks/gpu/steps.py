@@ -13,7 +13,7 @@ import golden
 import numpy as np
 from gpu import Meter, NotMeasured, facts, gaps, spans
 
-from edgekd.artifacts.metadata import read_onnx
+from edgekd.artifacts.metadata import read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
@@ -87,7 +87,7 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
     for method in ("minmax", "entropy") if asked.recipe.startswith("int8") else ("minmax",):
         try:
             manifest, attempts = compile_engine(
-                asked.models / f"{asked.network}.onnx",
+                read_student(asked.models / f"{asked.network}.onnx"),
                 out,
                 recipe=recipe_of(asked, method=method),
                 backend="onnxruntime" if asked.dry_run else "tensorrt",
@@ -107,8 +107,8 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
         "refusals": refusals,
         "batch1_ms": attempts[0].batch1_ms,
         "precision": manifest.precision,
-        "parity": manifest.parity,
-        "accuracy": manifest.accuracy,
+        "parity": manifest.parity and dataclasses.asdict(manifest.parity),
+        "accuracy": manifest.accuracy and dataclasses.asdict(manifest.accuracy),
         "stage_ms": manifest.stage_ms,
         "host": dataclasses.asdict(manifest.host),
         "backend_version": manifest.backend_version,

@@ -63,7 +63,7 @@ def _builds(steps: Steps) -> str:
     for s in _done(steps, "build"):
         ran = ", ".join(f"{name} {share:.0%}" for name, share in s["precision"].items())
         accuracy = s["accuracy"]
-        lost = [100 * (a - b) for a, b in zip(accuracy["float"], accuracy["engine"])]
+        lost = [100 * (a - b) for a, b in zip(accuracy["reference"], accuracy["engine"])]
         off, size = s["parity"]["max_abs_logit_difference"], sum(s["bytes"].values()) / 2**20
         name = f"{s['network']} {s['recipe']}"
         rows.append([name, f"{s['build_seconds']}", f"{size:.1f}", ran, _numbers(off, ".1e"), _numbers(lost, ".2f")])
@@ -129,7 +129,7 @@ def _figures(steps: Steps) -> list[tuple[str, float | None, float]]:
         if s["recipe"] == "fp16":
             found.append((name + "logits off by", max(s["parity"]["max_abs_logit_difference"]), 2e-2))
         accuracy = s["accuracy"]
-        lost = max(100 * (a - b) for a, b in zip(accuracy["float"], accuracy["engine"]))
+        lost = max(100 * (a - b) for a, b in zip(accuracy["reference"], accuracy["engine"]))
         found.append((name + "accuracy that the worst exit lost, points", lost, 0.5))
     return found
 

@@ -1,4 +1,4 @@
-"""student.engine/: its manifest and the checked reading of its files."""
+"""The manifest of student.engine/, and the checked reading of its files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from edgekd.artifacts.metadata import ModelMetadata, read_onnx
+from edgekd.artifacts.metadata import ModelMetadata, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
@@ -22,7 +21,13 @@ MAX_MS = 1e12
 
 @dataclass(frozen=True)
 class EngineFile:
-    """One file of an engine: which graph it belongs to (`stage_0`, …, `monolithic`, `final`), hash and size."""
+    """One file of an engine.
+
+    Attributes:
+        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`.
+        sha256: SHA-256 of its content.
+        bytes: Its size.
+    """
 
     graph: str
     sha256: str
@@ -30,11 +35,155 @@ class EngineFile:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """manifest.json of student.engine/: what was built, for what, how exact it was at build time.
+class Calibration:
+    """The calibration of an int8 engine.
 
-    stage_ms: batch size (as text) to the measured time of each stage in milliseconds.
-    curve: the trade-off curve of `edgekd tune`.
+    Attributes:
+        images: Number of images of the training split.
+        method: How the ends of activation ranges were chosen: `minmax`, `percentile` or `entropy`.
+        sha256: SHA-256 of the preprocessed images.
+    """
+
+    images: int
+    method: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BatchParity:
+    """Parity of one batch size.
+
+    Attributes:
+        size: Batch size.
+        max_abs_logit_difference: Largest difference from student.onnx, for each exit.
+    """
+
+    size: int
+    max_abs_logit_difference: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences of logits on the validation images.
+
+    Attributes:
+        max_abs_logit_difference: Largest difference from student.onnx, for each exit.
+        staged_to_monolithic: Largest difference between the stages in sequence and the monolithic graph.
+        by_batch_size: For backends that build kernels for each batch size: every size, in the order of the runs.
+    """
+
+    max_abs_logit_difference: tuple[float, ...]
+    staged_to_monolithic: float
+    by_batch_size: tuple[BatchParity, ...] = ()
+
+
+@dataclass(frozen=True)
+class PredictionAccuracy:
+    """Accuracy of one kind of prediction (`ensemble` or `final`) on the validation images.
+
+    Attributes:
+        reference: Accuracy of student.onnx, 0..1.
+        engine: Accuracy of the engine, 0..1.
+        images: Number of images.
+        lost: Images that student.onnx classifies correctly and the engine does not.
+        gained: Images that the engine classifies correctly and student.onnx does not.
+    """
+
+    reference: float
+    engine: float
+    images: int
+    lost: int
+    gained: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of an engine and of student.onnx on the validation images.
+
+    Attributes:
+        validation_images: Number of images.
+        reference: Accuracy of each exit of student.onnx, 0..1.
+        engine: Accuracy of each exit of the engine, 0..1.
+        predictions: The kinds of prediction that the gate judges: `ensemble` and `final`.
+    """
+
+    validation_images: int
+    reference: tuple[float, ...]
+    engine: tuple[float, ...]
+    predictions: dict[str, PredictionAccuracy]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of the trade-off curve of `edgekd tune`.
+
+    Attributes:
+        accuracy: Accuracy on the validation images, 0..1.
+        latency_ms: Mean latency of an image at batch size 1, from the stages' times.
+        thresholds: Threshold of each exit but the last.
+        shares: Share of the images that take each exit, 0..1.
+    """
+
+    accuracy: float
+    latency_ms: float
+    thresholds: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.latency_ms <= MAX_MS:
+            raise ValueError("latency_ms: from 0 on")
+        if not 0 <= self.accuracy <= 1:
+            raise ValueError("accuracy: from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The choice of exit thresholds by `edgekd tune`.
+
+    Attributes:
+        accuracy: Accuracy of the cascade on the validation images, 0..1.
+        accuracy_error: Standard error of its difference from the ensemble's.
+        ensemble_accuracy: Accuracy of the ensemble of all exits, 0..1.
+        latency_ms: Mean latency of an image at batch size 1, from the stages' times.
+        shares: Share of the images that take each exit, 0..1.
+        goal: The requested bound: `max_accuracy_drop` (points) or `latency_ms`.
+        images: Number of validation images.
+        fingerprint: Fingerprint of the images.
+    """
+
+    accuracy: float
+    accuracy_error: float
+    ensemble_accuracy: float
+    latency_ms: float
+    shares: tuple[float, ...]
+    goal: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json of student.engine/: what was built, on which host, and how accurate it was at build time.
+
+    Attributes:
+        metadata: Metadata of student.onnx, with the tuned exit policy.
+        backend: Name of the backend.
+        backend_version: Its version.
+        recipe: The recipe.
+        precision: Precision to its fraction of the layers, as read back.
+        host: The machine that built it.
+        files: File name to its graph, hash and size.
+        source_sha256: SHA-256 of student.onnx.
+        calibration: Calibration; None unless int8.
+        parity: Differences from student.onnx; None if unchecked.
+        accuracy: Accuracy beside student.onnx's; None if unchecked.
+        stage_ms: Batch size (as text) to the measured time of each stage in milliseconds.
+        notes: Remarks for the user.
+        curve: Trade-off curve of `edgekd tune`.
+        tuning: How the exit policy was chosen; None until then.
+        edgekd: Version of edgekd that built it.
+        digest: SHA-256 of the manifest without this field.
+        schema: Version of this format.
     """
 
     metadata: ModelMetadata
@@ -45,13 +194,13 @@ class Manifest:
     host: HostInfo
     files: dict[str, EngineFile]
     source_sha256: str
-    calibration: dict[str, Any] = field(default_factory=dict)
-    parity: dict[str, Any] = field(default_factory=dict)
-    accuracy: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    parity: Parity | None = None
+    accuracy: Accuracy | None = None
     stage_ms: dict[str, tuple[float, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    curve: tuple[dict[str, Any], ...] = ()
-    tuned: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] = ()
+    tuning: Tuning | None = None
     edgekd: str = ""
     digest: str = ""
     schema: int = SCHEMA
@@ -62,25 +211,6 @@ class Manifest:
                 raise ValueError(f"stage_ms: {size} is no batch size")
             if len(times) != len(self.metadata.exits) or not all(0 <= t <= MAX_MS for t in times):
                 raise ValueError(f"stage_ms.{size}: one time for each exit")
-        check_curve(self.curve)
-
-
-def check_curve(curve: tuple[dict[str, Any], ...]) -> None:
-    """Whether each point of a trade-off curve has an accuracy (0..1) and a latency (ms).
-
-    Raises:
-        ValueError: one has not.
-    """
-    for point in curve:
-        ms, accuracy = point.get("latency_ms"), point.get("accuracy")
-        if not (isinstance(ms, (int, float)) and 0 <= ms <= MAX_MS):
-            raise ValueError("curve: a point without latency_ms")
-        if not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
-            raise ValueError("curve: a point without an accuracy from 0 to 1")
-
-
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(to_json(dataclasses.replace(manifest, digest=""))).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -89,20 +219,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_metadata(path: Path) -> ModelMetadata:
-    """The metadata of student.onnx or student.engine/, whose other files are not looked at.
+    """Read the metadata of student.onnx or student.engine/, whose other files are not checked.
 
     Raises:
-        ArtifactError: see `read_onnx` and `read_manifest`.
+        ArtifactError: See `read_student` and `read_manifest`.
     """
     recover(path)
-    return _manifest(path).metadata if path.is_dir() else read_onnx(path)[1]
+    return _manifest(path).metadata if path.is_dir() else read_student(path).metadata
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read an engine's manifest and check every file against its hash.
 
     Raises:
-        ArtifactError: no engine, or a file that is missing, cut short or edited; it is named.
+        ArtifactError: The folder is no engine, or a file is missing, cut short or edited; it is named.
     """
     recover(folder)
     manifest = _manifest(folder)
@@ -114,31 +244,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_file(path: Path, manifest: Manifest) -> bytes:
-    """The content of an engine's file, which is what its manifest says.
+    """Read a file of an engine.
 
     Raises:
-        ArtifactError: it is not, whatever has become of the folder since the manifest was read.
+        ArtifactError: Its content is not the one in the manifest, whatever became of the folder since that was read.
     """
     listed, data = _listed(path, manifest), read_bytes(path, what="engine file")
     if listed != hashlib.sha256(data).hexdigest():
         raise _edited(path)
     return data
-
-
-def _listed(path: Path, manifest: Manifest) -> str:
-    """The SHA-256 that a file has to have, which is there and as long as it should be."""
-    file = manifest.files.get(path.name)
-    if file is None:
-        raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing", fix="compile again")
-    if path.stat().st_size != file.bytes:
-        raise _edited(path)
-    return file.sha256
-
-
-def _edited(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -153,3 +267,23 @@ def _manifest(folder: Path) -> Manifest:
             f"{folder / MANIFEST} was edited", fix="change thresholds with edgekd tune, or compile again"
         )
     return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(to_json(dataclasses.replace(manifest, digest=""))).hexdigest()
+
+
+def _listed(path: Path, manifest: Manifest) -> str:
+    """Return the SHA-256 that a file must have; the file exists and has the listed size."""
+    file = manifest.files.get(path.name)
+    if file is None:
+        raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", fix="compile again")
+    if path.stat().st_size != file.bytes:
+        raise _edited(path)
+    return file.sha256
+
+
+def _edited(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")

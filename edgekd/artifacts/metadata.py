@@ -1,8 +1,9 @@
-"""student.onnx, its metadata and their checked reading."""
+"""The metadata of student.onnx, and the checked reading of both."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,10 +23,12 @@ from edgekd.serialization import BLANK, SCHEMA, check_seal, from_table, read_byt
 
 @dataclass(frozen=True)
 class Exit:
-    """Names of tensors in student.onnx: the exit's logits (`exit_0`, `exit_1`, …), and what its stage hands to its head
-    and the next stage.
+    """Names of the tensors of one exit in student.onnx.
 
-    A network with one exit is not cut and may have an empty boundary.
+    Attributes:
+        output: The exit's logits: `exit_0`, `exit_1`, …
+        boundary: Tensors that its stage passes to the exit head and to the next stage; a network with one exit is not
+            partitioned, so its boundary may be empty.
     """
 
     output: str
@@ -34,9 +37,17 @@ class Exit:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What student.onnx says of itself, in metadata_props["edgekd"]; exits run from shallow to deep.
+    """Metadata of student.onnx, in metadata_props["edgekd"].
 
-    sha256: of the whole file, with `BLANK` in its place; `put_metadata` sets it.
+    Attributes:
+        network: Name of the network.
+        classes: Names of the classes, in the order of the logits.
+        preprocess: Preprocessing of the images.
+        exits: Exits, from shallow to deep.
+        policy: Exit policy.
+        provenance: How the network was trained.
+        sha256: SHA-256 of the file with `BLANK` in this place; `put_metadata` sets it.
+        schema: Version of this format.
     """
 
     network: str
@@ -55,7 +66,7 @@ class ModelMetadata:
         if len(self.exits) > 1 and self.outputs != [f"exit_{k}" for k in range(len(self.exits))]:
             raise ValueError("exits: their outputs are exit_0, exit_1, …")
         if len(self.exits) > 1 and not all(e.boundary for e in self.exits):
-            raise ValueError("exits: where there are several, each needs a boundary to cut the network at")
+            raise ValueError("exits: where there are several, each needs a boundary")
 
     @cached_property
     def outputs(self) -> list[str]:
@@ -63,7 +74,7 @@ class ModelMetadata:
 
 
 def plain_metadata(metadata: ModelMetadata) -> dict[str, str]:
-    """What somebody needs who runs student.onnx without edgekd, as metadata keys and their text."""
+    """Return metadata keys and their text for running student.onnx without edgekd."""
     of = metadata.preprocess
     return {
         "input": "images: float32 (n, 3, image_size, image_size), RGB planes",
@@ -79,7 +90,7 @@ def plain_metadata(metadata: ModelMetadata) -> dict[str, str]:
 
 
 def put_metadata(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
-    """Replace the model's metadata by these and `plain_metadata`; their SHA-256 holds until the model is changed."""
+    """Replace the model's metadata by `metadata` and `plain_metadata`; its SHA-256 is valid until the model changes."""
     del model.metadata_props[:]
     for key, value in plain_metadata(metadata).items():
         model.metadata_props.add(key=key, value=value)
@@ -87,17 +98,39 @@ def put_metadata(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
     own.value = own.value.replace(BLANK, seal(model.SerializeToString()))
 
 
+@dataclass(frozen=True)
+class StudentModel:
+    """student.onnx, read and checked.
+
+    Attributes:
+        model: The ONNX model.
+        metadata: Its metadata.
+        sha256: SHA-256 of the file.
+    """
+
+    model: onnx.ModelProto
+    metadata: ModelMetadata
+    sha256: str
+
+
 def read_onnx(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """Return the model and the metadata of `read_student`."""
+    student = read_student(path)
+    return student.model, student.metadata
+
+
+def read_student(path: Path) -> StudentModel:
     """Read student.onnx and its metadata.
 
     Raises:
-        ArtifactError: missing, cut short, changed, not ONNX, not made by `edgekd export`; other inputs and outputs than
-            its metadata says, operators or data that no exported classifier has (see `onnxcheck`).
+        ArtifactError: The file is missing, cut short, changed, not ONNX or not made by `edgekd export`; its inputs and
+            outputs differ from its metadata, or it has operators or data that no exported classifier has (see
+            `onnx_checks`).
     """
     again = "export it again"
     data = read_bytes(path, what="ONNX file", fix="make one with edgekd export")
     try:
-        model = onnx_checks.parsed(data)
+        model = onnx_checks.parse(data)
     except ValueError as error:
         raise ArtifactError(f"{path} is not a whole ONNX file of ours: {error}", fix=again) from None
     text = next((p.value for p in model.metadata_props if p.key == "edgekd"), None)
@@ -111,9 +144,9 @@ def read_onnx(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
     check_seal(data, metadata.sha256, path=path, fix=again)
     try:
         size, classes = metadata.preprocess.image_size, len(metadata.classes)
-        onnx_checks.check_ends(model, image_size=size, outputs=metadata.outputs, classes=classes)
+        onnx_checks.check_interface(model, image_size=size, outputs=metadata.outputs, classes=classes)
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the checker raises many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArtifactError(f"{path} is not what its metadata says: {reason}", fix=again) from None
-    return model, metadata
+    return StudentModel(model, metadata, hashlib.sha256(data).hexdigest())

@@ -1,4 +1,4 @@
-"""What an ONNX graph of ours may hold. A classifier needs no control flow, no foreign operators and no other file."""
+"""Checks of ONNX graphs: an exported classifier has no control flow, foreign operators or external data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnx import numpy_helper
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 
 
-def parsed(data: bytes) -> onnx.ModelProto:
-    """A serialised graph that stands for itself.
+def parse(data: bytes) -> onnx.ModelProto:
+    """Parse a serialised graph that depends on nothing else.
 
     Raises:
-        ValueError: not ONNX; operators of other domains, functions or inner graphs; data in another file; weights that
-            are not finite.
+        ValueError: It is not ONNX, has operators of other domains, functions or subgraphs, refers to data in another
+            file, or has weights that are not finite.
     """
     try:
         model = onnx.load_model_from_string(data)
@@ -41,30 +41,30 @@ def parsed(data: bytes) -> onnx.ModelProto:
 
 def _check_tensor(tensor: onnx.TensorProto) -> None:
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        raise ValueError(f"the data of {tensor.name or 'a tensor'} are in another file")
+        raise ValueError(f"the data of {tensor.name or 'a tensor'} is in another file")
     if tensor.data_type in _FLOATS:
         values = numpy_helper.to_array(tensor)
-        # a single infinity may be meant: the padding of a maximum is one
+        # a single infinity may be intended, such as the padding of a maximum
         if np.isnan(values).any() or (values.size > 1 and not np.isfinite(values).all()):
             raise ValueError(f"the weights of {tensor.name or 'a constant'} are not finite")
 
 
-def check_ends(model: onnx.ModelProto, *, image_size: int, outputs: Sequence[str], classes: int) -> None:
-    """Whether a graph reads `images`, float32 (n, 3, S, S), and answers float32 (n, C) under these names.
+def check_interface(model: onnx.ModelProto, *, image_size: int, outputs: Sequence[str], classes: int) -> None:
+    """Check that a graph maps `images`, float32 (n, 3, S, S), to float32 (n, C) outputs of these names.
 
     Raises:
-        ValueError: it does not.
+        ValueError: It does not.
     """
     if [i.name for i in model.graph.input] != ["images"]:
         raise ValueError(f"its inputs are {[i.name for i in model.graph.input]}, not ['images']")
     if [o.name for o in model.graph.output] != list(outputs):
         raise ValueError(f"its outputs are {[o.name for o in model.graph.output]}, its metadata says {list(outputs)}")
-    _check_end(model.graph.input[0], (3, image_size, image_size))
+    _check_value(model.graph.input[0], (3, image_size, image_size))
     for output in model.graph.output:
-        _check_end(output, (classes,))
+        _check_value(output, (classes,))
 
 
-def _check_end(value: onnx.ValueInfoProto, row: tuple[int, ...]) -> None:
+def _check_value(value: onnx.ValueInfoProto, row: tuple[int, ...]) -> None:
     tensor = value.type.tensor_type
     found = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
     if tensor.elem_type != onnx.TensorProto.FLOAT or found[:1] != (-1,) or found[1:] != row:

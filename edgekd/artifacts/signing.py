@@ -1,8 +1,8 @@
 """Signatures of engines and student.onnx with the user's own Ed25519 key, by the `cryptography` package.
 
-A SHA-256 that lies in the file itself finds accidents: whoever changes a file on purpose writes a new one. A signature
-tells that a file is what the holder of a private key signed. It is kept beside what it signs: manifest.sig in an
-engine's folder, for the manifest and, through its hashes, for every file; student.onnx.sig for student.onnx.
+The SHA-256 inside a file detects accidental changes only: a deliberate change can replace it. A signature proves that a
+file is the one that the holder of a private key signed. It is kept beside the signed file: manifest.sig in an engine's
+folder covers the manifest and, through its hashes, every file; student.onnx.sig covers student.onnx.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ KEYS = "openssl genpkey -algorithm ed25519 -out private.pem; openssl pkey -in pr
 
 
 def sign(target: Path, key: Path) -> Path:
-    """Sign student.engine/ or student.onnx, which is read and checked first; returns the signature's path.
+    """Sign student.engine/ or student.onnx, which is read and checked first.
 
-    key: a PEM file with an Ed25519 private key.
+    Args:
+        target: Engine folder or ONNX file.
+        key: PEM file with an Ed25519 private key.
+
+    Returns:
+        The path of the signature.
 
     Raises:
-        ArtifactError: no engine or student.onnx, or a damaged one. ConfigError: no such key, or no `cryptography`.
+        ArtifactError: The target is missing, damaged or something else.
+        ConfigError: There is no such key, or `cryptography` is not installed.
     """
     signed, path = _signed(target)
     atomic_write(path, base64.b64encode(_key(key, private=True).sign(signed)) + b"\n")
@@ -36,11 +42,13 @@ def sign(target: Path, key: Path) -> Path:
 def verify(target: Path, key: Path) -> None:
     """Check student.engine/ or student.onnx, all its files, and its signature.
 
-    key: a PEM file with the Ed25519 public key of who signed it.
+    Args:
+        target: Engine folder or ONNX file.
+        key: PEM file with the signer's Ed25519 public key.
 
     Raises:
-        ArtifactError: damaged, not signed, changed since it was signed, or signed with another key.
-        ConfigError: no such key, or no `cryptography`.
+        ArtifactError: The target is damaged, not signed, changed since it was signed, or signed with another key.
+        ConfigError: There is no such key, or `cryptography` is not installed.
     """
     public = _key(key, private=False)
     signed, path = _signed(target)
@@ -53,7 +61,7 @@ def verify(target: Path, key: Path) -> None:
 
 
 def _signed(target: Path) -> tuple[bytes, Path]:
-    """The bytes that are signed, once they are known to be whole, and where the signature lies."""
+    """Check the target; return the bytes to sign and the path of the signature."""
     if not target.is_dir():
         read_onnx(target)
         return read_bytes(target, what="ONNX file"), target.with_name(f"{target.name}.sig")

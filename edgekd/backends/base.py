@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
@@ -278,7 +278,7 @@ def package_names() -> list[str]:
     return list(dict.fromkeys(package for backend in all_backends() for package in backend.packages))
 
 
-def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read the shipped recipe called `name`, or the TOML file at that path; see `edgekd.config.load`.
 
     Raises:

@@ -99,7 +99,7 @@ class OnnxRuntimeBackend(CpuBackend[OnnxRuntimeRunner]):
         data = read(path)
         if b"location" in data:  # where the data of a tensor would be in another file; parsing all graphs takes memory
             try:
-                onnx_checks.parsed(data)
+                onnx_checks.parse(data)
             except ValueError as error:
                 raise ArtifactError(f"{path} is no graph of ours: {error}", fix="compile again") from None
         return open_graph(data, threads=threads, name=str(path))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgekd.backends.report import describe_host
 from edgekd.bench import energy, variants
 from edgekd.bench.accuracy import metrics
-from edgekd.bench.record import CurvePoint, EngineFacts, Record, SplitFacts, Timing, Variant
+from edgekd.bench.record import EngineFacts, Record, SplitFacts, Timing, Variant
 from edgekd.bench.suite import Suite
 from edgekd.bench.targets import targets, warnings
 from edgekd.bench.worker import OVERHEAD_QUERIES, WorkerResult, WorkerTask
@@ -106,7 +106,7 @@ def bench(
         threads=engine.threads,
         engine=engine_facts(engine, engine_path),
         policy=engine.metadata.policy,
-        curve=tuple(CurvePoint(**point) for point in engine.manifest.curve) if engine.manifest else (),
+        curve=engine.manifest.curve if engine.manifest else (),
         split=SplitFacts(split.fingerprint, split.method, split.seed, split.group, split.groups, split.leaking),
         classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
@@ -315,15 +315,15 @@ def engine_facts(engine: Engine, path: Path) -> EngineFacts:
     facts = {**table, "provenance": manifest.metadata.provenance}
     for key in ("metadata", "curve", "backend", "source_sha256", "precision"):
         facts.pop(key, None)
-    final = manifest.accuracy.get("answers", {}).get("final", {})
+    final = manifest.accuracy.predictions["final"] if manifest.accuracy else None
     return EngineFacts(
         path=path.name,
         name=engine.name,
         backend=manifest.backend,
         source_sha256=manifest.source_sha256,
         precision=manifest.precision,
-        final_accuracy=final.get("engine"),
-        validation_images=final.get("images", 0),
+        final_accuracy=final.engine if final else None,
+        validation_images=final.images if final else 0,
         facts=flat(facts),
     )
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifacts.manifest import MAX_MS
+from edgekd.artifacts.manifest import MAX_MS, CurvePoint
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.latency import Summary, summarise
 from edgekd.bench.suite import Suite
@@ -64,19 +64,6 @@ class SplitFacts:
     group: str
     groups: int
     leaking: int
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """A point of the trade-off curve of `edgekd tune`; fields as in the manifest."""
-
-    accuracy: float
-    latency_ms: float
-    thresholds: tuple[float, ...] = ()
-    shares: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check(0 <= self.accuracy <= 1 and 0 <= self.latency_ms <= MAX_MS, "accuracy from 0 to 1, latency_ms from 0")
 
 
 @dataclass(frozen=True)

@@ -50,33 +50,34 @@ def compile_(
     threads: ThreadsOption = None,
     set_: SetOption = None,
 ) -> None:
-    """student.onnx to student.engine/: built, checked on the validation split and timed on this machine."""
+    """Compile student.onnx into student.engine/, checked on the validation split and timed on this machine."""
     from edgekd import config
-    from edgekd.artifacts.metadata import read_onnx
-    from edgekd.backends.base import load_recipe
+    from edgekd.artifacts.metadata import read_student
+    from edgekd.backends.base import find_backend, load_recipe
     from edgekd.compiler.build import compile_engine, refuse_other_folder
     from edgekd.data.images import load_subset
     from edgekd.data.split import read_split
 
     out = out or source.with_suffix(".engine")
-    asked = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
+    compile_recipe = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
     if (data is None) != (split is None):
         raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
     refuse_other_folder(out)
     reserve(out, data=data)
+    student = read_student(source)
     calibration = validation = None
     with bar("read images") as progress:
         if data is not None and split is not None:
             found = read_split(split)
-            load = functools.partial(load_subset, found, data=data, preprocess=read_onnx(source)[1].preprocess)
+            load = functools.partial(load_subset, found, data=data, preprocess=student.metadata.preprocess)
             validation = load("val", progress=progress)
-            if asked.precision == "int8":
-                calibration, _ = load("train", limit=asked.calibration_images, progress=progress)
+            if compile_recipe.precision == "int8":
+                calibration, _ = load("train", limit=compile_recipe.calibration_images, progress=progress)
     with bar("compile") as progress:
         manifest, attempts = compile_engine(
-            source,
+            student,
             out,
-            recipe=asked,
+            recipe=compile_recipe,
             backend=backend,
             calibration=calibration,
             validation=validation,
@@ -85,14 +86,15 @@ def compile_(
         )
     echo(_attempts(attempts))
     ran = ", ".join(f"{name} {share:.0%}" for name, share in manifest.precision.items())
-    echo(f"{out}: {manifest.backend} {manifest.backend_version}; asked {asked.name}, ran {ran}")
+    name = find_backend(manifest.backend).recipe_name(manifest.recipe)
+    echo(f"{out}: {manifest.backend} {manifest.backend_version}; recipe {name}, runs {ran}")
     for note in manifest.notes:
         echo(f"note: {note}")
     next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
 
 
 def _attempts(attempts: Iterable[Attempt]) -> str:
-    """A row for each backend; a remark of several lines is below, too, and whole."""
+    """Format a row for each backend; a remark of several lines is repeated below in full."""
     from edgekd.text import aligned
 
     rows, below = [("backend", "ms at batch 1", "accuracy drop (points) [95 %]", "remarks")], ""

@@ -8,7 +8,7 @@ from edgekd.cli.common import (
 
 
 def devices() -> None:
-    """The devices that edgekd knows."""
+    """List the device profiles."""
     from edgekd.device_profiles import table
     from edgekd.text import aligned
 

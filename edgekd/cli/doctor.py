@@ -11,7 +11,7 @@ from edgekd.cli.common import (
 
 
 def doctor() -> None:
-    """What is installed, and whether each backend builds and runs a small graph."""
+    """Report what is installed, and run a small graph with each backend."""
     from edgekd.runtime.doctor import report
 
     lines, healthy = report()

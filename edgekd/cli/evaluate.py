@@ -130,7 +130,7 @@ def _validated(target: Path) -> tuple[str, float, int] | None:
         from edgekd.artifacts.manifest import read_manifest
 
         if found := read_manifest(target).accuracy:
-            return f"exit_{len(found['engine']) - 1}", found["engine"][-1], found["validation_images"]
+            return f"exit_{len(found.engine) - 1}", found.engine[-1], found.validation_images
     return None
 
 

@@ -15,7 +15,7 @@ TargetArgument = Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE", help="
 def sign(
     target: TargetArgument, key: Annotated[Path, typer.Option(help="Your Ed25519 private key, a PEM file.")]
 ) -> None:
-    """Sign an engine or student.onnx with your own key (needs cryptography)."""
+    """Sign an engine or student.onnx with your own key (requires cryptography)."""
     from edgekd.artifacts.signing import sign as make
 
     echo(f"{make(target, key)}: signed")

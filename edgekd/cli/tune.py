@@ -19,8 +19,9 @@ from edgekd.cli.common import (
 from edgekd.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
+    from edgekd.artifacts.manifest import CurvePoint
     from edgekd.policy import Average
-    from edgekd.runtime.tuning import TradeOff, Tuned
+    from edgekd.runtime.tuning import Tuned
 
 
 def tune(
@@ -85,10 +86,10 @@ def tune(
 
 def _curve(tuned: Tuned) -> str:
     """Format the trade-off curve, with the chosen setting as the last line."""
-    from edgekd.runtime.tuning import TradeOff
+    from edgekd.artifacts.manifest import CurvePoint
     from edgekd.text import aligned
 
-    chosen = TradeOff(tuned.accuracy, tuned.latency_ms, tuned.policy.thresholds, tuned.shares)
+    chosen = CurvePoint(tuned.accuracy, tuned.latency_ms, tuned.policy.thresholds, tuned.shares)
     rows = [("expected ms", "accuracy %", "exit share %", "thresholds"), *map(_row, tuned.curve)]
     rows += [("", "", "", ""), _row(chosen)]
     lost = 100 * (tuned.ensemble_accuracy - tuned.accuracy)
@@ -99,7 +100,7 @@ def _curve(tuned: Tuned) -> str:
     )
 
 
-def _row(point: TradeOff) -> tuple[str, str, str, str]:
+def _row(point: CurvePoint) -> tuple[str, str, str, str]:
     shares = " / ".join(f"{100 * share:.0f}" for share in point.shares)
     thresholds = " ".join("never" if t > 1 else f"{t:.4f}" for t in point.thresholds)
     return f"{point.latency_ms:.3f}", f"{100 * point.accuracy:.2f}", shares, thresholds

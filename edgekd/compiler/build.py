@@ -1,266 +1,354 @@
-"""student.onnx to student.engine/: build with each backend, check, time, keep the fastest that is exact enough."""
+"""Compilation of student.onnx: build with each backend, gate, time, and keep the fastest engine that passes."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 
-import edgekd
-from edgekd.artifacts.manifest import MANIFEST, EngineFile, Manifest, write_manifest
-from edgekd.artifacts.metadata import ModelMetadata, read_onnx
+from edgekd._version import __version__
+from edgekd.artifacts.manifest import MANIFEST, Calibration, EngineFile, Manifest, write_manifest
+from edgekd.artifacts.metadata import StudentModel
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
 from edgekd.backends.report import describe_host
-from edgekd.compiler.gate import Labels, bounds, check, read_back, stage_times, verdict, worst_drop
+from edgekd.compiler.gate import (
+    GateReport,
+    Validation,
+    bounds,
+    check,
+    read_back,
+    stage_times,
+    verdict,
+    worst_drop,
+)
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
 from edgekd.host import checked_threads
-from edgekd.runtime.engine import Engine, built_engine, open_engine
-from edgekd.types import Array
+from edgekd.progress import Span
+from edgekd.quantization import quantize
+from edgekd.runtime.engine import Engine, built_engine, reference_engine
+from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
-Progress: TypeAlias = Callable[[float, int], None]
-
-STEPS = 4
-"""Progress steps a backend takes: building with checking takes two, reading back one, timing one."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one backend, a row of the table that `edgekd compile` prints.
+    """The result of one backend, a row of the table that `edgekd compile` prints.
 
-    batch1_ms: all stages one after the other, one image; None if it was not built.
-    precision: precision to share of layers, as read back. drop: what the worse of the answers (ensemble and last
-        exit) lost on the validation images, in points; None if unchecked. drop_bounds: of the true loss.
+    Attributes:
+        backend: Name of the backend.
+        ok: True if the engine was built and passed the gate.
+        batch1_ms: Time of all stages in sequence on one image; None if there is no engine.
+        precision: Precision to fraction of layers, as read back.
+        drop: Percentage points that the worse of the predictions (ensemble, last exit) lost on the validation images;
+            None if unchecked.
+        drop_bounds: Confidence interval of the true drop.
+        note: Remarks, or why it was refused.
     """
 
     backend: str
     ok: bool
     batch1_ms: float | None = None
-    precision: dict[str, float] = dataclasses.field(default_factory=dict)
+    precision: dict[str, float] = field(default_factory=dict)
     drop: float | None = None
     drop_bounds: tuple[float, float] | None = None
     note: str = ""
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is the same for all backends. `quantised(target, heads, reduce_range)` is kept for all that share it."""
-
-    model: onnx.ModelProto
-    metadata: ModelMetadata
-    recipe: Recipe
-    validation: tuple[Array, Labels] | None
-    float_logits: Array | None
-    quantised: Callable[[str, bool, bool], onnx.ModelProto]
-    threads: int
-    common: dict[str, Any]
-
-
 def compile_engine(
-    source: Path,
+    student: StudentModel,
     out: Path,
     *,
     recipe: Recipe,
     backend: str = AUTO,
-    calibration: Array | None,
+    calibration: Array | None = None,
     validation: tuple[Array, Labels] | None,
     reference: Array | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Manifest, list[Attempt]]:
-    """Build student.engine/ from student.onnx.
+    """Compile student.onnx into student.engine/.
 
-    backend: a name, or `auto`: each installed one is built and the one whose stages together take least time on
-        one image is kept, among those that pass.
-    calibration: preprocessed images (N, 3, H, W) of the training split, for int8.
-    validation: preprocessed images and labels of the validation split; None leaves accuracy unchecked, which the
-        manifest then says.
-    reference: student.onnx's logits (E, N, C) on the validation images, for devices without ONNX Runtime, which
-        otherwise computes them.
+    Args:
+        student: The network.
+        out: Folder to write; an engine there is replaced.
+        recipe: Precision, batch sizes and options.
+        backend: Name of a backend, or `auto`: every installed one is tried, and of the engines that pass the gate, the
+            one whose stages together take least time on one image is kept.
+        calibration: Preprocessed images (N, 3, H, W) of the training split, for int8.
+        validation: Preprocessed images (N, 3, H, W) and labels (N,) of the validation split; None leaves parity and
+            accuracy unchecked, which the manifest then notes.
+        reference: Logits (E, N, C) of student.onnx on the validation images, for devices without ONNX Runtime, which
+            otherwise computes them.
+        threads: CPU threads of the engine; all that the process may use if None.
+        progress: Called with the percentage done and 100.
+
+    Returns:
+        The manifest, and the result of every backend.
 
     Raises:
-        ConfigError: int8 without calibration images; `out` is something else than an engine, or holds more.
-        BackendError: no backend can build this here, or what ran is not the precision that was asked for.
-        GateError: answers lose more accuracy than the recipe allows; the table is in the message.
+        ConfigError: int8 without calibration images; `out` is not an engine, or holds other files.
+        BackendError: No backend can build the engine here, or what ran is not the requested precision.
+        GateError: Predictions lose more accuracy than the recipe allows; the table is in the message.
     """
     refuse_other_folder(out)
-    threads = checked_threads(threads)
+    if recipe.precision == "int8" and (calibration is None or not len(calibration)):
+        raise ConfigError("int8 needs calibration images of the training split", fix="give --data and --split")
     backends = installed() if backend == AUTO else [find_backend(backend)]
-    if validation and reference is None:
-        reference = open_engine(source, threads=threads).logits(validation[0])
-    job = _job(source, recipe, calibration, validation, reference, threads)
-    built: dict[str, tuple[Manifest, Path]] = {}
-    attempts: list[Attempt] = []
-    errors: list[EdgekdError] = []
-    with atomic_folder(out) as part:
-        for i, one in enumerate(backends):
-            step = functools.partial(_step, progress, before=i * STEPS, total=len(backends) * STEPS)
-            try:
-                manifest, folder, attempt = _build(job, part / one.name, backend=one, step=step)
-                built[one.name] = manifest, folder
-                attempts.append(attempt)
-            except (BackendError, GateError) as error:
-                if backend != AUTO:
-                    raise
-                errors.append(error)
-                attempts.append(Attempt(one.name, ok=False, note=error.what))
-            step(STEPS)
-        manifest, folder = built[_fastest(attempts, errors)]
-        _keep(part, manifest, folder, others=[b.name for b in backends])
-    return manifest, attempts
+    threads, span = checked_threads(threads), Span(progress)
+    gated = _validation(student, validation, reference, threads)
+    compilation = Compilation(student, recipe, calibration, gated, threads)
+    with atomic_folder(out) as folder:
+        results = []
+        for one in backends:
+            results.append(_result(compilation, one, folder / one.name, span.part(1 / len(backends))))
+            if backend != AUTO and results[0].error:
+                raise results[0].error
+        best = _fastest(results)
+        for name in best.manifest.files:
+            (best.folder / name).replace(folder / name)
+        for one in backends:
+            shutil.rmtree(folder / one.name, ignore_errors=True)
+        write_manifest(folder, best.manifest)
+    return best.manifest, [result.attempt for result in results]
 
 
 def refuse_other_folder(out: Path) -> None:
-    """See that nothing is lost when an engine is written to `out`: there is none, or an engine and nothing else.
+    """Check that writing an engine to `out` loses nothing: it does not exist, or is an engine and nothing else.
 
     Raises:
-        ConfigError: there is something else, which is named.
+        ConfigError: It holds something else, which is named.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out.is_dir() and ENGINE.matches(out / MANIFEST)):
-        raise ConfigError(f"{out} is there and is no engine: it would be replaced", fix="choose another --out")
+        raise ConfigError(f"{out} exists and is no engine: it would be replaced", fix="choose another --out")
     own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
     for path in out.iterdir():
         if not (path.is_file() and own.fullmatch(path.name)):
             raise ConfigError(f"{path} would be lost: it is no part of the engine", fix="move it out of that folder")
 
 
-def _step(progress: Progress | None, done: float, *, before: int, total: int) -> None:
-    if progress:
-        progress(before + done, total)
+def _validation(
+    student: StudentModel, validation: tuple[Array, Labels] | None, reference: Array | None, threads: int
+) -> Validation | None:
+    """Return the validation split with the reference logits, which are computed if they are not given."""
+    if validation is None:
+        return None
+    images, labels = validation
+    if reference is None:
+        reference = reference_engine(student.model, student.metadata, threads=threads).logits(images)
+    return Validation(images, labels, reference)
 
 
-def _job(
-    source: Path,
-    recipe: Recipe,
-    calibration: Array | None,
-    validation: tuple[Array, Labels] | None,
-    reference: Array | None,
-    threads: int,
-) -> _Job:
-    model, metadata = read_onnx(source)
-    if recipe.precision == "int8" and (calibration is None or not len(calibration)):
-        raise ConfigError("int8 needs calibration images of the training split", fix="give --data and --split")
+@dataclass(frozen=True)
+class _Engine:
+    """An engine that passed the gate."""
 
-    @functools.cache
-    def quantised(target: str, heads: bool, reduce_range: bool) -> onnx.ModelProto:
-        from edgekd.quantization import quantize
-
-        assert calibration is not None  # asked for above
-        method = recipe.calibration_method
-        return quantize(
-            model, metadata, calibration, target=target, heads=heads, reduce_range=reduce_range, method=method
-        )
-
-    calibrated = {}
-    if recipe.precision == "int8" and calibration is not None:
-        digest = hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
-        calibrated = {"images": len(calibration), "method": recipe.calibration_method, "sha256": digest}
-    common = {
-        "recipe": recipe,
-        "source_sha256": sha256(source),
-        "calibration": calibrated,
-        "edgekd": edgekd.__version__,
-    }
-    return _Job(model, metadata, recipe, validation, reference, quantised, threads, common)
+    attempt: Attempt
+    manifest: Manifest
+    folder: Path
+    error: None = None
 
 
-def _fastest(attempts: list[Attempt], errors: list[EdgekdError]) -> str:
-    passed = {a.backend: a.batch1_ms for a in attempts if a.ok and a.batch1_ms is not None}
-    if passed:
-        return min(passed, key=lambda name: passed[name])
+@dataclass(frozen=True)
+class _Failure:
+    """A backend without an engine."""
+
+    attempt: Attempt
+    error: EdgekdError
+
+
+def _result(compilation: Compilation, backend: AnyBackend, folder: Path, span: Span) -> _Engine | _Failure:
+    try:
+        return compilation.compile(backend, folder, span)
+    except (BackendError, GateError) as error:
+        return _Failure(Attempt(backend.name, ok=False, note=error.what), error)
+
+
+def _fastest(results: list[_Engine | _Failure]) -> _Engine:
+    """Return the engine whose stages take least time on one image.
+
+    Raises:
+        GateError, BackendError: There is none; with every backend's reason.
+    """
+    engines = [result for result in results if isinstance(result, _Engine)]
+    if engines:
+        return min(engines, key=lambda engine: sum(engine.manifest.stage_ms["1"]))
+    errors = [result.error for result in results if isinstance(result, _Failure)]
     kind = GateError if any(isinstance(e, GateError) for e in errors) else BackendError
     raise kind("no backend passes:\n" + "\n".join(e.what for e in errors), fix=errors[0].fix)
 
 
-def _keep(folder: Path, manifest: Manifest, built: Path, *, others: list[str]) -> None:
-    for name in manifest.files:
-        (built / name).replace(folder / name)
-    for other in others:
-        shutil.rmtree(folder / other, ignore_errors=True)
-    write_manifest(folder, manifest)
+@dataclass(frozen=True)
+class _Candidate:
+    """One engine, with int8 or with float exit heads, and the gate's report on it."""
+
+    heads: str
+    folder: Path
+    manifest: Manifest
+    engine: Engine
+    report: GateReport
+
+    @property
+    def note(self) -> str:
+        """Why another candidate may be preferred."""
+        if self.report.refusal:
+            return f"{self.heads} exit heads were refused: {self.report.refusal.what}"
+        return f"{self.heads} exit heads lose {self.report.drop:.2f} points on the validation images"
 
 
-def _build(
-    job: _Job, folder: Path, *, backend: AnyBackend, step: Callable[[float], None]
-) -> tuple[Manifest, Path, Attempt]:
-    """Write, check and time one backend's engine, somewhere in `folder`."""
-    manifest, engine, folder = _exact_enough(job, folder, backend=backend, step=step)
-    step(2)
-    precision = read_back(folder, backend, recipe=job.recipe)
-    step(3)
-    images = job.validation[0] if job.validation else None
-    stage_ms, monolithic_ms = stage_times(engine, images, sizes=job.recipe.batch_sizes)
-    note = "; ".join([f"in one piece {monolithic_ms:.2f} ms", *manifest.notes])
-    attempt = Attempt(backend.name, True, sum(stage_ms["1"]), precision, note=note)
-    notes = manifest.notes
-    if accuracy := manifest.accuracy:
-        worst = worst_drop(accuracy)
-        attempt = dataclasses.replace(attempt, drop=worst.points, drop_bounds=bounds(worst, accuracy))
-        notes = (*notes, verdict(accuracy, limit=job.recipe.max_accuracy_drop))
-    return dataclasses.replace(manifest, precision=precision, stage_ms=stage_ms, notes=notes), folder, attempt
+class Compilation:
+    """The compilation of one network with one recipe, for any number of backends.
 
-
-def _exact_enough(
-    job: _Job, folder: Path, *, backend: AnyBackend, step: Callable[[float], None]
-) -> tuple[Manifest, Engine, Path]:
-    """Write and check. int8 heads, which are faster than float ones, are kept if they seem to lose no more than is
-    allowed; else both are built, and the one that loses less is kept.
-
-    Raises:
-        GateError: neither passes.
+    Args:
+        student: The network.
+        recipe: Precision, batch sizes and options.
+        calibration: Images (N, 3, H, W) of the training split; int8 only.
+        validation: Validation split; None to leave the engine unchecked.
+        threads: CPU threads of the engine.
     """
-    int8 = job.recipe.precision == "int8"
-    notes = [] if job.validation else ["no validation images were given: accuracy and parity are unchecked"]
-    notes += backend.build_notes(job.recipe)
-    passed: list[tuple[float, Manifest, Engine, Path]] = []
-    for heads in (True, False) if int8 and len(job.metadata.exits) > 1 else (True,):
-        part = folder / ("int8-heads" if heads else "float-heads")
-        manifest = _write(job, part, backend=backend, heads=heads, step=step)
-        engine = built_engine(part, manifest, threads=job.threads)
-        try:
-            parity, accuracy = check(engine, job.validation, job.float_logits, recipe=job.recipe)
-        except GateError as error:
-            refusal = error
-            notes.append(f"{'quantised' if heads else 'float'} exit heads were refused: {error.what}")
-            continue
-        lost = worst_drop(accuracy).points if accuracy else 0.0
-        said = [*notes, f"exit heads: {'int8' if heads else 'float'} convolutions"] if int8 else notes
-        manifest = dataclasses.replace(manifest, parity=parity, accuracy=accuracy, notes=tuple(said))
-        passed.append((lost, manifest, engine, part))
-        if lost <= job.recipe.max_accuracy_drop:
-            break
-        notes.append(f"quantised exit heads lose {lost:.2f} points on the validation images")
-    if not passed:
-        raise refusal
-    return min(passed, key=lambda found: found[0])[1:]
+
+    def __init__(
+        self,
+        student: StudentModel,
+        recipe: Recipe,
+        calibration: Array | None,
+        validation: Validation | None,
+        threads: int,
+    ) -> None:
+        self._student = student
+        self._recipe = recipe
+        self._images = calibration
+        self._calibration = _calibration(recipe, calibration)
+        self._validation = validation
+        self._threads = threads
+        self._quantized: dict[tuple[str, bool, bool], onnx.ModelProto] = {}
+
+    def compile(self, backend: AnyBackend, folder: Path, span: Span) -> _Engine:
+        """Build, gate and time an engine in `folder`.
+
+        Raises:
+            BackendError: The backend cannot build it, or what ran is not the requested precision.
+            GateError: It is not accurate enough.
+        """
+        backend.check_supports(self._recipe)
+        best, notes = self._most_accurate(backend, folder, span.part(0.9))
+        precision = read_back(best.folder, backend, recipe=self._recipe)
+        images = self._validation.images if self._validation else None
+        stage_ms, monolithic_ms = stage_times(best.engine, images, sizes=self._recipe.batch_sizes)
+        span.fraction(1)
+        note = "; ".join([f"in one piece {monolithic_ms:.2f} ms", *notes])
+        attempt = Attempt(backend.name, True, sum(stage_ms["1"]), precision, note=note)
+        if accuracy := best.report.accuracy:
+            worst = worst_drop(accuracy)
+            attempt = replace(attempt, drop=worst.points, drop_bounds=bounds(worst, accuracy))
+            notes.append(verdict(accuracy, limit=self._recipe.max_accuracy_drop))
+        manifest = replace(
+            best.manifest,
+            precision=precision,
+            parity=best.report.parity,
+            accuracy=best.report.accuracy,
+            stage_ms=stage_ms,
+            notes=tuple(notes),
+        )
+        return _Engine(attempt, manifest, best.folder)
+
+    def _most_accurate(self, backend: AnyBackend, folder: Path, span: Span) -> tuple[_Candidate, list[str]]:
+        """Build candidates, and choose the one that loses least.
+
+        int8 exit heads, which are faster than float ones, are kept if they pass and lose no more than is allowed; else
+        float heads are tried, too.
+
+        Returns:
+            The candidate and the notes for its manifest.
+
+        Raises:
+            GateError: None passes; the last one's.
+        """
+        is_int8 = self._recipe.precision == "int8"
+        heads = ["quantised", "float"] if is_int8 and len(self._student.metadata.exits) > 1 else ["quantised"]
+        candidates: list[_Candidate] = []
+        for one in heads:
+            candidates.append(self._candidate(backend, folder / f"{one}-heads", one, span.part(1 / len(heads))))
+            report = candidates[-1].report
+            if report.refusal is None and report.drop <= self._recipe.max_accuracy_drop:
+                break
+        passed = [candidate for candidate in candidates if candidate.report.refusal is None]
+        if not passed and (refusal := candidates[-1].report.refusal):
+            raise refusal
+        best = min(passed, key=lambda candidate: candidate.report.drop)
+        notes = [] if self._validation else ["no validation images were given: accuracy and parity are unchecked"]
+        notes += backend.build_notes(self._recipe)
+        notes += [candidate.note for candidate in candidates if candidate is not best]
+        if is_int8:
+            notes.append(f"exit heads: {'int8' if best.heads == 'quantised' else 'float'} convolutions")
+        return best, notes
+
+    def _candidate(self, backend: AnyBackend, folder: Path, heads: str, span: Span) -> _Candidate:
+        """Quantise, partition, build and gate one engine."""
+        model = self._student.model
+        if self._recipe.precision == "int8":
+            model = self._quantise(backend, heads == "quantised", span.part(0.3))
+        manifest = self._build(backend, folder, graphs(model, self._student.metadata), span.part(0.6))
+        engine = built_engine(folder, manifest, threads=self._threads)
+        report = check(engine, self._validation, recipe=self._recipe)
+        span.fraction(1)
+        return _Candidate(heads, folder, manifest, engine, report)
+
+    def _quantise(self, backend: AnyBackend, heads: bool, span: Span) -> onnx.ModelProto:
+        """Return the Q/DQ graph for a backend; backends with the same needs share one."""
+        assert self._images is not None  # `compile_engine` checks it
+        key = backend.quantization_target(self._recipe), heads, backend.reduces_range()
+        if key not in self._quantized:
+            target, _, reduce_range = key
+            self._quantized[key] = quantize(
+                self._student.model,
+                self._student.metadata,
+                self._images,
+                target=target,
+                heads=heads,
+                reduce_range=reduce_range,
+                method=self._recipe.calibration_method,
+                progress=span,
+            )
+        return self._quantized[key]
+
+    def _build(self, backend: AnyBackend, folder: Path, parts: dict[str, onnx.ModelProto], span: Span) -> Manifest:
+        """Build every graph, and return the manifest as far as it is known."""
+        folder.mkdir(parents=True)
+        files = {}
+        for name, graph in parts.items():
+            part = span.part(1 / len(parts))
+            backend.build(graph, folder / f"{name}{backend.suffix}", recipe=self._recipe, progress=part.fraction)
+            part.fraction(1)
+            for file in sorted(folder.glob(f"{name}.*")):
+                files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
+        return Manifest(
+            self._student.metadata,
+            backend.name,
+            str(backend.version()),
+            self._recipe,
+            precision={},
+            host=describe_host(backend.name),
+            files=files,
+            source_sha256=self._student.sha256,
+            calibration=self._calibration,
+            edgekd=__version__,
+        )
 
 
-def _write(job: _Job, folder: Path, *, backend: AnyBackend, heads: bool, step: Callable[[float], None]) -> Manifest:
-    """Every graph's files, and the manifest as far as it is known by then."""
-    backend.check_supports(job.recipe)
-    target = backend.quantization_target(job.recipe)
-    model = job.quantised(target, heads, backend.reduces_range()) if job.recipe.precision == "int8" else job.model
-    folder.mkdir(parents=True)
-    files, parts = {}, graphs(model, job.metadata)
-    for i, (name, graph) in enumerate(parts.items()):
-        progress = functools.partial(lambda i, share: step(2 * (i + share) / len(parts)), i)
-        backend.build(graph, folder / f"{name}{backend.suffix}", recipe=job.recipe, progress=progress)
-        for file in sorted(folder.glob(f"{name}.*")):
-            files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
-    common = {**job.common, "host": describe_host(backend.name)}
-    return Manifest(job.metadata, backend.name, str(backend.version()), precision={}, files=files, **common)
+def _calibration(recipe: Recipe, images: Array | None) -> Calibration | None:
+    if recipe.precision != "int8" or images is None:
+        return None
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+    return Calibration(len(images), recipe.calibration_method, digest)

@@ -1,18 +1,18 @@
-"""What a freshly built engine has to show: logits near student.onnx's, accuracy, the precision asked for, times."""
+"""The gate that a built engine must pass: logits near student.onnx's, accuracy, the requested precision; and timing."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import statistics
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.artifacts.manifest import Accuracy, BatchParity, Parity, PredictionAccuracy
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AnyBackend
 from edgekd.backends.runner import StagedRunner
@@ -20,186 +20,223 @@ from edgekd.compiler.mcnemar import Drop
 from edgekd.errors import BackendError, GateError
 from edgekd.policy import ensemble
 from edgekd.runtime.engine import Engine
-from edgekd.types import Array
+from edgekd.types import Array, Labels
 
-Labels: TypeAlias = npt.NDArray[np.int64]
 FP32_TOLERANCE = 1e-3
 """Largest difference of logits that an fp32 engine may have from ONNX Runtime FP32."""
 ALPHA = 0.05
-"""Chance of refusing an engine that loses just what is allowed, for all of its answers together."""
+"""Probability of refusing an engine that loses exactly the allowed accuracy, over all of its predictions together."""
 BATCH_SIZE_IMAGES = 64
 """Images, or as few more as fill the last batch, on which each batch size of an engine is checked."""
 WARM_UP = 3
-"""Rounds that are thrown away; the first compiles what is compiled on first use."""
+"""Rounds that are discarded; the first compiles what is compiled on first use."""
 TIMING_S = 0.4
-"""How long one batch size is timed, all stages and the monolithic graph together."""
+"""Seconds for which one batch size is timed, all stages and the monolithic graph together."""
 
 
-def check(
-    engine: Engine, validation: tuple[Array, Labels] | None, float_logits: Array | None, *, recipe: Recipe
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parity and accuracy of an engine: the worse of its stages, its monolithic and its final graph.
+@dataclass(frozen=True)
+class Validation:
+    """The validation split.
 
-    What is answered is judged, the ensemble's and the last exit's answers; exits, which leave on thresholds, are
-    reported. validation: images (N, 3, H, W) and labels (N,). float_logits: (E, N, C), student.onnx's. Both or none.
-
-    Raises:
-        GateError: logits that are not finite, an fp32 engine that differs, or answers that surely lose too much.
+    Attributes:
+        images: Preprocessed images (N, 3, H, W).
+        labels: Labels (N,).
+        reference: Logits (E, N, C) of student.onnx on the images.
     """
-    if validation is None or float_logits is None:
-        return {}, {}
-    images, labels = validation
-    ways = _ways(engine, images)
-    parity = {
-        "max_abs_logit_difference": np.max([_difference(way, float_logits) for way in ways], axis=0).tolist(),
-        "staged_to_monolithic": float(np.abs(ways[0] - ways[1]).max()),
-    }
-    _check_parity(engine, parity["max_abs_logit_difference"], exact=recipe.precision == "fp32")
-    accuracy = _accuracy(ways, float_logits, labels)
-    _check_accuracy(engine, accuracy, recipe=recipe)
-    if engine.largest_batch:
-        parity["by_batch_size"] = _by_batch_size(engine, (images, labels), float_logits, recipe=recipe)
-    return parity, accuracy
+
+    images: Array
+    labels: Labels
+    reference: Array
 
 
-def _ways(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
-    """All exits' logits (E, N, C) by the stages, by the monolithic graph, and by the final graph for the last one."""
+@dataclass(frozen=True)
+class GateReport:
+    """Parity and accuracy of an engine; None where there are no validation images.
+
+    Attributes:
+        refusal: Why the engine must not be used, if so.
+    """
+
+    parity: Parity | None = None
+    accuracy: Accuracy | None = None
+    refusal: GateError | None = None
+
+    @property
+    def drop(self) -> float:
+        """Percentage points of accuracy that the worse of the predictions lost; 0 if unchecked."""
+        return worst_drop(self.accuracy).points if self.accuracy else 0.0
+
+
+def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> GateReport:
+    """Compare an engine's staged, monolithic and final graphs with student.onnx, and judge the worst of them.
+
+    The engine is refused for logits that are not finite, for an fp32 engine whose logits differ by more than
+    `FP32_TOLERANCE`, or if an exact test finds that the predictions of the ensemble or of the last exit lose more
+    accuracy than the recipe allows. The other exits, which classify above a threshold only, are reported. Backends with
+    fixed batch sizes are checked in every one of them.
+    """
+    if validation is None:
+        return GateReport()
+    paths = _paths(engine, validation.images)
+    parity = Parity(_differences(paths, validation.reference), float(np.abs(paths[0] - paths[1]).max()))
+    accuracy = _accuracy(paths, validation.reference, validation.labels)
+    refusal = _parity_refusal(engine, parity.max_abs_logit_difference, recipe=recipe) or _accuracy_refusal(
+        engine, accuracy, recipe=recipe
+    )
+    if refusal is None and engine.largest_batch:
+        by_size, refusal = _check_batch_sizes(engine, validation, recipe=recipe)
+        parity = replace(parity, by_batch_size=by_size)
+    return GateReport(parity, accuracy, refusal)
+
+
+def _paths(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
+    """Return the logits (E, N, C) of the stages, of the monolithic graph, and with the final graph's last exit."""
     staged, monolithic = (f(images, batch_size=batch_size) for f in (engine.staged_logits, engine.logits))
     final = [engine.final(images[i : i + batch_size])[-1] for i in range(0, len(images), batch_size)]
     return [staged, monolithic, np.concatenate([staged[:-1], np.concatenate(final, dtype=np.float32)[None]])]
 
 
-def _accuracy(ways: list[Array], float_logits: Array, labels: Labels) -> dict[str, Any]:
-    return {
-        "validation_images": len(labels),
-        "float": _accuracies(float_logits, labels),
-        "engine": np.min([_accuracies(way, labels) for way in ways], axis=0).tolist(),
-        "answers": {n: _judged(n, ways, float_logits, labels) for n in ("ensemble", "final")[-len(float_logits) :]},
-    }
+def _accuracy(paths: list[Array], reference: Array, labels: Labels) -> Accuracy:
+    return Accuracy(
+        validation_images=len(labels),
+        reference=_accuracies(reference, labels),
+        engine=tuple(np.min([_accuracies(path, labels) for path in paths], axis=0).tolist()),
+        predictions={
+            name: _prediction_accuracy(name, paths, reference, labels)
+            for name in ("ensemble", "final")[-len(reference) :]
+        },
+    )
 
 
-def _by_batch_size(
-    engine: Engine, validation: tuple[Array, Labels], float_logits: Array, *, recipe: Recipe
-) -> list[dict[str, Any]]:
-    """Check every batch size of an engine that has kernels of its own for each, in turns from the largest down and up.
+def _check_batch_sizes(
+    engine: Engine, validation: Validation, *, recipe: Recipe
+) -> tuple[tuple[BatchParity, ...], GateError | None]:
+    """Check every batch size of an engine that has kernels of its own for each, from the largest down and up again.
 
-    So the largest runs again after all others. The answer: size and largest differences by exit, as they came.
+    So the largest runs again after all others.
 
-    Raises:
-        GateError: as `check` does, with the batch size.
+    Returns:
+        The parity of each size, in this order, up to a refusal; and the refusal, if any.
     """
-    (images, labels), found = validation, []
+    images, labels, reference = validation.images, validation.labels, validation.reference
+    parities: list[BatchParity] = []
     falling = sorted(set(recipe.batch_sizes), reverse=True)
     for size in (*falling, *falling[-2::-1]):
         rows = np.arange(math.ceil(BATCH_SIZE_IMAGES / size) * size) % len(images)
-        ways = _ways(engine, images[rows], batch_size=size)
-        differences = np.max([_difference(way, float_logits[:, rows]) for way in ways], axis=0).tolist()
-        found.append({"size": size, "max_abs_logit_difference": differences})
-        once = rows[: len(images)]  # an image that comes twice is no second witness
-        accuracy = _accuracy([way[:, : len(once)] for way in ways], float_logits[:, once], labels[once])
-        try:
-            _check_parity(engine, differences, exact=recipe.precision == "fp32")
-            _check_accuracy(engine, accuracy, recipe=recipe)
-        except GateError as error:
-            raise GateError(f"in batches of {size}: {error.what}", fix=error.fix) from error
-    return found
+        paths = _paths(engine, images[rows], batch_size=size)
+        differences = _differences(paths, reference[:, rows])
+        parities.append(BatchParity(size, differences))
+        once = rows[: len(images)]  # repeated images are no further evidence
+        accuracy = _accuracy([path[:, : len(once)] for path in paths], reference[:, once], labels[once])
+        refusal = _parity_refusal(engine, differences, recipe=recipe) or _accuracy_refusal(
+            engine, accuracy, recipe=recipe
+        )
+        if refusal:
+            return tuple(parities), GateError(f"in batches of {size}: {refusal.what}", fix=refusal.fix)
+    return tuple(parities), None
 
 
-def _judged(name: str, ways: list[Array], float_logits: Array, labels: Labels) -> dict[str, Any]:
-    """Accuracies of one answer, and on how many images it was lost and gained, on the way that loses most."""
+def _differences(paths: list[Array], reference: Array) -> tuple[float, ...]:
+    """Return the largest difference from the reference, for each exit."""
+    return tuple(np.max([np.abs(path - reference).max(axis=(1, 2)) for path in paths], axis=0).tolist())
 
-    def right(logits: Array) -> npt.NDArray[np.bool_]:
+
+def _accuracies(logits: Array, labels: Labels) -> tuple[float, ...]:
+    return tuple(float((exit_logits.argmax(axis=1) == labels).mean()) for exit_logits in logits)
+
+
+def _prediction_accuracy(name: str, paths: list[Array], reference: Array, labels: Labels) -> PredictionAccuracy:
+    """Return the accuracy of one kind of prediction on the path that loses most."""
+
+    def correct(logits: Array) -> npt.NDArray[np.bool_]:
         return np.asarray((ensemble(logits) if name == "ensemble" else logits[-1]).argmax(axis=1) == labels)
 
-    before, after = right(float_logits), min((right(way) for way in ways), key=np.count_nonzero)
-    counts = dataclasses.asdict(Drop.between(before, after))
-    return {"float": float(before.mean()), "engine": float(after.mean()), **counts}
+    before, after = correct(reference), min((correct(path) for path in paths), key=np.count_nonzero)
+    drop = Drop.between(before, after)
+    return PredictionAccuracy(float(before.mean()), float(after.mean()), drop.images, drop.lost, drop.gained)
 
 
-def _difference(logits: Array, reference: Array) -> Array:
-    return np.asarray(np.abs(logits - reference).max(axis=(1, 2)))
-
-
-def _check_parity(engine: Engine, differences: list[float], *, exact: bool) -> None:
-    limit = FP32_TOLERANCE if exact else np.inf
+def _parity_refusal(engine: Engine, differences: tuple[float, ...], *, recipe: Recipe) -> GateError | None:
+    limit = FP32_TOLERANCE if recipe.precision == "fp32" else np.inf
     for name, difference in zip(engine.metadata.outputs, differences):
         if not (np.isfinite(difference) and difference <= limit):
             what = f"{engine.name}: {name} differs from student.onnx by {difference:.2e} (limit {limit:.0e})"
-            raise GateError(what, fix="try another backend, and please report this network")
+            return GateError(what, fix="try another backend, and please report this network")
+    return None
 
 
-def _accuracies(logits: Array, labels: Labels) -> list[float]:
-    return [float((exit_logits.argmax(axis=1) == labels).mean()) for exit_logits in logits]
-
-
-def drops(accuracy: dict[str, Any]) -> dict[str, Drop]:
-    """What the ensemble's and the last exit's answers lost."""
-    return {name: Drop(*(a[k] for k in ("images", "lost", "gained"))) for name, a in accuracy["answers"].items()}
-
-
-def worst_drop(accuracy: dict[str, Any]) -> Drop:
-    """What the answers lost that lost more."""
-    return max(drops(accuracy).values(), key=lambda drop: drop.points)
-
-
-def verdict(accuracy: dict[str, Any], *, limit: float) -> str:
-    """What the validation images tell of the drop, and what they cannot."""
-    found = {name: (drop, *bounds(drop, accuracy)) for name, drop in drops(accuracy).items()}
-    said = ", ".join(f"{n} {drop.points:+.2f} [{low:+.2f}, {high:+.2f}]" for n, (drop, low, high) in found.items())
-    most = max(high for *_, high in found.values())
-    doubt = f"; {accuracy['validation_images']} validation images cannot tell whether it is within {limit:g}"
-    return f"accuracy drop (points) and its 95 % interval: {said}{doubt if most > limit else ''}"
-
-
-def bounds(drop: Drop, accuracy: dict[str, Any]) -> tuple[float, float]:
-    """Points between which the true drop of an answer lies; `ALPHA` is shared by the answers."""
-    return drop.interval(ALPHA / len(accuracy["answers"]))
-
-
-def _check_accuracy(engine: Engine, accuracy: dict[str, Any], *, recipe: Recipe) -> None:
-    """Refuse what loses more than is allowed by an exact test; what chance may have done passes."""
+def _accuracy_refusal(engine: Engine, accuracy: Accuracy, *, recipe: Recipe) -> GateError | None:
+    """Refuse what loses more than is allowed by an exact test; losses that may be due to chance pass."""
     limit, found = recipe.max_accuracy_drop, drops(accuracy)
     over = {name for name, drop in found.items() if drop.p_value(limit) <= ALPHA / len(found)}
     if not over:
-        return
-    exits = zip(engine.metadata.outputs, accuracy["float"], accuracy["engine"])
-    rows = [f"  {name:<8} {100 * a:7.2f} {100 * b:7.2f} {100 * (a - b):+7.2f}" for name, a, b in exits]
-    for name, a in accuracy["answers"].items():
+        return None
+    exits = zip(engine.metadata.outputs, accuracy.reference, accuracy.engine)
+    rows = [f"  {name:<10} {100 * a:7.2f} {100 * b:7.2f} {100 * (a - b):+7.2f}" for name, a, b in exits]
+    for name, of in accuracy.predictions.items():
         low, high = bounds(found[name], accuracy)
         rows.append(
-            f"  {name:<8} {100 * a['float']:7.2f} {100 * a['engine']:7.2f} {found[name].points:+7.2f} {limit:7.2f}"
-            f"  {low:+.2f} to {high:+.2f}; {a['lost']} images lost, {a['gained']} gained{'  <' if name in over else ''}"
+            f"  {name:<10} {100 * of.reference:7.2f} {100 * of.engine:7.2f} {found[name].points:+7.2f} {limit:7.2f}"
+            f"  {low:+.2f} to {high:+.2f}; {of.lost} images lost, {of.gained} gained{'  <' if name in over else ''}"
         )
-    head = f"  {'answer':<8} {'float':>7} {'engine':>7} {'drop':>7} {'limit':>7}  true drop"
-    what = f"{engine.name} loses too much accuracy on {accuracy['validation_images']} validation images (%, points):"
+    head = f"  {'prediction':<10} {'float':>7} {'engine':>7} {'drop':>7} {'limit':>7}  true drop"
+    what = f"{engine.name} loses too much accuracy on {accuracy.validation_images} validation images (%, points):"
     allowed = math.ceil(10 * worst_drop(accuracy).points) / 10
-    raise GateError(
+    return GateError(
         "\n".join([what, head, *rows]),
         fix=f"use another --recipe, {_more_images(engine, recipe)}or allow more (--set max_accuracy_drop={allowed:g})",
     )
 
 
 def _more_images(engine: Engine, recipe: Recipe) -> str:
-    used = engine.manifest.calibration.get("images", 0) if engine.manifest else 0
-    if used < recipe.calibration_images:  # all that the training split has
+    calibration = engine.manifest.calibration if engine.manifest else None
+    if calibration is None or calibration.images < recipe.calibration_images:  # all that the training split has
         return ""
-    return f"calibrate on more images if the training split has more than {used} (--set calibration_images=…), "
+    more = f"calibrate on more images if the training split has more than {calibration.images}"
+    return f"{more} (--set calibration_images=…), "
+
+
+def drops(accuracy: Accuracy) -> dict[str, Drop]:
+    """Return the drop of each kind of prediction."""
+    return {name: Drop(of.images, of.lost, of.gained) for name, of in accuracy.predictions.items()}
+
+
+def worst_drop(accuracy: Accuracy) -> Drop:
+    """Return the largest drop of the kinds of prediction."""
+    return max(drops(accuracy).values(), key=lambda drop: drop.points)
+
+
+def bounds(drop: Drop, accuracy: Accuracy) -> tuple[float, float]:
+    """Return the confidence interval, in points, of the true drop; `ALPHA` is shared by the kinds of prediction."""
+    return drop.interval(ALPHA / len(accuracy.predictions))
+
+
+def verdict(accuracy: Accuracy, *, limit: float) -> str:
+    """Describe each drop with its interval, and say if the images are too few to tell whether it is within `limit`."""
+    found = {name: (drop, *bounds(drop, accuracy)) for name, drop in drops(accuracy).items()}
+    parts = ", ".join(f"{n} {drop.points:+.2f} [{low:+.2f}, {high:+.2f}]" for n, (drop, low, high) in found.items())
+    most = max(high for *_, high in found.values())
+    doubt = f"; {accuracy.validation_images} validation images cannot tell whether it is within {limit:g}"
+    return f"accuracy drop (points) and its 95 % interval: {parts}{doubt if most > limit else ''}"
 
 
 def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str, float]:
-    """What runs, by the backend's own account: precision to share of layers.
+    """Read back the precisions that an engine runs in, by the backend's own account.
+
+    Returns:
+        Precision to its fraction of the layers.
 
     Raises:
-        BackendError: not what the recipe asked for.
+        BackendError: They are not those of the recipe.
     """
     precision = backend.precisions(folder / f"monolithic{backend.suffix}", recipe=recipe)
-    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves to float32 what is faster so.
+    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster so.
     least = {"fp32": 0.9, "fp16": 0.5, "int8": 0.2}[recipe.precision]
     names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
     share = sum(precision.get(name, 0.0) for name in names)
     if share < least or (recipe.uses_fp16 and precision.get("fp32", 0.0) > 0.5):
         ran = ", ".join(f"{part:.0%} {name}" for name, part in precision.items())
-        what = f"{backend.name} was asked for {backend.recipe_name(recipe)} and runs {ran}"
+        what = f"{backend.name} runs {ran}; the recipe requests {backend.recipe_name(recipe)}"
         raise BackendError(what, fix="use another --recipe or --backend")
     return precision
 
@@ -207,7 +244,17 @@ def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str,
 def stage_times(
     engine: Engine, images: Array | None, *, sizes: tuple[int, ...]
 ) -> tuple[dict[str, tuple[float, ...]], float]:
-    """Median milliseconds of each stage by batch size (as text), and of the monolithic graph for one image."""
+    """Time the stages and the monolithic graph.
+
+    Args:
+        engine: The engine.
+        images: Images (N, 3, H, W) to run; zeros if None.
+        sizes: Batch sizes, 1 among them.
+
+    Returns:
+        Batch size (as text) to the median milliseconds of each stage, and the median milliseconds of the monolithic
+        graph at batch size 1.
+    """
     if images is None:
         side = engine.metadata.preprocess.image_size
         images = np.zeros((1, 3, side, side), np.float32)
@@ -216,7 +263,7 @@ def stage_times(
 
 
 def _round_times(engine: Engine, batch: Array) -> list[float]:
-    """Median milliseconds of every stage and of the monolithic graph, taken in turns."""
+    """Return the median milliseconds of every stage and of the monolithic graph, timed in turns."""
     staged_runner = engine.staged_runner()
     for _ in range(WARM_UP):
         _one_round(engine, staged_runner, batch)

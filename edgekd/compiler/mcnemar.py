@@ -1,9 +1,9 @@
-"""How far a network's accuracy fell, judged from the images that it and its original answer differently.
+"""Exact test of an accuracy drop, from the images that a network and its original classify differently.
 
-Images that both get right, or both wrong, say nothing of the difference (McNemar 1947). A limit other than zero leaves
-one unknown, how often the two differ at all; the worst rate within its exact interval is taken (Berger and Boos 1994).
-So the test is exact for any number of images: of networks that lose just what is allowed, no more than `alpha` are
-found to lose more.
+Images that both classify correctly, or both incorrectly, carry no information on the difference (McNemar 1947). A limit
+other than zero leaves a nuisance parameter, the rate at which the two differ; the p-value is the maximum over its exact
+confidence interval (Berger and Boos 1994). So the test is exact for any number of images: of networks that lose exactly
+the limit, a fraction of at most `alpha` is rejected.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 OUTSIDE = 0.005
-"""Chance that the rate of differing answers is beyond its bound; part of every p-value."""
+"""Probability that the rate of differing images is beyond its bound; part of every p-value."""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Of so many images, `lost` were answered rightly before, `gained` are since."""
+    """The change of accuracy on the same images.
+
+    Attributes:
+        images: Number of images.
+        lost: Images that were classified correctly before and are not any more.
+        gained: Images that are classified correctly now and were not before.
+    """
 
     images: int
     lost: int
@@ -29,7 +35,7 @@ class Drop:
 
     @classmethod
     def between(cls, before: npt.NDArray[np.bool_], after: npt.NDArray[np.bool_]) -> Drop:
-        """From whether each image was, and is, answered rightly, both (N,)."""
+        """Return the drop between two runs; `before` and `after` are (N,), True for correctly classified images."""
         return cls(len(before), int((before & ~after).sum()), int((after & ~before).sum()))
 
     @property
@@ -38,7 +44,7 @@ class Drop:
         return 100 * (self.lost - self.gained) / self.images
 
     def p_value(self, limit: float) -> float:
-        """How often, at most, images like these would show such a loss if the true drop were `limit` points or less."""
+        """Return the p-value of such a loss under the hypothesis that the true drop is at most `limit` points."""
         drop, differing = limit / 100, self.lost + self.gained
         if drop >= 0:  # the fewer differ, the more of them may be losses
             rate = max(self._bound(lambda q: _at_least(differing, self.images, q) - OUTSIDE), drop)
@@ -50,32 +56,30 @@ class Drop:
         return min(1.0, OUTSIDE + _at_least(self.lost, differing, share))
 
     def interval(self, alpha: float) -> tuple[float, float]:
-        """Points between which the true drop lies; each end is wrong with a chance of `alpha` at most."""
+        """Return the confidence interval of the true drop, in points; each end fails with probability `alpha`."""
         mirrored = Drop(self.images, self.gained, self.lost)
         low, high = (100 * _root(lambda x, d=d: d.p_value(100 * x) - alpha, -1.0) for d in (self, mirrored))  # type: ignore[misc]
         return low, -high
 
-    def _bound(self, rising: Callable[[float], float]) -> float:
-        return _root(rising, 0.0)
+    def _bound(self, increasing: Callable[[float], float]) -> float:
+        return _root(increasing, 0.0)
 
 
-def _at_least(count: int, of: int, chance: float) -> float:
-    """P(X >= count) for a binomial X."""
-    if count <= 0 or chance >= 1:
+def _at_least(count: int, of: int, rate: float) -> float:
+    """Return P(X >= count) for X ~ Binomial(of, rate)."""
+    if count <= 0 or rate >= 1:
         return float(count <= of)
-    if chance <= 0:
+    if rate <= 0:
         return 0.0
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])
     k = np.arange(count, of + 1)
-    return float(
-        np.exp(logs[of] - logs[k] - logs[of - k] + k * math.log(chance) + (of - k) * math.log1p(-chance)).sum()
-    )
+    return float(np.exp(logs[of] - logs[k] - logs[of - k] + k * math.log(rate) + (of - k) * math.log1p(-rate)).sum())
 
 
-def _root(rising: Callable[[float], float], low: float) -> float:
-    """Where a rising function between `low` and 1 crosses 0."""
+def _root(increasing: Callable[[float], float], low: float) -> float:
+    """Return the root of an increasing function between `low` and 1."""
     high = 1.0
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
+        low, high = (low, middle) if increasing(middle) > 0 else (middle, high)
     return low

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.manifest import read_manifest, write_manifest
+from edgekd.artifacts.manifest import CurvePoint, Tuning, read_manifest, write_manifest
 from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import ArtifactError, ConfigError, check_known
 from edgekd.policy import NEVER_EXIT, Average, Policy, decide, ensemble
@@ -34,23 +34,6 @@ Floats = npt.NDArray[np.float64]
 COMBINATIONS = 2000
 """Largest number of threshold combinations tried (exceeded with more than eleven exits: two thresholds for each)."""
 CURVE_POINTS = 25
-
-
-@dataclass(frozen=True)
-class TradeOff:
-    """One combination of thresholds and its result on the validation images.
-
-    Attributes:
-        accuracy: Accuracy, 0..1.
-        latency_ms: Mean latency of an image at batch size 1, from the stages' times.
-        thresholds: Threshold of each exit but the last.
-        shares: Share of the images that take each exit, 0..1.
-    """
-
-    accuracy: float
-    latency_ms: float
-    thresholds: tuple[float, ...]
-    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class Tuned:
     ensemble_accuracy: float
     latency_ms: float
     shares: tuple[float, ...]
-    curve: tuple[TradeOff, ...]
+    curve: tuple[CurvePoint, ...]
 
 
 def tune(
@@ -137,10 +120,10 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
     manifest = read_manifest(folder)
     if manifest.digest != digest:
         raise ArtifactError(f"{folder} was rewritten while it was being tuned", fix="tune it again")
-    facts = {k: v for k, v in dataclasses.asdict(tuned).items() if k not in ("policy", "curve")}
+    facts = {k: v for k, v in vars(tuned).items() if k not in ("policy", "curve")}
     metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
-    curve = tuple(dataclasses.asdict(point) for point in tuned.curve)
-    write_manifest(folder, dataclasses.replace(manifest, metadata=metadata, curve=curve, tuned={**facts, **provenance}))
+    tuning = Tuning(**facts, **provenance)
+    write_manifest(folder, dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuning=tuning))
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:
@@ -325,7 +308,7 @@ def _first(*keys: Floats, among: npt.NDArray[np.bool_]) -> int:
     return int(indices[np.lexsort([key[indices] for key in reversed(keys)])[0]])
 
 
-def _curve(grid: Grid, count: int) -> tuple[TradeOff, ...]:
+def _curve(grid: Grid, count: int) -> tuple[CurvePoint, ...]:
     best, front = -1.0, []
     for i in np.lexsort([-grid.correct, grid.latency_ms]).tolist():
         if grid.correct[i] > best:
@@ -335,8 +318,8 @@ def _curve(grid: Grid, count: int) -> tuple[TradeOff, ...]:
     return tuple(_trade_off(grid, front[i], count) for i in spread)
 
 
-def _trade_off(grid: Grid, i: int, count: int) -> TradeOff:
-    return TradeOff(
+def _trade_off(grid: Grid, i: int, count: int) -> CurvePoint:
+    return CurvePoint(
         accuracy=float(grid.correct[i] / count),
         latency_ms=float(grid.latency_ms[i]),
         thresholds=tuple(grid.thresholds[i].tolist()),

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekd.artifacts.manifest import read_manifest, write_manifest
-from edgekd.artifacts.metadata import put_metadata, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.artifacts.signing import sign, verify
 from edgekd.cli.main import app
@@ -38,7 +38,7 @@ def test_an_engine_and_a_student(student_onnx: Path, tmp_path: Path, keys: tuple
     engine, student = tmp_path / "e.engine", tmp_path / "student.onnx"
     shutil.copy(student_onnx, student)
     recipe = Recipe("fp32", batch_sizes=(1,))
-    compile_engine(student, engine, recipe=recipe, backend="onnxruntime", calibration=None, validation=None)
+    compile_engine(read_student(student), engine, recipe=recipe, backend="onnxruntime", validation=None)
     for target in (engine, student):
         with pytest.raises(ArtifactError, match="no signature at"):
             verify(target, keys[1])

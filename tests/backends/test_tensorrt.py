@@ -115,7 +115,8 @@ def test_every_batch_size_is_checked_also_after_the_others(
 ) -> None:
     box("8.6")
     parity = compiled(small_student, tmp_path / "student.engine", recipe("fp16", max_accuracy_drop=0.5)).parity
-    assert [turn["size"] for turn in parity["by_batch_size"]] == [8, 4, 2, 1, 2, 4, 8]
+    assert parity is not None
+    assert [turn.size for turn in parity.by_batch_size] == [8, 4, 2, 1, 2, 4, 8]
     box("8.6", **trouble)
     with pytest.raises(GateError, match=rf"^in batches of {size}: tensorrt fp16 loses too much accuracy on 20 "):
         compiled(small_student, tmp_path / "other.engine", recipe("fp16", max_accuracy_drop=0.5))
@@ -239,7 +240,7 @@ def test_stages_run_alone_before_they_are_linked(box: Callable[..., Box], small_
 def test_weights_left_out_and_put_in_again(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     stripped = recipe("fp16", options={"tensorrt": {"strip_weights": True}})
     box("8.6")
-    with pytest.raises(BackendError, match=r"8\.6\.1 knows no strip_weights: 10\.0"):
+    with pytest.raises(BackendError, match=r"8\.6\.1 lacks strip_weights: 10\.0"):
         compiled(small_student, tmp_path / "old.engine", stripped)
     box("10.16")
     manifest = compiled(small_student, tmp_path / "student.engine", stripped)
@@ -305,8 +306,8 @@ def test_progress(box: Callable[..., Box], family: str, small_student: Path, tmp
     compiled(small_student, tmp_path / "e.engine", recipe(), progress=lambda done, total: seen.append((done, total)))
     shares = [done for done, _ in seen]
     assert shares == sorted(shares)
-    assert seen[-1] == (4, 4)
-    assert (len([s for s in shares if 0 < s < 2]) > 10) == (family != "8.6")  # 8.6 has no progress monitor
+    assert seen[-1] == (100, 100)
+    assert (len(set(shares)) > 15) == (family != "8.6")  # 8.6 has no progress monitor
 
 
 def test_fp16_graph_of_the_student(small_student: Path) -> None:
@@ -327,10 +328,10 @@ def test_fp16_cannot_hold_everything(small_student: Path) -> None:
 
 
 def test_scales_are_rounded_up() -> None:
-    from edgekd.backends.tensorrt.graph_passes import _half
+    from edgekd.backends.tensorrt.graph_passes import _to_fp16
 
     tiny = numpy_helper.from_array(np.array([1e-9, 2.0**-24, 0.1], np.float32), "s")
-    exact, half = numpy_helper.to_array(tiny), numpy_helper.to_array(_half(tiny, upwards=True))
+    exact, half = numpy_helper.to_array(tiny), numpy_helper.to_array(_to_fp16(tiny, upwards=True))
     assert (half >= exact).all()
     assert half[:2].tolist() == [2.0**-24] * 2
     assert half[2] == pytest.approx(0.1, rel=1e-3)

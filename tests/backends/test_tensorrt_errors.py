@@ -15,7 +15,7 @@ import pytest
 from fakes.cuda import Cuda
 from fakes.machine import IMAGES, Box, compiled, engine_of, recipe
 
-from edgekd.artifacts.metadata import put_metadata, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx, read_student
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device, find
 from edgekd.compiler.build import compile_engine
@@ -52,7 +52,7 @@ def test_a_driver_older_than_the_bindings(box: Callable[..., Box]) -> None:
             r"node 'pool0' \(GlobalAveragePool\): No importer",
             "another --backend",
         ),
-        ({"ignores_fp16": True}, "asked for fp16 and runs 100% fp32", "another --recipe"),
+        ({"ignores_fp16": True}, "runs 100% fp32; the recipe requests fp16", "another --recipe"),
         ({"damaged_information": True}, "inspector gives no layers", "report"),
         ({"cannot_run": True}, "cannot run stage_0", "report"),
     ],
@@ -151,7 +151,10 @@ def test_ctrl_c_ends_a_build(box: Callable[..., Box], small_student: Path, tmp_p
 def test_auto_goes_on_without_a_gpu(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     box("10.3", cuda=Cuda(driver=0))
     _, attempts = compile_engine(
-        small_student, tmp_path / "e.engine", recipe=recipe(batch_sizes=(1,)), calibration=None, validation=None
+        read_student(small_student),
+        tmp_path / "e.engine",
+        recipe=recipe(batch_sizes=(1,)),
+        validation=None,
     )
     said = {a.backend: a.note for a in attempts if not a.ok}
     assert said == {"tensorrt": "there is no NVIDIA driver here"}

@@ -338,7 +338,7 @@ def test_verdicts_by_hand() -> None:
     }
     build |= {
         "parity": {"max_abs_logit_difference": [0.01, 0.03]},
-        "accuracy": {"float": [0.9, 0.9], "engine": [0.9, 0.899]},
+        "accuracy": {"reference": [0.9, 0.9], "engine": [0.9, 0.899]},
     }
     device = {
         "device_ms": {"stage_0": {"1": 0.1}},

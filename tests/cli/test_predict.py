@@ -28,7 +28,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import edgekd as package
-from edgekd.artifacts.metadata import put_metadata, read_onnx
+from edgekd.artifacts.metadata import put_metadata, read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.cli.main import app
 from edgekd.compiler.build import compile_engine
@@ -290,7 +290,12 @@ def test_a_fork_neither_uses_nor_frees_what_its_parent_opened(
     if not folder.exists():
         recipe = Recipe("fp32", batch_sizes=(1,))
         compile_engine(
-            two_maps_onnx, folder, recipe=recipe, backend=backend, calibration=None, validation=None, threads=2
+            read_student(two_maps_onnx),
+            folder,
+            recipe=recipe,
+            backend=backend,
+            validation=None,
+            threads=2,
         )
     classifier = Classifier(folder, threads=2)
     picture = np.zeros((20, 20, 3), np.uint8)

@@ -17,10 +17,11 @@ from fakes.tensorrt import Trouble, make
 
 from edgekd import testing
 from edgekd.artifacts.manifest import Manifest
+from edgekd.artifacts.metadata import read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import find
 from edgekd.backends.tensorrt.library import library, logger
-from edgekd.backends.tensorrt.runner import say_once
+from edgekd.backends.tensorrt.runner import warn_once
 from edgekd.compiler.build import compile_engine
 from edgekd.policy import Policy
 from edgekd.runtime.engine import Engine, open_engine
@@ -67,7 +68,7 @@ def _package() -> types.ModuleType:
 
 def forget() -> None:
     """As if nothing had been imported."""
-    for cached in (find, library, logger, say_once):
+    for cached in (find, library, logger, warn_once):
         cached.cache_clear()
     for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda", "pycuda")]:
         del sys.modules[name]
@@ -125,7 +126,7 @@ def recipe(name: str = "fp32", **keys: Any) -> Recipe:
 def compiled(student: Path, out: Path, asked: Recipe, **keys: Any) -> Manifest:
     labels = open_engine(student, threads=1).logits(IMAGES)[-1].argmax(axis=1)
     settings = {"backend": "tensorrt", "calibration": IMAGES, "validation": (IMAGES, labels), **keys}
-    return compile_engine(student, out, recipe=asked, **settings)[0]
+    return compile_engine(read_student(student), out, recipe=asked, **settings)[0]
 
 
 def engine_of(student: Path, folder: Path, asked: Recipe | None = None) -> Engine:

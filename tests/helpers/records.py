@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from edgekd.artifacts.manifest import CurvePoint
 from edgekd.bench.accuracy import metrics
-from edgekd.bench.record import CurvePoint, EngineFacts, Record, SplitFacts, Timing, Variant
+from edgekd.bench.record import EngineFacts, Record, SplitFacts, Timing, Variant
 from edgekd.bench.suite import Limits, Suite
 from edgekd.bench.targets import targets, warnings
 from edgekd.host import HostInfo

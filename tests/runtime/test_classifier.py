@@ -20,6 +20,7 @@ from edgekd.backends.base import find_backend
 from edgekd.backends.runner import StagedRunner
 from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import ConfigError, DataError
+from edgekd.host import host_info
 from edgekd.policy import NEVER_EXIT, Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.classifier import Classifier, next_batch
 from edgekd.runtime.engine import Engine, open_engine
@@ -120,7 +121,7 @@ class Recorder(Engine):
 
     def __init__(self, engine: Engine, logits: Array, *, backend: str, stage_ms: dict[str, tuple[float, ...]]) -> None:
         recipe = Recipe("fp32")
-        manifest = Manifest(engine.metadata, backend, "", recipe, {}, {}, {}, "", stage_ms=stage_ms)
+        manifest = Manifest(engine.metadata, backend, "", recipe, {}, host_info(), {}, "", stage_ms=stage_ms)
         load = functools.partial(Recorded, self)
         super().__init__(
             engine.metadata, load, backend=find_backend(backend), recipe=recipe, threads=1, manifest=manifest

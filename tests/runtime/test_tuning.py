@@ -11,6 +11,7 @@ import pytest
 from edgekd.artifacts.manifest import Manifest, read_manifest, write_manifest
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError, ConfigError
+from edgekd.host import host_info
 from edgekd.policy import Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.tuning import CURVE_POINTS, choose, fit_temperature, save_tuned, tune
@@ -144,16 +145,16 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
     assert tuned.policy.average == "mean"
     assert 0 < tuned.latency_ms < 1e6
 
-    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, {}, {}, ""))
+    write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, host_info(), {}, ""))
     save_tuned(tmp_path, tuned, {"images": 34}, digest=read_manifest(tmp_path).digest)
     with pytest.raises(ArtifactError, match="rewritten while"):
         save_tuned(tmp_path, tuned, {}, digest="of what it was before")
     kept = read_manifest(tmp_path)
     assert kept.metadata.policy == tuned.policy
-    assert len(kept.curve) == len(tuned.curve)
-    assert kept.curve[0]["thresholds"] == list(tuned.curve[0].thresholds)
-    assert kept.tuned["images"] == 34
-    assert kept.tuned["accuracy"] == tuned.accuracy
+    assert kept.curve == tuned.curve
+    assert kept.tuning is not None
+    assert kept.tuning.images == 34
+    assert kept.tuning.accuracy == tuned.accuracy
 
 
 def toy_images() -> tuple[Array, Labels]:

@@ -30,13 +30,13 @@ NO_DRIVER, NO_DEVICE = 35, 100
 GET_DRIVER = "install NVIDIA's driver; a container needs --gpus all, on a Jetson --runtime nvidia"
 
 
-def too_much(size: int) -> str:
-    """What to do when so many bytes are not to be had."""
-    return f"{size / 2**20:.0f} MiB were asked for: close other programs, or compile with smaller batch_sizes"
+def out_of_memory_fix(size: int) -> str:
+    """Return the advice for an allocation of `size` bytes that failed."""
+    return f"{size / 2**20:.0f} MiB were requested: close other programs, or compile with smaller batch_sizes"
 
 
 class Memory:
-    """Zeroed device memory, freed with the object. address: where it lies."""
+    """Zeroed device memory at `address`, freed with the object."""
 
     def __init__(self, address: int, size: int, free: Callable[[], object]) -> None:
         self.address = address
@@ -45,7 +45,7 @@ class Memory:
 
 
 class Graph:
-    """Work that was captured and is launched as one, freed with the object."""
+    """Captured work that is launched as one, freed with the object."""
 
     def __init__(self, handle: Any, free: Callable[[], object]) -> None:
         self.handle = handle
@@ -53,7 +53,7 @@ class Graph:
 
 
 class CudaDevice(ABC):
-    """The first GPU that CUDA shows (CUDA_VISIBLE_DEVICES chooses), and a stream that everything runs on in order.
+    """The first GPU that CUDA lists (see CUDA_VISIBLE_DEVICES), and a stream that runs everything in order.
 
     `with device:` gives the GPU to the calling thread alone; whatever takes a Device expects to be inside. What is
     enqueued has happened once `synchronize` returns: until then, host arrays that take part must be left alone.
@@ -82,7 +82,7 @@ class CudaDevice(ABC):
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Device memory that nobody uses."""
+        """Return the number of free bytes of device memory."""
 
     @abstractmethod
     def allocate(self, size: int) -> Memory:
@@ -114,7 +114,7 @@ class CudaDevice(ABC):
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Graph:
-        """What `work` enqueues, as one launch; nothing of it runs yet.
+        """Capture what `work` enqueues, without running it.
 
         Raises:
             BackendError: something in it cannot be captured.
@@ -170,7 +170,11 @@ class CudaPython(CudaDevice):
         return f"{number // 1000}.{number % 1000 // 10}"
 
     def do(self, result: Any, *, fix: str = "") -> Any:
-        """The value of a call of the runtime, or of the driver, that must succeed."""
+        """Return the value of a call that must succeed.
+
+        Raises:
+            BackendError: It failed; with CUDA's message and `fix`.
+        """
         error, *values = result
         if int(error):
             of_driver = error.name.startswith("CUDA_")  # the runtime describes its own errors alone
@@ -184,7 +188,7 @@ class CudaPython(CudaDevice):
         return int(free)
 
     def allocate(self, size: int) -> Memory:
-        address = int(self.do(self.runtime.cudaMalloc(size), fix=too_much(size)))
+        address = int(self.do(self.runtime.cudaMalloc(size), fix=out_of_memory_fix(size)))
         memory = Memory(address, size, functools.partial(self.runtime.cudaFree, address))
         self.do(self.runtime.cudaMemsetAsync(address, 0, size, self.stream))
         self.synchronize()
@@ -214,12 +218,12 @@ class CudaPython(CudaDevice):
         return self.launchable(self.record(work))
 
     def record(self, work: Callable[[], None]) -> Any:
-        """What `work` enqueues, as a graph to launch or to build into another."""
+        """Capture what `work` enqueues, as a graph to launch or to add to another."""
         mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.do(self.runtime.cudaStreamBeginCapture(self.stream, mode))
         try:
             work()
-        finally:  # also ends a capture that failed: the stream is of no use otherwise
+        finally:  # also ends a capture that failed: the stream is unusable otherwise
             error, template = self.runtime.cudaStreamEndCapture(self.stream)
             if int(error):
                 self.runtime.cudaGetLastError()  # or TensorRT would find it later and take it for its own
@@ -227,7 +231,7 @@ class CudaPython(CudaDevice):
         return template
 
     def launchable(self, template: Any) -> Graph:
-        """A graph ready to launch; the graph itself is spent."""
+        """Instantiate a graph for launching; the graph itself is destroyed."""
         handle = self.do(self.runtime.cudaGraphInstantiateWithFlags(template, 0))
         self.do(self.runtime.cudaGraphDestroy(template))
         return Graph(handle, functools.partial(self.runtime.cudaGraphExecDestroy, handle))
@@ -240,26 +244,27 @@ _finding = threading.Lock()
 
 
 def device() -> CudaDevice:
-    """The GPU, through the bindings that EDGEKD_CUDA names, or cuda-python, or pycuda if that is the only one there.
+    """Return the GPU, through the bindings that EDGEKD_CUDA names, else cuda-python, else pycuda.
 
     Raises:
-        BackendError: no bindings, no driver, no GPU. ConfigError: EDGEKD_CUDA names something else.
+        BackendError: There are no bindings, no driver or no GPU.
+        ConfigError: EDGEKD_CUDA names something else.
     """
-    with _finding:  # or two threads that ask at once get two
+    with _finding:  # else two threads at once would get two
         return find()
 
 
 @functools.cache
 def find() -> CudaDevice:
-    """`device`, but for one thread."""
+    """Find the GPU; `device` calls this in one thread at a time."""
     makers: dict[str, Callable[[], CudaDevice | None]] = {"cuda-python": _cuda_python, "pycuda": _pycuda}
-    asked = os.environ.get(CHOICE)
-    if asked and asked not in makers:
-        raise ConfigError(f"{CHOICE}={asked}: no such bindings", fix=nearest(asked, makers))
-    for name in [asked] if asked else makers:
+    requested = os.environ.get(CHOICE)
+    if requested and requested not in makers:
+        raise ConfigError(f"{CHOICE}={requested}: no such bindings", fix=nearest(requested, makers))
+    for name in [requested] if requested else makers:
         if found := makers[name]():
             return found
-    missing = asked or "cuda-python (nor pycuda)"
+    missing = requested or "cuda-python (nor pycuda)"
     raise BackendError(f"there is no {missing} here", fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
 
 
@@ -279,5 +284,5 @@ def _pycuda() -> CudaDevice | None:
 
     try:
         return PyCuda(importlib.import_module("pycuda.driver"))
-    except ImportError as error:  # it is there, and links to a driver that is not
+    except ImportError as error:  # installed, but linked to a driver that is missing
         raise BackendError(f"pycuda cannot be loaded: {error}", fix=GET_DRIVER) from error

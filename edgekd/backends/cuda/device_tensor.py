@@ -1,4 +1,4 @@
-"""Rows of tensors in device memory: in, out, and those that go on to the front."""
+"""Tensors in device memory: upload, download and compaction of rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edgekd.backends.cuda.device import Memory, device
 
 
 def moves(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(to, from, count): copies in this order that bring rising `rows` to the front in place, none onto itself.
+    """Yield (to, from, count): non-overlapping copies that move ascending `rows` to the front in place, in this order.
 
-    Neighbours go together, as many as lie apart: [0, 3, 4, 9] -> (1, 3, 2), (3, 9, 1).
+    Adjacent rows are copied together, as many as the distance allows: [0, 3, 4, 9] -> (1, 3, 2), (3, 9, 1).
     """
     start = 0
     while start < len(rows):
@@ -30,7 +30,7 @@ def moves(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class Tensor:
-    """Rows of an input or output: device memory for the largest batch, and pinned memory to copy them through."""
+    """An input or output: device memory for the largest batch, and pinned host memory to copy through."""
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int) -> None:
         self.shape = shape
@@ -51,16 +51,16 @@ class Tensor:
         return device().pinned((self._rows, *self.shape), self.dtype)
 
     def put(self, rows: npt.NDArray[Any]) -> None:
-        """Enqueue a copy of these rows to the front."""
+        """Enqueue an upload of `rows` to the front."""
         self.host[: len(rows)] = rows
         device().upload(self.address, self.host[: len(rows)])
 
     def fetch(self, count: int) -> None:
-        """Enqueue a copy of the first rows into `host`."""
+        """Enqueue a download of the first `count` rows into `host`."""
         device().download(self.host[:count], self.address)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Enqueue bringing rising `rows` to the front; those behind them are left as they are."""
+    def compact(self, rows: Sequence[int]) -> None:
+        """Enqueue a compaction to ascending `rows`; the rows after them are undefined."""
         for to, source, count in moves(rows):
             start = self.address
             device().move(start + to * self._row_bytes, start + source * self._row_bytes, count * self._row_bytes)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from edgekd.backends.cuda.device import GET_DRIVER, CudaDevice, Graph, Memory, too_much
+from edgekd.backends.cuda.device import GET_DRIVER, CudaDevice, Graph, Memory, out_of_memory_fix
 from edgekd.errors import BackendError
 
 
 class PyCuda(CudaDevice):
-    """Through pycuda, which knows no CUDA graphs. The context is the primary one, which TensorRT uses, too."""
+    """CUDA through pycuda, which lacks CUDA graphs, in the primary context, which TensorRT uses, too."""
 
     bindings = "pycuda"
     can_capture = False
@@ -60,7 +60,7 @@ class PyCuda(CudaDevice):
         try:
             block = self._cu.mem_alloc(size)
         except self._cu.MemoryError as error:
-            raise BackendError(f"CUDA says {error}", fix=too_much(size)) from error
+            raise BackendError(f"CUDA says {error}", fix=out_of_memory_fix(size)) from error
         self._cu.memset_d8_async(int(block), 0, size, self._stream)
         self.synchronize()
         return Memory(int(block), size, functools.partial(self._free, block))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 
@@ -22,7 +22,7 @@ from edgekd.backends.tensorrt import library as trt_library
 from edgekd.backends.tensorrt import runner
 from edgekd.backends.tensorrt.builder import build_plan
 from edgekd.backends.tensorrt.device_exit import DeviceCascade
-from edgekd.backends.tensorrt.library import failed, library, number
+from edgekd.backends.tensorrt.library import failed, library, parse_version
 from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.errors import BackendError
@@ -36,6 +36,10 @@ _WEIGHTED = r"conv|gemm|matrixmultiply|matmul|fullyconnected|dla"
 _TYPES = {"int8": "int8|i8", "bf16": "bf16|bfloat", "fp8": "fp8|e4m3", "fp16": "fp16|half|f16", "fp32": "float|fp?32"}
 _MAJORS = {8: 0, 9: 1, 10: 1, 11: 2}
 """Version-compatible engines cross one of these steps, upwards."""
+
+
+Layer: TypeAlias = Mapping[str, Any]
+"""The inspector's report on a layer, whose keys and types differ between versions of TensorRT."""
 
 
 class TensorRTBackend(Backend[TensorRTRunner]):
@@ -136,11 +140,11 @@ class TensorRTBackend(Backend[TensorRTRunner]):
 
 def _follows(ours: str, its: str) -> bool:
     """Return True if version-compatible engines of version `its` run in `ours`."""
-    newer, older = number(ours), number(its)
+    newer, older = parse_version(ours), parse_version(its)
     return newer >= older and _MAJORS.get(newer[0], -9) - _MAJORS.get(older[0], 9) in (0, 1)
 
 
-def layers(opened: TensorRTRunner) -> list[dict[str, Any]]:
+def layers(opened: TensorRTRunner) -> list[Layer]:
     """Return the engine inspector's report on each layer; below TensorRT 10 on those of all batch sizes.
 
     Raises:
@@ -156,22 +160,22 @@ def layers(opened: TensorRTRunner) -> list[dict[str, Any]]:
         raise failed(f"TensorRT's inspector gives no layers of {opened.name}: {error}") from error
 
 
-def _is_weighted(layer: dict[str, Any]) -> bool:
-    words = " ".join(str(layer.get(key, "")) for key in ("LayerType", "ParameterType"))
-    return re.search(_WEIGHTED, words, re.IGNORECASE) is not None
+def _is_weighted(layer: Layer) -> bool:
+    text = " ".join(str(layer.get(key, "")) for key in ("LayerType", "ParameterType"))
+    return re.search(_WEIGHTED, text, re.IGNORECASE) is not None
 
 
-def _type(layer: dict[str, Any]) -> str:
-    """What a layer computes in: the type of its weights, else of what it reads, else what its kernel's name tells."""
+def _type(layer: Layer) -> str:
+    """Return a layer's precision: the type of its weights, else of its first input, else from its kernel's name."""
     weights = layer.get("Weights")
     inputs = layer.get("Inputs") or [{}]
-    said = (
+    clues = (
         weights.get("Type") if isinstance(weights, dict) else None,
         inputs[0].get("Format/Datatype") if isinstance(inputs[0], dict) else None,
         layer.get("TacticName"),
     )
-    for text in filter(None, said):
-        for name, words in _TYPES.items():
-            if re.search(words, str(text), re.IGNORECASE):
+    for text in filter(None, clues):
+        for name, pattern in _TYPES.items():
+            if re.search(pattern, str(text), re.IGNORECASE):
                 return name
     return "unknown"

@@ -1,4 +1,4 @@
-"""One graph to one TensorRT engine."""
+"""Building a TensorRT engine from a graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx
 
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import device
-from edgekd.backends.tensorrt.graph_passes import is_seam, to_fp16, without_qdq
+from edgekd.backends.tensorrt.graph_passes import is_boundary, to_fp16, without_qdq
 from edgekd.backends.tensorrt.library import failed, forget_messages, library, make, strongly_typed
 from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
 from edgekd.errors import BackendError
@@ -24,23 +24,30 @@ log = logging.getLogger(__name__)
 def build_plan(
     graph: onnx.ModelProto, *, name: str, recipe: Recipe, progress: Callable[[float], None] | None = None
 ) -> tuple[bytes, onnx.ModelProto]:
-    """The engine, and the graph that TensorRT was given. Expects to have the device.
+    """Build an engine; the calling thread must hold the device.
 
-    name: for errors. progress: called with the share that is done, where TensorRT says it (from 10 on).
+    Args:
+        graph: The graph.
+        name: Its name in errors.
+        recipe: Precision, batch sizes and options.
+        progress: Called with the fraction done, where TensorRT reports it (from 10 on).
+
+    Returns:
+        The serialised engine, and the graph that TensorRT parsed.
 
     Raises:
-        BackendError: the GPU or this TensorRT cannot do what the recipe asks for, or building fails; with TensorRT's
-            own messages.
+        BackendError: The GPU or this TensorRT does not support what the recipe requests, or building fails; with
+            TensorRT's own messages.
     """
     trt = library()
     builder = make(trt.Builder)
     _check_able(builder, recipe)
     graph, ranges = _ready(graph, recipe)
     network = builder.create_network(_creation_flags())
-    parser = make(trt.OnnxParser, network)  # holds the weights, so it lives until the engine is built
+    parser = make(trt.OnnxParser, network)  # owns the weights, so it must outlive the build
     _parse(parser, graph, name=name, recipe=recipe)
     if not strongly_typed():
-        _halve_seams(network, recipe)
+        _set_boundaries_fp16(network, recipe)
         _set_ranges(network, ranges)
     config = builder.create_builder_config()
     _configure(config, recipe)
@@ -59,7 +66,7 @@ def build_plan(
 
 
 def _check_able(builder: Any, recipe: Recipe) -> None:
-    """What flags below 11 would pass over in silence; from 11 on every GPU that is supported has both."""
+    """Check what flags below 11 ignore silently; from 11 on every supported GPU has both precisions."""
     gpu, core = device(), parse_options(recipe).dla_core
     if recipe.precision == "int8" and hasattr(builder, "platform_has_fast_int8") and not builder.platform_has_fast_int8:
         raise BackendError(f"{gpu.name} (SM {gpu.sm}) has no fast int8", fix="use --recipe fp16")
@@ -71,7 +78,7 @@ def _check_able(builder: Any, recipe: Recipe) -> None:
 
 
 def _ready(graph: onnx.ModelProto, recipe: Recipe) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The graph that says what the recipe does, as far as this TensorRT reads it from the graph."""
+    """Return the graph as this TensorRT takes it, and activation ranges that it takes separately."""
     if parse_options(recipe).dla_core is not None and recipe.precision == "int8" and not strongly_typed():
         return without_qdq(graph)
     return (to_fp16(graph) if recipe.uses_fp16 and strongly_typed() else graph), {}
@@ -103,7 +110,7 @@ def _parse(parser: Any, graph: onnx.ModelProto, *, name: str, recipe: Recipe) ->
 
 
 def _node(error: Any, graph: onnx.ModelProto) -> str:
-    """Which node a parser's error is about, by name and operator."""
+    """Describe the node that a parser's error is about, by name and operator."""
     index = error.node()
     if 0 <= index < len(graph.graph.node):
         node = graph.graph.node[index]
@@ -111,18 +118,18 @@ def _node(error: Any, graph: onnx.ModelProto) -> str:
     return "the graph"
 
 
-def _halve_seams(network: Any, recipe: Recipe) -> None:
-    """16-bit floats between stages, as inside them; strong types have them in the graph."""
+def _set_boundaries_fp16(network: Any, recipe: Recipe) -> None:
+    """Set boundary tensors to fp16; strongly typed graphs have their types already."""
     trt = library()
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     for tensor in tensors:
-        if recipe.uses_fp16 and is_seam(tensor.name) and tensor.dtype == trt.DataType.FLOAT:
+        if recipe.uses_fp16 and is_boundary(tensor.name) and tensor.dtype == trt.DataType.FLOAT:
             tensor.dtype = trt.DataType.HALF
 
 
 def _set_ranges(network: Any, ranges: dict[str, float]) -> None:
-    """Implicit quantisation: how far each tensor reaches, by name."""
+    """Set the dynamic range of each tensor, by name, for implicit quantisation."""
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     for i in range(network.num_layers if ranges else 0):
         layer = network.get_layer(i)
@@ -133,9 +140,9 @@ def _set_ranges(network: Any, ranges: dict[str, float]) -> None:
 
 
 def _configure(config: Any, recipe: Recipe) -> None:
-    trt, asked = library(), parse_options(recipe)
+    trt, requested = library(), parse_options(recipe)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the precision cannot be read back
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(asked.workspace_share * device().free_bytes()))
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(requested.workspace_share * device().free_bytes()))
     if recipe.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # keeps 10 bits of 23
     if not strongly_typed():
@@ -143,35 +150,35 @@ def _configure(config: Any, recipe: Recipe) -> None:
             config.set_flag(trt.BuilderFlag.INT8)
         if recipe.uses_fp16:
             config.set_flag(trt.BuilderFlag.FP16)
-    if asked.optimization_level != TensorRTOptions.optimization_level:
+    if requested.optimization_level != TensorRTOptions.optimization_level:
         _need(hasattr(config, "builder_optimization_level"), "optimization_level", since="8.6")
-        config.builder_optimization_level = asked.optimization_level
-    if asked.version_compatible:
+        config.builder_optimization_level = requested.optimization_level
+    if requested.version_compatible:
         _need(hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"), "version_compatible", since="8.6")
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if asked.hardware_compatible:
+    if requested.hardware_compatible:
         _need(hasattr(config, "hardware_compatibility_level"), "hardware_compatible", since="8.6")
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if asked.strip_weights:
+    if requested.strip_weights:
         _need(hasattr(trt.BuilderFlag, "STRIP_PLAN"), "strip_weights", since="10.0")
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    if asked.dla_core is not None:
+    if requested.dla_core is not None:
         config.default_device_type = trt.DeviceType.DLA
-        config.DLA_core = asked.dla_core
+        config.DLA_core = requested.dla_core
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
-    if not asked.library_tactics and hasattr(trt.TacticSource, "CUBLAS"):
+    if not requested.library_tactics and hasattr(trt.TacticSource, "CUBLAS"):
         libraries = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT, trt.TacticSource.CUDNN)
         config.set_tactic_sources(config.get_tactic_sources() & ~sum(1 << int(source) for source in libraries))
 
 
 def _need(there: bool, key: str, *, since: str) -> None:
     if not there:
-        what = f"TensorRT {library().__version__} knows no {key}: {since} is the first that does"
-        raise BackendError(what, fix=f"leave tensorrt.{key} out of the recipe")
+        what = f"TensorRT {library().__version__} lacks {key}: {since} is the first with it"
+        raise BackendError(what, fix=f"remove tensorrt.{key} from the recipe")
 
 
 def _set_batches(builder: Any, network: Any, config: Any, recipe: Recipe) -> None:
-    """A profile for each batch size and no other, so that kernels are chosen for it; for a DLA, that size alone."""
+    """Add an optimisation profile for each batch size, so that kernels are chosen for it; a DLA takes one size."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     if parse_options(recipe).dla_core is not None:
         for tensor in inputs:
@@ -187,7 +194,7 @@ def _set_batches(builder: Any, network: Any, config: Any, recipe: Recipe) -> Non
 
 
 def _monitor(progress: Callable[[float], None]) -> Any:
-    """Tells how much of all nested phases is done, and lets Ctrl-C end the build."""
+    """Return a monitor that reports the fraction done over all nested phases, and lets Ctrl-C end the build."""
     trt = library()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]  # TensorRT has no types
@@ -206,7 +213,7 @@ def _monitor(progress: Callable[[float], None]) -> Any:
                 for done, steps in reversed(self._phases.values()):
                     share = min((done + share) / steps, 1.0)
                 progress(share)
-            except BaseException as error:  # nothing may travel through TensorRT; it is asked to stop
+            except BaseException as error:  # must not propagate through TensorRT; returning False stops it
                 self.error = error
             return self.error is None
 
@@ -218,7 +225,7 @@ def _monitor(progress: Callable[[float], None]) -> Any:
 
 @contextlib.contextmanager
 def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
-    """Kernels measured before, and afterwards those measured now, added to what others have written meanwhile."""
+    """Use the kernels measured by earlier builds, and afterwards merge those of this build into the file."""
     if not parse_options(recipe).timing_cache:
         yield
         return
@@ -240,7 +247,7 @@ def timing_cache(config: Any, recipe: Recipe) -> Iterator[None]:
 
 
 def timing_cache_path() -> Path:
-    """One file for each GPU and TensorRT, under `$XDG_CACHE_HOME/edgekd/tensorrt`, by default in `~/.cache`."""
+    """Return the cache file of this GPU and TensorRT, in `$XDG_CACHE_HOME/edgekd/tensorrt` (default `~/.cache`)."""
     gpu = device()
     name = f"{gpu.name}-sm{gpu.sm}-{library().__version__}.timing".replace(" ", "-").replace("/", "-")
     return cache_folder("tensorrt") / name

@@ -2,8 +2,8 @@
 
 A CUDA graph holds each stage as a child graph that ends in a small kernel. The kernel computes probabilities and
 confidence as `policy.decide` does, and sets the condition of the IF node that holds all later stages. So the
-host uploads an image, launches, and downloads the answer: no host between stages. Batches have no such form, for
-their images want different depths.
+host uploads an image, launches, and downloads the prediction. Batches have no such form: their images need different
+depths.
 
 Seen on an H100 with TensorRT 8.6 (benchmarks/results/gpu): the bodies accept what TensorRT enqueues, the answers are
 the host's, and where nobody leaves it takes 0.88 of the time; where most leave at the first exit it gains nothing.
@@ -22,22 +22,22 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends.cuda.device import CudaPython, Graph, device
-from edgekd.backends.tensorrt.library import number
+from edgekd.backends.tensorrt.library import parse_version
 from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
 from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import BackendError
 from edgekd.policy import Policy
 
 NEEDED = (12, 4)
-"""The first CUDA with conditional nodes."""
+"""The first version of CUDA with conditional nodes."""
 SHIPPED = Path(__file__).parent / "ptx"
-"""PTX of the built-in confidence measures by NVRTC, with a version that the drivers of CUDA 12.4 read."""
+"""PTX of the built-in confidence measures, compiled by NVRTC, in a version that the drivers of CUDA 12.4 accept."""
 SOURCE = r"""
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
-// said: confidence, exit, then a probability a class. total: the sum of the probabilities of the exits so far.
+// result: confidence, exit, then a probability a class. total: the sum of the probabilities of the exits so far.
 extern "C" __global__ void decide(
-    const float* logits, float* total, float* said, int classes, int exit, float temperature, float threshold,
+    const float* logits, float* total, float* result, int classes, int exit, float temperature, float threshold,
     int mean, unsigned long long handle)
 {
     float largest = logits[0] / temperature, sum = 0;
@@ -53,28 +53,32 @@ extern "C" __global__ void decide(
             total[i] = exit ? total[i] + p : p;
             p = total[i] / (exit + 1);
         }
-        said[2 + i] = p;
+        result[2 + i] = p;
         second = fmaxf(second, fminf(first, p));
         first = fmaxf(first, p);
         negative_entropy += p * logf(fmaxf(p, 1.17549435e-38f));
     }
     float confidence = CONFIDENCE;
-    said[0] = confidence;
-    said[1] = exit;
+    result[0] = confidence;
+    result[1] = exit;
     if (handle) cudaGraphSetConditional(handle, confidence < threshold);
 }
 """
 """The kernel; the confidence measure's CUDA expression takes the place of CONFIDENCE."""
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 ARGUMENTS = (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT, _INT, ctypes.c_uint64)
-"""Types of the kernel's."""
+"""Types of the kernel's arguments."""
 
 
 class DeviceCascade:
-    """Image (1, 3, H, W) to its probabilities (C,), confidence and exit, in one launch.
+    """Maps one image (1, 3, H, W) to its probabilities (C,), confidence and exit, in one launch.
+
+    Args:
+        stages: Runners of the stages.
+        policy: Exit policy.
 
     Raises:
-        BackendError: CUDA or its bindings are too old, or a stage cannot be part of such a graph.
+        BackendError: CUDA or its bindings are too old, or a stage cannot be captured.
     """
 
     def __init__(self, stages: Sequence[TensorRTRunner], policy: Policy) -> None:
@@ -83,8 +87,8 @@ class DeviceCascade:
             staged_runner(stages)  # links them
             self._stages, self._policy = stages, policy
             self._images = stages[0].tensors["images"]
-            self._classes = math.prod(stages[0].tensors[stages[0].answers[0]].shape)
-            self._said = gpu.allocate(4 * (2 + self._classes))
+            self._classes = math.prod(stages[0].tensors[stages[0].logits[0]].shape)
+            self._result = gpu.allocate(4 * (2 + self._classes))
             self._total = gpu.allocate(4 * self._classes)
             self._host = gpu.pinned((2 + self._classes,), np.float32)
             self._kernel = _compiled(self._gpu, policy)
@@ -99,7 +103,7 @@ class DeviceCascade:
             self._stages[0].fits("images", image)
             self._images.put(image)
             gpu.launch(self._graph)
-            gpu.download(self._host, self._said.address)
+            gpu.download(self._host, self._result.address)
             gpu.synchronize()
             return self._host[2:].copy(), float(self._host[0]), int(self._host[1])
 
@@ -109,7 +113,7 @@ class DeviceCascade:
         return self._gpu.launchable(root)
 
     def _add(self, graph: Any, exit: int) -> None:
-        """A stage with its decision, and behind it, on condition, the next one."""
+        """Add a stage with its decision and, on condition, the stage after it."""
         runtime, do = self._gpu.runtime, self._gpu.do
         is_last = exit == len(self._stages) - 1
         handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
@@ -120,24 +124,24 @@ class DeviceCascade:
             self._add(self._body(graph, node, handle), exit + 1)
 
     def _body(self, graph: Any, node: Any, handle: Any) -> Any:
-        """Add an IF behind a node and return the graph inside it."""
+        """Add an IF node after a node and return the graph inside it."""
         runtime = self._gpu.runtime
-        asked = runtime.cudaGraphNodeParams()
-        asked.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
-        asked.conditional.handle = handle
-        asked.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
-        asked.conditional.size = 1
-        edges = (None,) if number(self._gpu.cuda["runtime"]) >= (13, 0) else ()  # data of the edges, new in 13
-        self._gpu.do(runtime.cudaGraphAddNode(graph, [node], *edges, 1, asked))
-        return asked.conditional.phGraph_out[0]
+        parameters = runtime.cudaGraphNodeParams()
+        parameters.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
+        parameters.conditional.handle = handle
+        parameters.conditional.type = runtime.cudaGraphConditionalNodeType.cudaGraphCondTypeIf
+        parameters.conditional.size = 1
+        edges = (None,) if parse_version(self._gpu.cuda["runtime"]) >= (13, 0) else ()  # data of the edges, new in 13
+        self._gpu.do(runtime.cudaGraphAddNode(graph, [node], *edges, 1, parameters))
+        return parameters.conditional.phGraph_out[0]
 
     def _stage(self, exit: int, handle: int) -> None:
         stage, policy = self._stages[exit], self._policy
         enqueue(self._contexts[exit], name=stage.name)
         values = (
-            stage.tensors[stage.answers[0]].address,
+            stage.tensors[stage.logits[0]].address,
             self._total.address,
-            self._said.address,
+            self._result.address,
             self._classes,
             exit,
             policy.temperatures[exit],
@@ -152,9 +156,9 @@ def _able(gpu: Any) -> CudaPython:
     if not isinstance(gpu, CudaPython):
         raise BackendError(f"{gpu.bindings} has no conditional graph nodes", fix="pip install cuda-python")
     for part, text in gpu.cuda.items():
-        if number(text) < NEEDED:
+        if parse_version(text) < NEEDED:
             what = f"deciding on the device needs CUDA 12.4; the {part} here is {text}"
-            raise BackendError(what, fix="leave out --device-side-exit")
+            raise BackendError(what, fix="omit --device-side-exit")
     return gpu
 
 
@@ -171,7 +175,7 @@ def source(policy: Policy) -> str:
     expression = CONFIDENCE_MEASURES[policy.confidence].cuda
     if expression is None:
         what = f"the confidence measure '{policy.confidence}' has no CUDA form, so the device cannot decide by it"
-        raise BackendError(what, fix="leave out --device-side-exit, or tune with another --confidence")
+        raise BackendError(what, fix="omit --device-side-exit, or tune with another --confidence")
     return SOURCE.replace("CONFIDENCE", expression)
 
 
@@ -200,9 +204,9 @@ def ptx(source: str, sm: str) -> bytes:
     options = [f"--gpu-architecture=compute_{sm.replace('.', '')}".encode(), b"--relocatable-device-code=true"]
     (failure,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(failure):
-        said = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
-        nvrtc.nvrtcGetProgramLog(program, said)
-        raise BackendError(f"NVRTC cannot compile the decision: {said.decode()}", fix="leave out --device-side-exit")
+        log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendError(f"NVRTC cannot compile the decision: {log.decode()}", fix="omit --device-side-exit")
     code: bytes = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
     nvrtc.nvrtcGetPTX(program, code)
     return code

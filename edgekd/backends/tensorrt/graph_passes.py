@@ -1,4 +1,4 @@
-"""A graph as TensorRT wants it: in 16 bits where types are strong, without Q/DQ where a DLA needs ranges instead."""
+"""Graph passes for TensorRT: fp16 types for strongly typed networks, ranges in place of Q/DQ pairs for a DLA."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from edgekd.errors import BackendError
 
 IMAGES, EXIT = "images", "exit_"
-"""The tensors that stay float32 in every engine: the images, and names that begin as the exits' do."""
+"""Names of the tensors that stay float32 in every engine: the images, and the prefix of the logits."""
 HALF_QDQ_OPSET = 19
-"""The first whose QuantizeLinear and DequantizeLinear take 16-bit floats."""
+"""The first opset whose QuantizeLinear and DequantizeLinear accept fp16."""
 KEPT_FLOAT = {"Resize": (1, 2)}
-"""Inputs that ONNX wants in float32 whatever the rest is in."""
+"""Operator to the indices of inputs that ONNX requires in float32."""
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
-def is_seam(name: str) -> bool:
-    """Whether an input or output lies between two stages."""
+def is_boundary(name: str) -> bool:
+    """Return True if an input or output is a boundary tensor between two stages."""
     return name != IMAGES and not name.startswith(EXIT)
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in 16-bit floats, images and logits in float32, 8-bit tensors as they are.
+    """Convert a graph to fp16; images and logits stay float32, and 8-bit tensors int8.
 
     Raises:
-        BackendError: a weight that 16 bits cannot hold.
+        BackendError: A weight is beyond fp16's range.
     """
     model = _at_opset(model, HALF_QDQ_OPSET) if _has_qdq(model) else _copy(model)
     graph = model.graph
@@ -38,18 +38,18 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     scales = {node.input[1] for node in graph.node if node.op_type in _QDQ}
     for constant in graph.initializer:
         if constant.data_type == TensorProto.FLOAT and constant.name not in kept:
-            constant.CopyFrom(_half(constant, upwards=constant.name in scales))
+            constant.CopyFrom(_to_fp16(constant, upwards=constant.name in scales))
     for node in graph.node:
-        _halve_attributes(node, kept)
+        _attributes_to_fp16(node, kept)
     for value in [*graph.input, *graph.output]:
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT and is_seam(value.name):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT and is_boundary(value.name):
             value.type.tensor_type.elem_type = TensorProto.FLOAT16
     _cast_ends(graph)
     return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
-def _half(constant: onnx.TensorProto, *, upwards: bool) -> onnx.TensorProto:
-    """upwards: never below the float32 value, so that a scale of tiny weights neither vanishes nor clips them."""
+def _to_fp16(constant: onnx.TensorProto, *, upwards: bool) -> onnx.TensorProto:
+    """Convert a constant to fp16; `upwards` never rounds down, so that the scale of tiny weights is not 0."""
     exact = numpy_helper.to_array(constant)
     if np.abs(exact).max(initial=0) > np.finfo(np.float16).max:
         raise BackendError(f"{constant.name} has values that fp16 cannot hold", fix="use --recipe fp32 or int8")
@@ -59,20 +59,20 @@ def _half(constant: onnx.TensorProto, *, upwards: bool) -> onnx.TensorProto:
     return numpy_helper.from_array(half, constant.name)
 
 
-def _halve_attributes(node: onnx.NodeProto, kept: set[str]) -> None:
-    """Constants inside nodes, and casts to float32."""
+def _attributes_to_fp16(node: onnx.NodeProto, kept: set[str]) -> None:
+    """Convert constants inside nodes, and casts to float32."""
     for attribute in node.attribute:
         if node.op_type in ("Constant", "ConstantOfShape") and attribute.t.data_type == TensorProto.FLOAT:
             if not kept.intersection(node.output):
-                attribute.t.CopyFrom(_half(attribute.t, upwards=False))
+                attribute.t.CopyFrom(_to_fp16(attribute.t, upwards=False))
         elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16
 
 
 def _cast_ends(graph: onnx.GraphProto) -> None:
-    """Casts behind the images and in front of the logits."""
+    """Insert casts after the images and before the logits."""
     images = [value.name for value in graph.input if value.name == IMAGES]
-    logits = [value.name for value in graph.output if not is_seam(value.name)]
+    logits = [value.name for value in graph.output if not is_boundary(value.name)]
     inner = {name: f"{name}_fp16" for name in (*images, *logits)}
     for node in graph.node:
         node.input[:] = [inner.get(name, name) for name in node.input]
@@ -85,15 +85,18 @@ def _cast_ends(graph: onnx.GraphProto) -> None:
 
 
 def without_qdq(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """The float graph under a Q/DQ one, and how far each quantised tensor reaches: TensorRT's implicit quantisation.
+    """Remove the Q/DQ pairs of a graph, for TensorRT's implicit quantisation.
 
-    A DLA takes no Q/DQ below TensorRT 11 (NVIDIA/TensorRT #2222). A seam of 8 bits becomes one of float.
+    A DLA accepts no Q/DQ below TensorRT 11 (NVIDIA/TensorRT #2222). Boundary tensors of 8 bits become float.
+
+    Returns:
+        The float graph, and the activation range (amax) of each quantised tensor.
     """
     model = _copy(model)
     graph = model.graph
     constants = {c.name: numpy_helper.to_array(c) for c in graph.initializer}
     ranges: dict[str, float] = {}
-    float_of: dict[str, str] = {}  # what reads the key shall read the value
+    float_of: dict[str, str] = {}  # readers of the key will read the value
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         node.input[:] = [float_of.get(name, name) for name in node.input]
@@ -109,7 +112,9 @@ def without_qdq(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, floa
         float_of[node.output[0]] = source
     for value in graph.output:
         if value.name in float_of:
-            nodes.append(helper.make_node("Identity", [float_of[value.name]], [value.name], name=f"seam_{value.name}"))
+            nodes.append(
+                helper.make_node("Identity", [float_of[value.name]], [value.name], name=f"boundary_{value.name}")
+            )
             ranges[value.name] = ranges[float_of[value.name]]
     for value in [*graph.input, *graph.output]:
         value.type.tensor_type.elem_type = TensorProto.FLOAT
@@ -125,7 +130,7 @@ def _dequantised(node: onnx.NodeProto, constants: dict[str, npt.NDArray[Any]]) -
 
 
 def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """These nodes for the graph's, and only the constants that they read."""
+    """Replace the graph's nodes, and keep only the constants that they read."""
     read = {name for node in nodes for name in node.input}
     constants = [c for c in graph.initializer if c.name in read]
     del graph.node[:], graph.initializer[:], graph.value_info[:]

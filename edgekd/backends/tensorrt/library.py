@@ -1,4 +1,4 @@
-"""The tensorrt package, imported when it is safe; what it says when something fails; what its version can do."""
+"""The tensorrt package: safe import, version, logger, and errors with its own messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgekd.host import installed_version
 log = logging.getLogger(__name__)
 
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11", "tensorrt-bindings")
-"""Names under which the package is installed; JetPack's is the first."""
+"""Distributions that contain the package; JetPack's is the first."""
 LESS_MEMORY = (
     "close other programs, lower --set tensorrt.workspace_share or batch_sizes; on a Jetson, add swap and log out "
     "of the desktop"
@@ -27,7 +27,7 @@ UNKNOWN_GPU = r"\bsm\b.*(support|version)|(unsupported|not support).*(\bsm\b|com
 
 
 def version() -> str | None:
-    """The installed version; None if it is not installed. Imports nothing where there is no GPU."""
+    """Return the installed version, or None if it is not installed. Imports nothing where there is no GPU."""
     if importlib.util.find_spec("tensorrt") is None:
         return None
     try:
@@ -37,41 +37,41 @@ def version() -> str | None:
 
 
 def _recorded() -> str | None:
-    """The version that pip or JetPack wrote down."""
+    """Return the version in the metadata of pip or JetPack."""
     return next(filter(None, map(installed_version, PACKAGES)), None)
 
 
 @functools.cache
 def library() -> Any:
-    """The tensorrt module. The GPU is asked for first: without a driver, TensorRT crashes the interpreter.
+    """Import tensorrt, after checking for a GPU: without a driver, importing crashes the interpreter.
 
     Raises:
-        BackendError: no CUDA bindings, no driver, no GPU, or TensorRT's own libraries do not load.
+        BackendError: There are no CUDA bindings, no driver or no GPU, or TensorRT's own libraries do not load.
     """
     device()
     try:
         import tensorrt
     except (ImportError, OSError) as error:
-        fix = "install it as its makers say; on a Jetson it comes with JetPack, for a venv with --system-site-packages"
+        fix = "follow NVIDIA's installation guide; JetPack has it, for a venv with --system-site-packages"
         raise BackendError(f"tensorrt cannot be loaded: {error}", fix=fix) from error
     return tensorrt
 
 
-def number(text: str) -> tuple[int, int]:
-    """Major and minor version: "10.16.1.11" -> (10, 16); (0, 0) if it is no version."""
+def parse_version(text: str) -> tuple[int, int]:
+    """Return major and minor version: "10.16.1.11" -> (10, 16); (0, 0) if it is no version."""
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def strongly_typed() -> bool:
-    """Whether the graph's own types decide: from 10.12 on. Below, flags say which types TensorRT may choose from."""
+    """Return True if the graph's own types decide (from 10.12 on), not flags that allow TensorRT to choose types."""
     trt = library()
-    return not hasattr(trt.BuilderFlag, "FP16") or number(trt.__version__) >= (10, 12)
+    return not hasattr(trt.BuilderFlag, "FP16") or parse_version(trt.__version__) >= (10, 12)
 
 
 @functools.cache
 def logger() -> Any:
-    """One for the whole process, as TensorRT wants it; keeps the last errors and warnings for `failed`."""
+    """Return the logger of the process, as TensorRT requires; it keeps the last errors and warnings for `failed`."""
     trt = library()
 
     class Log(trt.ILogger):  # type: ignore[misc,name-defined]  # TensorRT has no types
@@ -97,29 +97,31 @@ def forget_messages() -> None:
 
 
 def failed(what: str, *, fix: str = "report it with the messages above") -> BackendError:
-    """What to raise when TensorRT has failed, with what it logged and what that calls for."""
-    messages = logger().errors or logger().warnings  # why CUDA does not start is only a warning
-    said = "\n".join(f"  TensorRT: {message}" for message in messages)
+    """Return the error to raise when TensorRT has failed, with what it logged and the advice for that."""
+    logged = logger().errors or logger().warnings  # the reason why CUDA does not start is only a warning
+    messages = "\n".join(f"  TensorRT: {message}" for message in logged)
     forget_messages()
-    return BackendError(f"{what}\n{said}" if said else f"{what}, and TensorRT does not say why", fix=_advice(said, fix))
+    return BackendError(
+        f"{what}\n{messages}" if messages else f"{what}, and TensorRT does not say why", fix=_advice(messages, fix)
+    )
 
 
-def _advice(said: str, fix: str) -> str:
-    if re.search(MEMORY, said, re.IGNORECASE):
+def _advice(messages: str, fix: str) -> str:
+    if re.search(MEMORY, messages, re.IGNORECASE):
         return LESS_MEMORY
-    if re.search(WORKSPACE, said, re.IGNORECASE):
+    if re.search(WORKSPACE, messages, re.IGNORECASE):
         return "raise --set tensorrt.workspace_share, or lower batch_sizes"
-    if re.search(UNKNOWN_GPU, said, re.IGNORECASE):
+    if re.search(UNKNOWN_GPU, messages, re.IGNORECASE):
         gpu, ours = device(), library().__version__
-        return f"TensorRT {ours} may not know {gpu.name} (SM {gpu.sm}): take the version that its makers name for it"
+        return f"TensorRT {ours} may not support {gpu.name} (SM {gpu.sm}): install the version that NVIDIA names for it"
     return fix
 
 
 def make(kind: Any, *parts: Any) -> Any:
-    """`kind(*parts, logger)`, for what TensorRT cannot make when it cannot start: builders, runtimes, parsers.
+    """Return `kind(*parts, logger)`: a builder, runtime, parser or refitter.
 
     Raises:
-        BackendError: with TensorRT's reason.
+        BackendError: TensorRT cannot start; with its reason.
     """
     try:
         return kind(*parts, logger())

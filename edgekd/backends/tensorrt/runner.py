@@ -1,4 +1,4 @@
-"""TensorRT engines at work: what lies between stages stays on the GPU, a launch and a synchronisation a stage."""
+"""Running TensorRT engines: boundary tensors stay on the GPU; a stage costs one launch and one synchronisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import ReadFile
 from edgekd.backends.cuda.device import Graph, Memory, device
 from edgekd.backends.cuda.device_tensor import Tensor
-from edgekd.backends.tensorrt.graph_passes import is_seam
+from edgekd.backends.tensorrt.graph_passes import is_boundary
 from edgekd.backends.tensorrt.library import failed, forget_messages, library, make
 from edgekd.backends.tensorrt.options import parse_options
 from edgekd.errors import BackendError, DataError
@@ -26,13 +26,23 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def say_once(text: str) -> None:
-    """A warning that is not repeated in this process."""
+def warn_once(text: str) -> None:
+    """Log a warning once per process."""
     log.warning("%s", text)
 
 
 class TensorRTRunner:
-    """An engine file: a `Runner` whose arrays come from and go to the host, and a stage of a `StagedRun`."""
+    """A loaded engine file: a `Runner` for arrays in host memory, and a stage of a `StagedRun`.
+
+    Attributes:
+        name: Name of the graph.
+        sizes: Batch sizes that it was built for, ascending.
+        inputs, outputs: Names of the tensors, in graph order.
+        boundaries: Names of the outputs that are boundary tensors.
+        logits: Names of the outputs that are logits.
+        tensors: Tensors in device memory, by name.
+        row_shapes: See `edgekd.backends.runner.CompiledGraph`.
+    """
 
     def __init__(self, path: Path, recipe: Recipe, read: ReadFile = Path.read_bytes) -> None:
         trt = library()
@@ -50,9 +60,9 @@ class TensorRTRunner:
             self.tensors = {
                 n: Tensor(tuple(shapes.get_tensor_shape(n))[1:], self._dtype(n), self.sizes[-1]) for n in names
             }
-        self.seams = [n for n in self.outputs if is_seam(n)]
-        self.answers = [n for n in self.outputs if not is_seam(n)]
-        self.row_shapes = self.tensors[self.inputs[0]].shape, self.tensors[self.answers[0]].shape
+        self.boundaries = [n for n in self.outputs if is_boundary(n)]
+        self.logits = [n for n in self.outputs if not is_boundary(n)]
+        self.row_shapes = self.tensors[self.inputs[0]].shape, self.tensors[self.logits[0]].shape
 
     def _deserialised(self, path: Path, recipe: Recipe, read: ReadFile) -> Any:
         if parse_options(recipe).version_compatible:
@@ -74,13 +84,13 @@ class TensorRTRunner:
 
     @functools.cached_property
     def _scratch(self) -> Memory:
-        """Shared by the contexts of all batch sizes, of which one runs at a time."""
+        """Scratch memory shared by the contexts of all batch sizes, of which one runs at a time."""
         new = hasattr(self.engine, "device_memory_size_v2")
         size = self.engine.device_memory_size_v2 if new else self.engine.device_memory_size
         return device().allocate(max(size, 1))
 
     def context(self, size: int) -> Any:
-        """An execution context for batches of `size`, without memory to run in."""
+        """Return an execution context for batches of `size`, without scratch memory."""
         trt = library()
         if size not in self._contexts:
             if hasattr(trt, "ExecutionContextAllocationStrategy"):
@@ -100,7 +110,7 @@ class TensorRTRunner:
         return self._contexts[size]
 
     def prepared(self, size: int) -> Any:
-        """The same context with memory, reading and writing `tensors`."""
+        """Return the same context with scratch memory, reading and writing `tensors`."""
         context = self.context(size)
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(self._scratch.address, self._scratch.size)
@@ -112,7 +122,11 @@ class TensorRTRunner:
         return context
 
     def read_from(self, before: TensorRTRunner) -> None:
-        """Take the inputs from where the stage before writes them."""
+        """Read the inputs from where the stage before writes them.
+
+        Raises:
+            BackendError: Shapes or types differ.
+        """
         for name in self.inputs:
             mine, its = self.tensors[name], before.tensors[name]
             if (mine.shape, mine.dtype) != (its.shape, its.dtype):
@@ -120,21 +134,25 @@ class TensorRTRunner:
                 raise BackendError(f"{what} {its.shape}", fix="compile again")
             if mine is not its:
                 self.tensors[name] = its
-                self._batches.clear()  # they know the old address
+                self._batches.clear()  # they are bound to the old address
 
     def launch(self, count: int) -> None:
-        """Enqueue the graph for the first `count` rows and the copy of its logits to the host."""
+        """Enqueue the graph on the first `count` rows, and the copy of its logits to the host."""
         self.batch(count).launch()
 
     def batch(self, count: int) -> Batch:
-        """The engine for the batch size that `count` rows take."""
+        """Return the engine for the batch size that `count` rows take."""
         size = self.size_for(count)
         if size not in self._batches:
             self._batches[size] = Batch(self, size)
         return self._batches[size]
 
     def size_for(self, count: int) -> int:
-        """The smallest batch size that was built for and holds `count` rows."""
+        """Return the smallest batch size that holds `count` rows.
+
+        Raises:
+            BackendError: The engine was built for none.
+        """
         for size in self.sizes:
             if size >= count:
                 return size
@@ -143,17 +161,17 @@ class TensorRTRunner:
         raise BackendError(f"a batch of {count} is outside the profiles of {self.name}: {sizes}", fix=fix)
 
     def step(self, count: int) -> npt.NDArray[Any]:
-        """Run on the first `count` rows: the logits (count, C)."""
+        """Run on the first `count` rows and return the logits (count, C)."""
         self.launch(count)
         device().synchronize()
-        logits: npt.NDArray[Any] = self.tensors[self.answers[0]].host[:count].copy()
+        logits: npt.NDArray[Any] = self.tensors[self.logits[0]].host[:count].copy()
         return logits
 
     def __call__(self, *xs: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
-        """Larger batches are cut at the largest size that was built for.
+        """Run on arrays in host memory; larger batches are split at the largest size that the engine was built for.
 
         Raises:
-            DataError: rows of another shape.
+            DataError: Rows of another shape or type.
         """
         largest = self.sizes[-1]
         with device():
@@ -166,13 +184,17 @@ class TensorRTRunner:
             self.fits(name, x)
             self.tensors[name].put(x)
         self.launch(count)
-        for name in self.seams:
+        for name in self.boundaries:
             self.tensors[name].fetch(count)
         device().synchronize()
         return [self.tensors[name].host[:count].copy() for name in self.outputs]
 
     def fits(self, name: str, x: npt.NDArray[Any]) -> None:
-        """Whether rows are what an input takes."""
+        """Check that an input accepts rows like these.
+
+        Raises:
+            DataError: Their shape or type differs.
+        """
         tensor = self.tensors[name]
         if (x.shape[1:], x.dtype) != (tensor.shape, tensor.dtype):
             shape = ", ".join(map(str, tensor.shape))
@@ -181,13 +203,13 @@ class TensorRTRunner:
 
 
 def enqueue(context: Any, *, name: str) -> None:
-    """Enqueue a run in a prepared context. name: for the error."""
+    """Enqueue a run of a prepared context; `name` is the graph's, for the error."""
     if not context.execute_async_v3(device().stream):
         raise failed(f"TensorRT cannot run {name}")
 
 
 def _refit(engine: Any, path: Path, read: ReadFile) -> None:
-    """Put in the weights that the engine was built without."""
+    """Load the weights that the engine was built without."""
     trt = library()
     refitter = make(trt.Refitter, engine)
     parser = make(trt.OnnxParserRefitter, refitter)
@@ -196,12 +218,12 @@ def _refit(engine: Any, path: Path, read: ReadFile) -> None:
 
 
 class Batch:
-    """An engine for batches of one size: one launch of a CUDA graph where that can be, else TensorRT's own."""
+    """An engine for batches of one size: one launch of a CUDA graph where possible, else TensorRT's own launches."""
 
-    def __init__(self, opened: TensorRTRunner, size: int) -> None:
-        self._context = opened.prepared(size)
-        self._name = opened.name
-        self._answers = [opened.tensors[name] for name in opened.answers]
+    def __init__(self, runner: TensorRTRunner, size: int) -> None:
+        self._context = runner.prepared(size)
+        self._name = runner.name
+        self._logits = [runner.tensors[name] for name in runner.logits]
         self._size = size
         self.enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
         device().synchronize()
@@ -210,17 +232,17 @@ class Batch:
     def enqueue(self) -> None:
         """Enqueue the run and the copy of its logits, without a graph."""
         enqueue(self._context, name=self._name)
-        for tensor in self._answers:
+        for tensor in self._logits:
             tensor.fetch(self._size)
 
     def _captured(self) -> Graph | None:
         if not device().can_capture:
-            say_once(f"{device().bindings} has no CUDA graphs: every stage is launched by TensorRT, which is slower")
+            warn_once(f"{device().bindings} has no CUDA graphs: every stage is launched by TensorRT, which is slower")
             return None
         try:
             return device().capture(self.enqueue)
         except BackendError as error:
-            say_once(f"no CUDA graphs, stages are launched by TensorRT, which is slower: {error.what}")
+            warn_once(f"no CUDA graphs, stages are launched by TensorRT, which is slower: {error.what}")
             return None
 
     def launch(self) -> None:
@@ -231,33 +253,33 @@ class Batch:
 
 
 class StagedRun:
-    """One batch on its way through stages that are linked by `read_from`; see `edgekd.backends.runner`."""
+    """A staged run through stages that are linked by `read_from`; see `edgekd.backends.runner.StagedRun`."""
 
     def __init__(self, stages: Sequence[TensorRTRunner], images: npt.NDArray[np.float32]) -> None:
-        self._ahead = iter(stages)
+        self._remaining = iter(stages)
         self._count = len(images)
         first = stages[0]
         first.size_for(self._count)
         first.fits("images", images)
-        self._lying = [first.tensors["images"]]
-        self._lying[0].put(images)
+        self._boundary = [first.tensors["images"]]
+        self._boundary[0].put(images)
 
     def run_stage(self) -> npt.NDArray[Any]:
-        stage = next(self._ahead)
-        self._lying = [stage.tensors[name] for name in stage.seams]
+        stage = next(self._remaining)
+        self._boundary = [stage.tensors[name] for name in stage.boundaries]
         return stage.step(self._count)
 
     def compact(self, indices: npt.NDArray[np.int64], size: int) -> None:
-        kept = indices.tolist()
-        for tensor in self._lying:
-            tensor.keep(kept)
+        rows = indices.tolist()
+        for tensor in self._boundary:
+            tensor.compact(rows)
         self._count = size
 
 
 def staged_runner(
     stages: Sequence[TensorRTRunner],
 ) -> Callable[[npt.NDArray[np.float32]], contextlib.AbstractContextManager[StagedRun]]:
-    """Link the stages; the answer starts batches on their way, one at a time."""
+    """Link the stages, and return a staged runner, which runs one batch at a time."""
     with device():
         for before, after in itertools.pairwise(stages):
             after.read_from(before)
