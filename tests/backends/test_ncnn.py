@@ -18,6 +18,7 @@ from helpers.cli import edgekd
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from edgekd.artifacts.metadata import read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.ncnn import NcnnBackend, _sixteen_bit_float
 from edgekd.compiler.build import compile_engine
@@ -68,7 +69,7 @@ def test_compile_and_predict(recipe: Recipe, two_maps_onnx: Path, tmp_path: Path
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(picture)
     words = ["--backend", "ncnn", "--recipe", recipe.name, "--set", "batch_sizes=[1]", "--out", engine]
-    assert f"asked {recipe.name}, ran" in edgekd("compile", two_maps_onnx, *words)
+    assert f"recipe {recipe.name}, runs " in edgekd("compile", two_maps_onnx, *words)
     (expected,), (found,) = (json.loads(edgekd("predict", path, picture, "--json")) for path in (two_maps_onnx, engine))
     tolerance = 1e-5 if recipe is FP32 else 0.01
     assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=tolerance)
@@ -81,7 +82,7 @@ def test_an_engine_of_the_other_16_bit_float_is_refused(two_maps_onnx: Path, tmp
     """As on a board with the other one: the accuracy was checked in the float that the manifest names."""
     recipe = Recipe("fp16", batch_sizes=(1,))
     manifest, _ = compile_engine(
-        two_maps_onnx, tmp_path / "e", recipe=recipe, backend="ncnn", calibration=None, validation=None
+        read_student(two_maps_onnx), tmp_path / "e", recipe=recipe, backend="ncnn", validation=None
     )
     assert NCNN.incompatibility(manifest) == ""
     other = "bf16" if _sixteen_bit_float() == "fp16" else "fp16"

@@ -95,12 +95,7 @@ def test_fp16_says_what_ran(student_onnx: Path, tmp_path: Path) -> None:
     if not openvino_has_16_bits():
         with pytest.raises(BackendError, match="neither fp16 nor bf16"):
             compile_engine(
-                read_student(student_onnx),
-                tmp_path / "e",
-                recipe=recipe("fp16"),
-                backend="openvino",
-                calibration=None,
-                validation=None,
+                read_student(student_onnx), tmp_path / "e", recipe=recipe("fp16"), backend="openvino", validation=None
             )
         return
     manifest, attempts = compile_engine(
