@@ -35,8 +35,8 @@ TOLERANCE = 1e-4
 def export(network: MultiExitNetwork, metadata: ModelMetadata, *, out: Path, images: Array, names: list[str]) -> float:
     """Write student.onnx.
 
-    The file's metadata tell how to run it without edgekd: `input`, `image_size`, `resize` (stretch, or crop: keep the
-    aspect ratio and take the centre), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1),
+    The file's metadata describe how to run it without edgekd: `input`, `image_size`, `resize` (stretch, or crop: keep
+    the aspect ratio and take the centre), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1),
     `output` (logits) and `classes` (a JSON list). `edgekd` is `metadata`, with a SHA-256 of the file.
 
     Args:
@@ -50,7 +50,7 @@ def export(network: MultiExitNetwork, metadata: ModelMetadata, *, out: Path, ima
         The largest difference of logits from torch.
 
     Raises:
-        ArtifactError: `out` exists and is no such file.
+        ArtifactError: `out` exists and is another kind of file.
         ConfigError: The network cannot be cut at an exit; its name and place are given.
         GateError: An exit differs by more than `TOLERANCE` on an image, or weights are not finite. Nothing is written.
     """

@@ -71,9 +71,9 @@ STUDENT_SETTINGS = (
     *("protocol", "epochs", "lr", "batch_size", "image_size", "precision", "workers", "overrides"),
     *("labels", "exclude_bad"),
 )
-"""Fields of a teacher's request that its student is trained with, too."""
+"""Fields of a teacher's request that also apply to its student."""
 TEACHER_ONLY = ("network=", "method=", "exits=", "weights=")
-"""Overrides of a teacher's request that do not hold for its student."""
+"""Overrides of a teacher's request that do not apply to its student."""
 
 
 def training_command(**options: Any) -> Callable[[Callable[[TrainRequest], None]], Callable[..., None]]:
@@ -163,7 +163,7 @@ def _train_sweep(request: TrainRequest, protocol: Protocol) -> None:
         lines = [f"{len(failed)} of {len(states)} runs failed; each log ends with the reason:"]
         lines += [f"  {log}: {failure_reason(log)}" for log in failed]
         raise TrainingError(
-            "\n".join(lines), fix="mend it and run the same command with --resume: what is done is kept"
+            "\n".join(lines), fix="fix the cause and run the same command with --resume: finished runs are kept"
         )
 
 

@@ -21,7 +21,7 @@ FOUR_STAGES: tuple[ExitPoint, ...] = (1, 2, 3, 4)
 
 
 class Outputs(NamedTuple):
-    """What a network returns for B images, one entry for each exit, shallow to deep.
+    """Outputs of a network for B images, one entry for each exit, shallow to deep.
 
     Attributes:
         logits: (B, C).

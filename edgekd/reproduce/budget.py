@@ -26,7 +26,7 @@ from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import SweepMember
 
 LADDER = (224, 160, 112, 96, 80)
-"""Image sizes to go down to. Below, the deepest feature maps are a pixel or two wide."""
+"""Image sizes to choose from. Below them, the deepest feature maps are one or two pixels wide."""
 FLOORS = 10, 3
 """Smallest number of epochs while the image size can still be cut, and after that."""
 PROBE_IMAGE_SIZE = 112
@@ -81,13 +81,13 @@ class JobCost:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What fits into the budget.
+    """Epochs, image size and repeats that fit into the budget.
 
     Attributes:
         epochs: Largest number of epochs.
         image_size: Largest image size.
-        repeats: How many of the seeds and folds.
-        seconds: Estimated time of it all.
+        repeats: Number of seeds and folds.
+        seconds: Estimated total time.
     """
 
     epochs: int
@@ -116,7 +116,7 @@ def fit(costs: Sequence[JobCost], budget_s: float, *, repeats: int, at_once: int
 
 
 Key = tuple[str, str, str, int, str]
-"""What a job's speed depends on: network, method, teacher's network, batch size, precision."""
+"""Determinants of a job's speed: network, method, teacher's network, batch size, precision."""
 Speeds = dict[Key, tuple[float, int]]
 """Images per second, and the image size."""
 
@@ -137,7 +137,7 @@ def known_speeds(runs: Path) -> Speeds:
             made = config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL))
             teacher = run_folder.read_metadata(folder).provenance.get("teacher") or ""
             speed = float(rows[-1]["images_per_s"]), made.preprocess.image_size
-            for precision in (made.precision, "auto"):  # what was left to edgekd is kept as what it took
+            for precision in (made.precision, "auto"):  # `auto` settings are stored as resolved
                 found[made.network, made.method, teacher, made.batch_size, precision] = speed
     return found
 
@@ -153,7 +153,7 @@ def job_costs(planned: Mapping[str, PlannedRun], speeds: Speeds, subsets: Mappin
 
 
 def few_images(folder: Folder, out: Path, *, batch_size: int) -> None:
-    """Make a folder of links to as many images as one batch and its validation and test images need."""
+    """Make a folder of links to the images that one batch and its validation and test images require."""
     count = -(-(2 * batch_size) // len(folder.classes))
     taken: Counter[tuple[int, str | None]] = Counter()
     with atomic_folder(out) as made:
@@ -179,7 +179,7 @@ def choose_cuts(
 ) -> Cuts:
     """Measure the speed of each job, and choose what fits into the time.
 
-    The choice is kept beside the runs, so that a second start continues the same runs whatever the machine's load is.
+    The choice is kept beside the runs, so that a second start continues the same runs regardless of the machine's load.
 
     Raises:
         TrainingError: The speed of no job could be measured.
@@ -187,7 +187,7 @@ def choose_cuts(
     content = [{"budget_s": budget_s, "at_once": at_once}, [one.digest for one in planned.values()], members]
     kept = options.runs / "plans" / f"{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
     if kept.is_file():
-        say(f"cut as when it was first started; remove {kept} to choose anew")
+        say(f"reduced as at the first start; remove {kept} to choose again")
         return read_json(kept, Cuts, what="plan")
     speeds = _measured(table, planned, options, checked=checked, until=until, at_once=at_once, say=say)
     protocol = next(iter(planned.values())).protocol

@@ -1,4 +1,4 @@
-"""`edgekd reproduce`: runs what is missing of a paper's table, and writes our numbers beside the printed ones."""
+"""`edgekd reproduce`: runs the missing jobs of a paper's table, and writes our numbers beside the printed ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Workload:
         options: Options of the command.
         planned: Job name to its run.
         members: Seeds and folds.
-        cut: What the budget made of it, as text.
+        cut: Description of the reductions made for the budget.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Workload:
 def reproduce(
     name: str, options: Options, *, say: Say, on_check: Progress | None = None, on_end: OnEnd
 ) -> tuple[Result, dict[str, Path]]:
-    """Run what is missing of a table and write it to `options.out`.
+    """Run the missing jobs of a table and write it to `options.out`.
 
     Args:
         name: Name of the table, or a TOML file.
@@ -117,7 +117,7 @@ def full_workload(name: str, table: Table, options: Options, checked: Checked) -
 
 
 def within_budget(work: Workload, until: float, say: Say) -> Workload:
-    """Cut the workload to what fits into the time, as decided when it was first started."""
+    """Reduce the workload to what fits into the time, as decided when it was first started."""
     options = work.options
     cuts = budget.choose_cuts(
         work.table,
@@ -140,7 +140,7 @@ def within_budget(work: Workload, until: float, say: Say) -> Workload:
 
 
 def carry_out(work: Workload, until: float, say: Say, on_end: OnEnd) -> tuple[Result, dict[str, Path]]:
-    """Run what is missing, and write the table anew after each job."""
+    """Run the missing jobs, and rewrite the table after each."""
     options, name = work.options, stem(work.name, work.options.group)
     jobs = missing_jobs(list(work.selected().values()), work.members, options)
     say(f"{f'budget {work.cut}; ' if work.cut else ''}{len(jobs)} runs to do")

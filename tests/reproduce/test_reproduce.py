@@ -124,7 +124,7 @@ def test_wrong_tables(tmp_path: Path) -> None:
     text += 'columns = { a = "prediction.f1" }\n'
     wrong = {
         "no job": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "b"\n',
-        "is no column": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "a"\nprinted = { x = 1.0 }\n',
+        "is not a column": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "a"\nprinted = { x = 1.0 }\n',
         "on each other: a < b < a": '[jobs.a]\nnetwork = "n"\nteacher = "b"\n[jobs.b]\nnetwork = "n"\nteacher = "a"\n'
         '[[rows]]\nlabel = "r"\njob = "a"\n',
     }
@@ -355,7 +355,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     finished = {path: path.stat().st_mtime_ns for path in runs.glob("*/*/test.json")}
     assert finished
     text = edgekd(*words)
-    assert "cut as when it was first started" in text
+    assert "reduced as at the first start" in text
     assert "budget 20m: 1 epochs, 16 pixels, 2 of 2 seeds and folds" in text
     assert f"; {4 - len(finished)} runs to do" in text
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
