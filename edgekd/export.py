@@ -173,9 +173,9 @@ def check_parity(network: MultiExitNetwork, model: bytes, images: Array, *, name
         batch = images[start : start + 32]
         with torch.no_grad():
             expected: Outputs = network(torch.from_numpy(batch))
-        for k, (logits, want) in enumerate(zip(session.run(None, {"images": batch}), expected.logits)):
-            difference = np.abs(logits - want.numpy()).max(axis=1)
-            limit = TOLERANCE * max(1.0, float(want.abs().max()))
+        for k, (logits, reference) in enumerate(zip(session.run(None, {"images": batch}), expected.logits)):
+            difference = np.abs(logits - reference.numpy()).max(axis=1)
+            limit = TOLERANCE * max(1.0, float(reference.abs().max()))
             if not difference.max() <= limit:
                 at = int(np.nanargmax(np.where(np.isfinite(difference), difference, np.inf)))
                 raise GateError(

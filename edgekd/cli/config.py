@@ -32,14 +32,14 @@ KINDS = (
     Kind("tables of the papers", "papers", "edgekd reproduce"),
     Kind("device profiles", "devices", ""),
 )
-NameArgument = Annotated[str, typer.Argument(help="Any name of edgekd config list.", show_default=False)]
+NameArgument = Annotated[str, typer.Argument(help="A name shown by edgekd config list.", show_default=False)]
 
 app = typer.Typer(no_args_is_help=True, help="List, print and copy the TOML files that ship with edgekd.")
 
 
 @app.command("list")
 def list_() -> None:
-    """List every shipped file by kind, with its name and a one-line description."""
+    """List every shipped file by kind, with a one-line description."""
     for kind in KINDS:
         echo(f"{kind.title}" + (f" ({kind.option} NAME):" if kind.option else ":"), bold=True)
         rows = [[f"  {path.stem}", _description(path.read_text(encoding="utf-8"))] for path in _paths(kind)]

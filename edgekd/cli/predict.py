@@ -48,7 +48,7 @@ def predict(
     ] = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Classify images and folders of images, in their order.
+    """Classify images and folders of images, in the given order.
 
     An unusable image gets a row with the reason, and the exit code is 1.
     """

@@ -37,10 +37,10 @@ def reproduce(
     folds: FoldsOption = None,
     budget: Annotated[str, typer.Option(metavar="1h30m", help="Reduce the runs to fit into this time.")] = "",
     group: GroupOption = None,
-    protocol: Annotated[str, typer.Option(help="Train by this protocol in place of the paper's.")] = "",
+    protocol: Annotated[str, typer.Option(help="Train with this protocol instead of the paper's.")] = "",
     substitutes: Annotated[
         list[str] | None,
-        typer.Option("--substitute", metavar="NETWORK=OTHER", help="Use another network in place of one."),
+        typer.Option("--substitute", metavar="NETWORK=OTHER", help="Replace one network by another."),
     ] = None,
     set_: SetOption = None,
     exclude_bad: BadOption = False,
@@ -49,7 +49,7 @@ def reproduce(
         bool, typer.Option("--list", help="List the rows of all tables, or of one, and their state.")
     ] = False,
 ) -> None:
-    """Reproduce a paper's table: run what is missing, keep what is finished, print our numbers beside the paper's."""
+    """Reproduce a paper's table: run the missing jobs, keep finished ones, and print our numbers beside the paper's."""
     if list_:
         _list(table, out)
         return

@@ -109,7 +109,7 @@ def train(
 
 @contextlib.contextmanager
 def _ending_together(fabric: Fabric) -> Iterator[None]:
-    """On Ctrl-C, stop the processes that the first one started: they would wait and then report a lost connection."""
+    """Stop the processes that the first one started on Ctrl-C: they would wait and then report a lost connection."""
     try:
         yield
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def _ending_together(fabric: Fabric) -> Iterator[None]:
 
 
 def _fabric(devices: int, precision: str | None = None) -> Fabric:
-    """Launch the processes on their devices; processes that are already connected stay so."""
+    """Launch the processes on their devices; existing connections are kept."""
     fabric = Fabric(devices=devices, accelerator="auto", precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
