@@ -124,6 +124,12 @@ def bench(
 def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) -> list[Entry]:
     """List the variants to measure, in the order of the table.
 
+    Args:
+        engine: The engine under test, opened.
+        path: Its folder or file.
+        suite: Settings of the benchmark.
+        against: Name to engine folder or ONNX file of other networks.
+
     Raises:
         ConfigError: Another model has the name of a variant, or a limit names no such model.
     """

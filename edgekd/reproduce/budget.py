@@ -97,10 +97,16 @@ class Cuts:
 
 
 def fit(costs: Sequence[JobCost], budget_s: float, *, repeats: int, at_once: int = 1) -> Cuts:
-    """Choose the smallest cuts that fit into the time.
+    """Choose the smallest reduction that fits into the time.
 
-    Epochs are cut first, down to 10; then the image size, one step of the ladder at a time; then epochs down to 3; then
-    repeats. If not even that fits, it is returned with an estimate above the budget.
+    Epochs are reduced first, down to 10; then the image size, one step of the ladder at a time; then epochs down to 3;
+    then repeats. If even that does not fit, it is returned with an estimate above the budget.
+
+    Args:
+        costs: Cost of one run of each job.
+        budget_s: Available time in seconds.
+        repeats: Number of seeds and folds.
+        at_once: Number of runs at one time.
     """
     full, size = max(cost.epochs for cost in costs), max(cost.image_size for cost in costs)
     steps = [size, *(p for p in LADDER if p < size)] if size > min(LADDER) else [size]
@@ -177,9 +183,20 @@ def choose_cuts(
     at_once: int,
     say: Callable[[str], None],
 ) -> Cuts:
-    """Measure the speed of each job, and choose what fits into the time.
+    """Measure the speed of each job, and choose epochs, image size and repeats that fit into the time.
 
     The choice is kept beside the runs, so that a second start continues the same runs regardless of the machine's load.
+
+    Args:
+        table: The table.
+        planned: Job name to its run.
+        members: Seeds and folds.
+        options: Options that decide each run.
+        checked: The images.
+        budget_s: The whole budget in seconds.
+        until: Its end on `time.monotonic`.
+        at_once: Number of runs at one time.
+        say: Called with messages.
 
     Raises:
         TrainingError: The speed of no job could be measured.
