@@ -3,8 +3,8 @@
 #
 #   benchmarks/sipakmed.sh DATA WEIGHTS OUT
 #
-# DATA: folder with the five class folders. WEIGHTS: folder with resnet18.safetensors and resnet50.safetensors (ImageNet).
-# OUT: a new folder; a run that was stopped is continued. OUT/results then holds what is committed in benchmarks/results.
+# DATA: folder of the five class folders. WEIGHTS: folder with resnet18.safetensors and resnet50.safetensors (ImageNet).
+# OUT: a new folder; interrupted runs are resumed. OUT/results then contains the files of benchmarks/results.
 set -euo pipefail
 data=$1 weights=$2 out=$3
 mkdir -p "$out/results"
@@ -41,14 +41,14 @@ Path(f"{stem}.svg").write_text(trade_off(read_record(Path(f"{stem}.json"))))
 PY
 }
 
-# ResNet50 beside it: with these few epochs it is the weaker network, so it is no teacher.
+# ResNet50 for comparison: with so few epochs it is the weaker network, so it is not used as the teacher.
 edgekd train --data "$data" --model resnet50 --weights "$weights/resnet50.safetensors" --epochs 12 --set lr=0.01 \
     --out "$out/resnet50-random" --resume
 edgekd evaluate "$out/resnet50-random" --json >"$out/results/random-resnet50.json"
 one random none 256
 one grouped cluster 512
 
-# The same training with other seeds, so other splits: how far the accuracies are luck.
+# The same training with other seeds, and so other splits: the random variation of the accuracies.
 for seed in 1 2; do
     pair "random-$seed" none "$seed"
     pair "grouped-$seed" cluster "$seed"

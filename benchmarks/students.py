@@ -1,14 +1,14 @@
-"""Measures what int8 costs each student: latency at batch 1 and predictions, fp32 beside int8, in both CPU backends.
+"""Measures the cost of int8 for each student: latency at batch 1 and predictions, fp32 and int8, in both CPU backends.
 
     python benchmarks/students.py DATA [RUN ...] --weights FOLDER --out benchmarks/results/students-int8
 
-Writes OUT.json, with every sample, and OUT.md. Nothing is trained here; the origin of a network's weights
-decides what its row is worth:
+Writes OUT.json, with every sample, and OUT.md. Nothing is trained; the significance of a row
+depends on the origin of the network's weights:
 
 - a run folder (edgekd train or distill on DATA): accuracy on its test images. Calibrated on its training images.
-- FOLDER/NAME.safetensors, ImageNet's: how often int8 predicts the same of 1,000 classes as float, on images of DATA.
-- random weights, batch norm measured on images of DATA: the same, but one class may lead on all images. Only its time
-  counts.
+- FOLDER/NAME.safetensors, ImageNet's: how often int8 and float predict the same of 1,000 classes, on images of DATA.
+- random weights, batch norm measured on images of DATA: likewise, but one class may win on every image; only the
+  latency is meaningful.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PLAIN = (
 )
 NAMES = (*PLAIN, *(f"multi-exit-{name}" for name in PLAIN[:-2]), "scan-resnet18", "msdnet")
 HALF = {"tf_mobilenetv3_small_100": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-"""Mean and standard deviation of the images that ImageNet weights expect, where they are not the usual ones."""
+"""Mean and standard deviation that a network's ImageNet weights expect, where they differ from the usual ones."""
 BACKENDS = ("onnxruntime", "openvino")
 PRECISIONS = ("fp32", "int8")
 
@@ -106,7 +106,7 @@ def trained(run: Path, options: argparse.Namespace) -> Subject:
 
 
 def untrained(name: str, options: argparse.Namespace) -> Subject:
-    """The network with ImageNet weights, where there are some, else random ones; every other image calibrates."""
+    """Build a network with ImageNet weights if available, else random ones; every other image is for calibration."""
     file = Path(options.weights or ".") / f"{name}.safetensors"
     pretrained = bool(options.weights) and file.is_file()
     preprocess = Preprocess(options.image_size, *(HALF.get(name, ()) if pretrained else ()))
@@ -127,7 +127,7 @@ def untrained(name: str, options: argparse.Namespace) -> Subject:
 
 
 def measure_norms(network: nn.Module, images: Array) -> None:
-    """Batch norm's statistics from one batch, without which random weights let signals die out."""
+    """Set batch-norm statistics from one batch; without them signals vanish in a network of random weights."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -203,7 +203,7 @@ def _result(backend: str, precision: str, engine: Engine, samples: list[list[flo
 
 
 def rows(network: dict[str, Any]) -> list[list[str]]:
-    """Make the table's rows of one network, one for each backend."""
+    """Make the rows of one network, one for each backend."""
     found = []
     for backend in BACKENDS:
         float_, int8 = (r for r in network["results"] if r["backend"] == backend)
@@ -227,20 +227,20 @@ def _accuracy(predictions: list[npt.NDArray[np.int64]], labels: list[int] | None
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Render the table, what its columns mean, and how it was measured."""
+    """Render the table, with its columns and conditions explained."""
     head = ["network", "weights", "backend", "fp32 ms", "int8 ms", "× faster", "fp32 MiB", "int8 MiB"]
     head += ["fp32 accuracy %", "int8 accuracy %", "points", "same prediction %"]
     host, s = HostInfo(**record["host"]), record["settings"]
     return (
-        "## What int8 costs each student\n\n"
+        "## Cost of int8 for each student\n\n"
         + pipe_table((head, [row for network in record["networks"] for row in rows(network)]))
         + "\n\nMedian latency of the whole graph, all exits, at batch 1; size of its files; predictions of all exits' "
         "ensemble. Trained: accuracy on the run's test images, and the difference with its standard error. ImageNet: "
-        "the same prediction out of 1,000 classes, on images unlike those it was trained on, so that many are close "
-        "calls. Random: only latency means something. Nothing was refused here; `edgekd compile` refuses what loses "
-        f"over 0.5 points.\n\n{record['created']}. {host}. {s['threads'] or host.cores} threads. "
+        "agreement of predictions over 1,000 classes, on images unlike those of its training, so that many are close "
+        "calls. Random: only latency is meaningful. No accuracy gate was applied here; `edgekd compile` refuses a loss "
+        f"of more than 0.5 points.\n\n{record['created']}. {host}. {s['threads'] or host.cores} threads. "
         f"Load average {record['load_before'][0]:g} before, {record['load_after'][0]:g} "
-        f"after. {s['image_size']} pixels if not trained otherwise, {s['images']} images at most, "
+        f"after. {s['image_size']} pixels unless trained otherwise, at most {s['images']} images, "
         f"{s['calibration']} for calibration, {s['rounds']} rounds of {s['seconds']:g} s interleaved in one process.\n"
     )
 
@@ -249,11 +249,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of class folders of images")
     parser.add_argument("runs", type=Path, nargs="*", help="run folders of trained students")
-    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    parser.add_argument("--out", type=Path, required=True, help="output path without suffix")
     parser.add_argument("--weights", type=Path, help="folder of ImageNet weights, NAME.safetensors")
-    parser.add_argument("--names", nargs="*", default=NAMES, help="networks to measure that have no run")
+    parser.add_argument("--names", nargs="*", default=NAMES, help="networks to measure besides those of the runs")
     parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--images", type=int, default=400, help="largest number of predictions compared")
+    parser.add_argument("--images", type=int, default=400, help="maximum number of compared predictions")
     parser.add_argument("--calibration", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5)

@@ -1,4 +1,4 @@
-"""edgekd: a folder of labelled images to a compact classifier that answers early when an image is easy."""
+"""Early-exit image classifiers: distillation, compilation for edge devices, and inference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from edgekd._version import __version__
 from edgekd.errors import EdgekdError
 
-# Nothing is sent anywhere. ONNX Runtime and huggingface_hub read these when imported, and child processes inherit them;
-# OpenVINO, which counts its imports, knows no variable and does without a package that cannot be imported.
+# Telemetry is off. ONNX Runtime and huggingface_hub read these variables on import, and child processes inherit them.
+# OpenVINO, which counts its imports, has no such variable, but runs without its telemetry package.
 os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
@@ -22,7 +22,7 @@ __all__ = ["Classifier", "EdgekdError", "Prediction", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Classifier and Prediction are imported when first asked for."""
+    """Import Classifier or Prediction on first access."""
     if name in ("Classifier", "Prediction"):
         from edgekd.runtime import classifier
 

@@ -6,7 +6,7 @@ from edgekd import signals
 
 
 def main() -> None:
-    """Run the command; signals and streams are seen to before what takes long to import."""
+    """Run the command; signals and streams are set up before slow imports."""
     signals.heed()
     signals.streams()
     from edgekd.cli.main import app

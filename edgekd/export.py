@@ -35,8 +35,8 @@ TOLERANCE = 1e-4
 def export(network: MultiExitNetwork, metadata: ModelMetadata, *, out: Path, images: Array, names: list[str]) -> float:
     """Write student.onnx.
 
-    The file's metadata tell how to run it without edgekd: `input`, `image_size`, `resize` (stretch, or crop: keep the
-    aspect ratio and take the centre), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1),
+    The file's metadata describe how to run it without edgekd: `input`, `image_size`, `resize` (stretch, or crop: keep
+    the aspect ratio and take the centre), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1),
     `output` (logits) and `classes` (a JSON list). `edgekd` is `metadata`, with a SHA-256 of the file.
 
     Args:
@@ -50,7 +50,7 @@ def export(network: MultiExitNetwork, metadata: ModelMetadata, *, out: Path, ima
         The largest difference of logits from torch.
 
     Raises:
-        ArtifactError: `out` exists and is no such file.
+        ArtifactError: `out` exists and is another kind of file.
         ConfigError: The network cannot be cut at an exit; its name and place are given.
         GateError: An exit differs by more than `TOLERANCE` on an image, or weights are not finite. Nothing is written.
     """
@@ -173,9 +173,9 @@ def check_parity(network: MultiExitNetwork, model: bytes, images: Array, *, name
         batch = images[start : start + 32]
         with torch.no_grad():
             expected: Outputs = network(torch.from_numpy(batch))
-        for k, (logits, want) in enumerate(zip(session.run(None, {"images": batch}), expected.logits)):
-            difference = np.abs(logits - want.numpy()).max(axis=1)
-            limit = TOLERANCE * max(1.0, float(want.abs().max()))
+        for k, (logits, reference) in enumerate(zip(session.run(None, {"images": batch}), expected.logits)):
+            difference = np.abs(logits - reference.numpy()).max(axis=1)
+            limit = TOLERANCE * max(1.0, float(reference.abs().max()))
             if not difference.max() <= limit:
                 at = int(np.nanargmax(np.where(np.isfinite(difference), difference, np.inf)))
                 raise GateError(

@@ -1,4 +1,4 @@
-"""What TensorRT made of an engine, told by its inspector: layers, types, formats; the fakes are checked against it."""
+"""The built engine as reported by TensorRT's inspector: layers, types and formats. The fakes are checked against it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from edgekd.runtime.engine import open_engine
 
 
 def inspected(engine: Path) -> dict[str, Any]:
-    """Every graph of an engine folder: its boundary tensors, its memory, its layers, and how many are reformats."""
+    """Inspect every graph of an engine folder: boundary tensors, memory, layers, and the number of reformats."""
     manifest = read_manifest(engine)
     recipe = manifest.recipe
     return {path.stem: _graph(path, recipe) for path in sorted(engine.glob("*.plan"))}
@@ -54,7 +54,7 @@ def _graph(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _end(opened: TensorRTRunner, name: str) -> dict[str, Any]:
-    """Type and memory layout of an input or output."""
+    """Return the type and memory layout of an input or output."""
     engine = opened.engine
     return {
         "dtype": str(engine.get_tensor_dtype(name)),
@@ -66,7 +66,7 @@ def _end(opened: TensorRTRunner, name: str) -> dict[str, Any]:
 
 
 def launches(engine: Path, *, seconds: float) -> dict[str, Any]:
-    """Median microseconds of each graph by batch size: host and GPU, as a CUDA graph and by execute_async_v3."""
+    """Measure each graph at each batch size, on host and GPU, as a CUDA graph and by execute_async_v3: median in µs."""
     opened, found = open_engine(engine), {}
     with device() as gpu:
         names = ["monolithic", *(["final", "stage_0", "stage_1"] if len(opened.metadata.exits) > 1 else [])]
@@ -89,7 +89,7 @@ def _waited(gpu: Any, work: Callable[[], object]) -> None:
 
 
 def _wall(work: Callable[[], object], *, seconds: float, after: Callable[[], object] = lambda: None) -> float:
-    """Median microseconds of `work` alone."""
+    """Return the median duration of `work` alone in µs."""
     found, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(found) < 20:
         start = time.perf_counter_ns()
@@ -100,7 +100,7 @@ def _wall(work: Callable[[], object], *, seconds: float, after: Callable[[], obj
 
 
 def one_launch(engine: Path, images: Any, *, seconds: float) -> dict[str, Any]:
-    """Milliseconds an image at batch 1 where the host decides and where the GPU does; tuned, never, at once."""
+    """Compare host-side and device-side exit at batch 1, in ms per image: tuned thresholds, no exit, first exit."""
     opened, found = open_engine(engine), {}
     never = dataclasses.replace(opened.metadata.policy, thresholds=(NEVER_EXIT,) * (len(opened.metadata.exits) - 1))
     at_once = dataclasses.replace(never, thresholds=(0.0,) * len(never.thresholds))
@@ -112,9 +112,9 @@ def one_launch(engine: Path, images: Any, *, seconds: float) -> dict[str, Any]:
             "host": Classifier(opened, strategy="cascade", policy=policy),
             "device": Classifier(opened, strategy="cascade", policy=policy, device_side_exit=True),
         }
-        answers = {way: [c.run(images[i : i + 1]) for i in range(len(images))] for way, c in ways.items()}
-        exits = {way: [int(a.exits[0]) for a in given] for way, given in answers.items()}
-        off = [np.abs(a.probabilities - b.probabilities).max() for a, b in zip(*answers.values())]
+        outputs = {way: [c.run(images[i : i + 1]) for i in range(len(images))] for way, c in ways.items()}
+        exits = {way: [int(a.exits[0]) for a in given] for way, given in outputs.items()}
+        off = [np.abs(a.probabilities - b.probabilities).max() for a, b in zip(*outputs.values())]
         row: dict[str, Any] = {
             "same_exits": float(np.mean(np.equal(exits["host"], exits["device"]))),
             "probabilities_off_by": float(np.max(off)),
@@ -138,20 +138,20 @@ def one_launch(engine: Path, images: Any, *, seconds: float) -> dict[str, Any]:
 
 
 def build_times(onnx_path: Path, recipe: Recipe) -> dict[str, float]:
-    """Seconds of building the last exit's graph: with no timing cache, with an empty one, and with a full one."""
+    """Time the build of the last exit's graph, in s: without a timing cache, with an empty and with a full one."""
     model, metadata = read_onnx(onnx_path)
-    part, found = graph(with_shapes(model), metadata, name="final"), {}
+    subgraph, found = graph(with_shapes(model), metadata, name="final"), {}
     before = os.environ.get("XDG_CACHE_HOME")
     with temporary_folder("cache") as folder:
         os.environ["XDG_CACHE_HOME"] = str(folder)
         try:
             for name, cached in (("no cache", False), ("empty cache", True), ("full cache", True)):
-                asked = dataclasses.replace(
+                cached_recipe = dataclasses.replace(
                     recipe, options={"tensorrt": {**recipe.options.get("tensorrt", {}), "timing_cache": cached}}
                 )
                 start = time.perf_counter()
                 with device():
-                    build_plan(part, name="final", recipe=asked)
+                    build_plan(subgraph, name="final", recipe=cached_recipe)
                 found[name] = time.perf_counter() - start
         finally:
             if before is not None:

@@ -11,11 +11,11 @@ MILLI = 1e-3
 
 
 class NotMeasured(Exception):
-    """Why a number is missing."""
+    """A value that this machine cannot measure, and the reason."""
 
 
 def spans(gpu: Any, work: Callable[[], object], *, seconds: float, least: int = 20) -> list[float]:
-    """Milliseconds between two CUDA events around `work`, again and again; the first tenth of the time warms up."""
+    """Time `work` repeatedly between two CUDA events, in ms; the first tenth of the time is warm-up."""
     start, stop = _events(gpu, 2)
     found: list[float] = []
     began = time.perf_counter()
@@ -30,11 +30,11 @@ def spans(gpu: Any, work: Callable[[], object], *, seconds: float, least: int = 
     return found
 
 
-def gaps(gpu: Any, stages: Sequence[Any], walk: Callable[[], object], *, seconds: float) -> list[float]:
-    """Milliseconds that the GPU waits between one stage's end and the next one's start, while `walk` runs them all.
+def gaps(gpu: Any, stages: Sequence[Any], run_stages: Callable[[], object], *, seconds: float) -> list[float]:
+    """Measure the GPU's idle time between consecutive stages, in ms, while `run_stages` runs all of them.
 
-    That is waking up, deciding and launching, until the GPU begins; the events lie in the stages' graphs, so what a
-    launch takes is in the gap and not in the stage.
+    A gap covers the host's wake-up, the exit decision and the launch: the events are nodes of the stages' graphs, so
+    launch latency counts towards the gap and not the stage.
     """
     starts, stops = _events(gpu, len(stages)), _events(gpu, len(stages))
     for stage, start, stop in zip(stages, starts, stops):
@@ -42,17 +42,17 @@ def gaps(gpu: Any, stages: Sequence[Any], walk: Callable[[], object], *, seconds
     found: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        walk()
+        run_stages()
         gpu.synchronize()
         pairs = zip(stops, starts[1:])
         found += [float(gpu.do(gpu.runtime.cudaEventElapsedTime(stop, start))) for stop, start in pairs]
     for stage in stages:
-        del stage.launch  # the method is itself again
+        del stage.launch  # restores the method
     return found
 
 
 def _watched(gpu: Any, stage: Any, start: Any, stop: Any) -> Callable[[int], None]:
-    """The stage's launch for one image, of a graph that begins and ends with an event."""
+    """Return a launch of the stage for one image, as a graph that begins and ends with an event."""
 
     def record(event: Any) -> None:
         external = gpu.runtime.cudaEventRecordExternal  # a node of the graph, not an edge to another capture
@@ -69,27 +69,27 @@ def _watched(gpu: Any, stage: Any, start: Any, stop: Any) -> Callable[[int], Non
 
 def _events(gpu: Any, count: int) -> list[Any]:
     if not hasattr(gpu, "runtime"):
-        raise NotMeasured(f"CUDA events are not asked of {gpu.bindings} here: use cuda-python")
+        raise NotMeasured(f"CUDA events are not read through {gpu.bindings} here: use cuda-python")
     return [gpu.do(gpu.runtime.cudaEventCreate()) for _ in range(count)]
 
 
 def facts(gpu: Any) -> dict[str, Any]:
-    """Which GPU and CUDA."""
+    """Return the GPU and the CUDA versions."""
     return {"gpu": gpu.name, "sm": gpu.sm, "cuda": gpu.cuda, "bindings": gpu.bindings}
 
 
 class Meter:
-    """NVML's view of the GPU that CUDA uses.
+    """Power, clocks and temperature of the GPU that CUDA uses, read through NVML.
 
     Raises:
-        NotMeasured: no NVML (Jetsons have none), or it does not tell power.
+        NotMeasured: NVML is missing (as on Jetsons) or does not report power.
     """
 
     def __init__(self, gpu: Any) -> None:
         try:
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
-            raise NotMeasured("no NVML here") from None
+            raise NotMeasured("NVML is not installed") from None
         self._do("nvmlInit_v2")
         bus = gpu.do(gpu.runtime.cudaDeviceGetPCIBusId(32, 0))
         bus = bus if isinstance(bus, bytes) else bytes(bus)
@@ -100,28 +100,28 @@ class Meter:
     def _do(self, name: str, *arguments: Any) -> None:
         code = getattr(self._nvml, name)(*arguments)
         if code:
-            raise NotMeasured(f"NVML: {name} gives {code}")
+            raise NotMeasured(f"NVML: {name} returned {code}")
 
-    def _asked(self, name: str, kind: Any, *before: Any) -> Any:
+    def _query(self, name: str, kind: Any, *before: Any) -> Any:
         value = kind()
         self._do(name, self._device, *before, ctypes.byref(value))
         return value.value
 
     def _millijoules(self) -> int:
-        return int(self._asked("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong))
+        return int(self._query("nvmlDeviceGetTotalEnergyConsumption", ctypes.c_ulonglong))
 
     def watts(self, work: Callable[[], object]) -> tuple[float, float]:
-        """Mean power while `work` runs, and how many seconds that took."""
+        """Return the mean power in W while `work` runs, and its duration in seconds."""
         before, began = self._millijoules(), time.perf_counter()
         work()
         seconds = time.perf_counter() - began
         return MILLI * (self._millijoules() - before) / seconds, seconds
 
     def state(self) -> dict[str, Any]:
-        """Clocks in MHz, temperature in degrees Celsius, the power limit in watts."""
+        """Return clocks in MHz, temperature in °C and the power limit in W."""
         return {
-            "sm_mhz": self._asked("nvmlDeviceGetClockInfo", ctypes.c_uint, 1),
-            "memory_mhz": self._asked("nvmlDeviceGetClockInfo", ctypes.c_uint, 2),
-            "celsius": self._asked("nvmlDeviceGetTemperature", ctypes.c_uint, 0),
-            "limit_watts": MILLI * self._asked("nvmlDeviceGetEnforcedPowerLimit", ctypes.c_uint),
+            "sm_mhz": self._query("nvmlDeviceGetClockInfo", ctypes.c_uint, 1),
+            "memory_mhz": self._query("nvmlDeviceGetClockInfo", ctypes.c_uint, 2),
+            "celsius": self._query("nvmlDeviceGetTemperature", ctypes.c_uint, 0),
+            "limit_watts": MILLI * self._query("nvmlDeviceGetEnforcedPowerLimit", ctypes.c_uint),
         }

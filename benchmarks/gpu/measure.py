@@ -1,6 +1,6 @@
-"""The steps of benchmarks/gpu/run.sh, each in a process of its own, so that a crash costs one step and not the rest.
+"""Runs the steps of benchmarks/gpu/run.sh, each in its own process, so that a crash costs a single step.
 
-Steps come in the order of what matters most; none begins once the time is up, and the table says what is missing.
+Steps run in order of importance; none starts after the time budget, and the table lists what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgekd.serialization import to_json
 ORDER = ("fp16", "int8-fp16", "fp32", "int8")
 """Recipes, the most important first."""
 SANITIZER_S = 60
-"""How long compute-sanitizer may take."""
+"""Time limit of compute-sanitizer, in seconds."""
 STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "check": steps.check,
     "build": steps.build,
@@ -44,22 +44,22 @@ STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def main() -> int:
-    asked = _arguments()
-    if asked.step:
-        return _child(asked)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    cache = asked.out / "cache"
-    shutil.copytree(asked.models / "calibration", cache / "edgekd" / "calibration", dirs_exist_ok=True)
+    args = _arguments()
+    if args.step:
+        return _child(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    cache = args.out / "cache"
+    shutil.copytree(args.models / "calibration", cache / "edgekd" / "calibration", dirs_exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(cache.resolve())
-    end = time.monotonic() + asked.budget
-    able = _run(asked, "check", "student", "fp16", end)
+    end = time.monotonic() + args.budget
+    able = _run(args, "check", "student", "fp16", end)
     if able["outcome"] != "done":
         sys.stderr.write(f"  fix: {able['fix']}\n" if able.get("fix") else "")
         return 1
-    done = _all(asked, end)
-    atomic_write(asked.out / "steps.json", to_json({"steps": done}))
-    text = table(done, asked.out, dry_run=asked.dry_run)
-    atomic_write(asked.out / "table.md", text.encode())
+    done = _all(args, end)
+    atomic_write(args.out / "steps.json", to_json({"steps": done}))
+    text = table(done, args.out, dry_run=args.dry_run)
+    atomic_write(args.out / "table.md", text.encode())
     sys.stdout.write(text)
     return 1 if any(step["outcome"] == "failed" for step in done) else 0
 
@@ -69,46 +69,50 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("models", type=Path)
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--budget", type=float, default=450, help="seconds; no step begins later, or takes 30 longer")
-    parser.add_argument("--recipes", default=",".join(ORDER), help="of " + ", ".join(ORDER))
-    parser.add_argument("--batch-sizes", default="1,8,64", help="1 first; fp32 and int8 take the first and the last")
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long each thing is measured")
+    parser.add_argument(
+        "--budget", type=float, default=450, help="seconds; no step starts later or runs over by more than 30"
+    )
+    parser.add_argument("--recipes", default=",".join(ORDER), help="comma-separated: " + ", ".join(ORDER))
+    parser.add_argument(
+        "--batch-sizes", default="1,8,64", help="ascending from 1; fp32 and int8 use only the first and the last"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of each measurement")
     parser.add_argument("--optimization-level", type=int, default=3, help="0 builds fastest, 5 searches longest")
     parser.add_argument("--no-library-tactics", action="store_true", help="without cuBLAS, cuBLASLt and cuDNN")
     parser.add_argument("--dry-run", action="store_true", help="ONNX Runtime on the CPU in place of TensorRT")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--network", help=argparse.SUPPRESS)
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    asked.batch_sizes = tuple(map(int, asked.batch_sizes.split(",")))
-    asked.recipes = tuple(asked.recipes.split(","))
-    if unknown := set(asked.recipes) - set(ORDER):
+    args = parser.parse_args()
+    args.batch_sizes = tuple(map(int, args.batch_sizes.split(",")))
+    args.recipes = tuple(args.recipes.split(","))
+    if unknown := set(args.recipes) - set(ORDER):
         parser.error(f"no recipe {', '.join(unknown)}; known: {', '.join(ORDER)}")
-    for path in (asked.models / "student.onnx", asked.models / "calibration", asked.images / "split.json"):
+    for path in (args.models / "student.onnx", args.models / "calibration", args.images / "split.json"):
         if not path.exists():
             parser.error(f"no {path}: make both folders with benchmarks/gpu/prepare.py")
-    return asked
+    return args
 
 
-def _all(asked: argparse.Namespace, end: float) -> list[dict[str, Any]]:
-    networks = [name for name in ("student", "plain", "light") if (asked.models / f"{name}.onnx").is_file()]
+def _all(args: argparse.Namespace, end: float) -> list[dict[str, Any]]:
+    networks = [name for name in ("student", "plain", "light") if (args.models / f"{name}.onnx").is_file()]
     done: list[dict[str, Any]] = []
     for group in (["student", "plain"], ["light"]):
-        for recipe in asked.recipes:
+        for recipe in args.recipes:
             for name in (n for n in group if n in networks):
-                done.append(_run(asked, "build", name, recipe, end))
+                done.append(_run(args, "build", name, recipe, end))
             if group[0] == "student" and _built(done, "student", recipe):
-                done.append(_run(asked, "layers", "student", recipe, end))
+                done.append(_run(args, "layers", "student", recipe, end))
             for name in (n for n in group if _built(done, n, recipe)):
                 if name != "plain":
-                    done.append(_run(asked, "records", name, recipe, end))
-                done.append(_run(asked, "device", name, recipe, end))
+                    done.append(_run(args, "records", name, recipe, end))
+                done.append(_run(args, "device", name, recipe, end))
             if recipe == "fp16" and _built(done, "student", recipe) and group[0] == "student":
-                done.append(_run(asked, "one-launch", "student", recipe, end))
-    for recipe in asked.recipes[:1]:  # last: instrumenting TensorRT's kernels takes minutes
+                done.append(_run(args, "one-launch", "student", recipe, end))
+    for recipe in args.recipes[:1]:  # last: instrumenting TensorRT's kernels takes minutes
         if _built(done, "student", recipe):
-            done += [_run(asked, step, "student", recipe, end) for step in ("launches", "build-times")]
-            done.append(_run(asked, "short", "student", recipe, end, before=_sanitizer(), limit=SANITIZER_S))
+            done += [_run(args, step, "student", recipe, end) for step in ("launches", "build-times")]
+            done.append(_run(args, "short", "student", recipe, end, before=_sanitizer(), limit=SANITIZER_S))
     return done
 
 
@@ -117,7 +121,7 @@ def _built(done: list[dict[str, Any]], network: str, recipe: str) -> bool:
 
 
 def _sanitizer() -> list[str] | None:
-    """None where compute-sanitizer is not installed."""
+    """Return the command prefix of compute-sanitizer; None where it is not installed."""
     path = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not path:
         return None
@@ -126,7 +130,7 @@ def _sanitizer() -> list[str] | None:
 
 
 def _run(
-    asked: argparse.Namespace,
+    args: argparse.Namespace,
     step: str,
     network: str,
     recipe: str,
@@ -135,16 +139,16 @@ def _run(
     before: Sequence[str] | None = (),
     limit: float = math.inf,
 ) -> dict[str, Any]:
-    """One step in a process of its own, begun by the words `before`, `limit` seconds at most; what came of it."""
+    """Run one step in its own process, prefixed by `before`, for at most `limit` seconds; return its outcome."""
     began = time.monotonic()
     fact = {"step": step, "network": network, "recipe": recipe, "seconds": 0.0}
     if before is None:
         return {**fact, "outcome": "skipped", "why": "compute-sanitizer is not installed"}
     if began > end:
-        return {**fact, "outcome": "skipped", "why": "no time was left"}
+        return {**fact, "outcome": "skipped", "why": "the time budget was used up"}
     words = ["--step", step, "--network", network, "--recipe", recipe]
-    path = _result(asked, step, network, recipe)
-    path.unlink(missing_ok=True)  # of an earlier run
+    path = _result(args, step, network, recipe)
+    path.unlink(missing_ok=True)  # from an earlier run
     command = [*before, sys.executable, *sys.argv, *words]
     try:
         code = subprocess.run(command, stdout=sys.stderr, check=False, timeout=min(end + 30 - began, limit)).returncode
@@ -160,21 +164,21 @@ def _run(
     return fact
 
 
-def _result(asked: argparse.Namespace, step: str, network: str, recipe: str) -> Path:
-    return Path(asked.out / "steps" / f"{step}-{network}-{recipe}.json")
+def _result(args: argparse.Namespace, step: str, network: str, recipe: str) -> Path:
+    return Path(args.out / "steps" / f"{step}-{network}-{recipe}.json")
 
 
-def _child(asked: argparse.Namespace) -> int:
-    """Do a step and leave its outcome beside the others."""
+def _child(args: argparse.Namespace) -> int:
+    """Carry out a step and write its outcome beside the others."""
     try:
-        found = {"outcome": "done", **STEPS[asked.step](asked)}
+        found = {"outcome": "done", **STEPS[args.step](args)}
     except NotMeasured as error:
         found = {"outcome": "skipped", "why": str(error)}
     except EdgekdError as error:
         found = {"outcome": "refused", "why": error.what, "fix": error.fix}
     except Exception:
         found = {"outcome": "failed", "why": traceback.format_exc()}
-    atomic_write(_result(asked, asked.step, asked.network, asked.recipe), to_json(found))
+    atomic_write(_result(args, args.step, args.network, args.recipe), to_json(found))
     return 1 if found["outcome"] == "failed" else 0
 
 

@@ -1,11 +1,11 @@
-"""What benchmarks/gpu/run.sh needs on a machine that can install nothing: OUT/models and OUT/images.
+"""Prepares the input of benchmarks/gpu/run.sh for a machine without network access: OUT/models and OUT/images.
 
     python benchmarks/gpu/prepare.py --student runs/student --plain runs/plain --light runs/light \
         --data sipakmed --out gpu-bench
 
-student, plain, light: run folders or ONNX files of edgekd export; `light` is another student and may be left out.
-models: the ONNX files, what ONNX Runtime answers (NAME.npz), and calibrations for int8. images: a few hundred of the
-split, already at the networks' size, as PNG, and their split.json.
+student, plain, light: run folders or ONNX files of edgekd export; `light` is an optional second student.
+models: the ONNX files, their logits from ONNX Runtime (NAME.npz), and calibrations for int8. images: a few hundred
+images of the split, resized to the networks' input, as PNG, and their split.json.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in NAMES:
         parser.add_argument(f"--{name}", type=Path, required=name != "light", metavar="RUN_OR_ONNX")
-    parser.add_argument("--data", type=Path, required=True, help="the images that the split names")
-    parser.add_argument("--split", type=Path, help="split.json; the student's run folder's if not given")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the images listed in the split")
+    parser.add_argument("--split", type=Path, help="split.json; default: the one in the student's run folder")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=128, help="images to calibrate on")
-    parser.add_argument("--val", type=int, default=400, help="images to check and tune on")
-    parser.add_argument("--test", type=int, default=400, help="images to measure on")
-    asked = parser.parse_args()
+    parser.add_argument("--train", type=int, default=128, help="number of calibration images")
+    parser.add_argument("--val", type=int, default=400, help="number of images for gate and tuning")
+    parser.add_argument("--test", type=int, default=400, help="number of images to measure on")
+    args = parser.parse_args()
     try:
-        prepare(asked)
+        prepare(args)
     except EdgekdError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
 
 
-def prepare(asked: argparse.Namespace) -> None:
-    """Write both folders, or nothing."""
-    given = {name: path for name in NAMES if (path := getattr(asked, name))}
-    limits = {"train": asked.train, "val": asked.val, "test": asked.test}
-    with atomic_folder(asked.out) as out:
+def prepare(args: argparse.Namespace) -> None:
+    """Write both folders atomically."""
+    given = {name: path for name in NAMES if (path := getattr(args, name))}
+    limits = {"train": args.train, "val": args.val, "test": args.test}
+    with atomic_folder(args.out) as out:
         models = out / "models"
         models.mkdir()
         for name, path in given.items():
             _onnx(path, models / f"{name}.onnx")
         preprocess = _same([models / f"{name}.onnx" for name in given])
-        split = _few(read_split(asked.split or asked.student), limits)
-        split = _write_images(split, asked.data, out / "images", preprocess)
+        split = _few(read_split(args.split or args.student), limits)
+        split = _write_images(split, args.data, out / "images", preprocess)
         for name in given:
-            say(f"{name}: what ONNX Runtime answers, and calibrations")
-            _answers(models / name, split, out / "images")
-    say(f"next: benchmarks/gpu/run.sh {asked.out}/models {asked.out}/images OUT")
+            say(f"{name}: logits from ONNX Runtime, and calibrations")
+            _write_logits(models / name, split, out / "images")
+    say(f"next: benchmarks/gpu/run.sh {args.out}/models {args.out}/images OUT")
 
 
 def say(text: str) -> None:
@@ -85,18 +85,18 @@ def _onnx(source: Path, out: Path) -> None:
 
 
 def _same(paths: list[Path]) -> Preprocess:
-    """The one pre-processing of all networks, whose images are written once."""
-    cards = {path: read_onnx(path)[1] for path in paths}
-    if len({(metadata.preprocess, metadata.classes) for metadata in cards.values()}) > 1:
-        told = ", ".join(
-            f"{p.stem}: {c.preprocess.image_size} pixels, {len(c.classes)} classes" for p, c in cards.items()
+    """Return the preprocessing shared by all networks, since images are written once."""
+    found = {path: read_onnx(path)[1] for path in paths}
+    if len({(metadata.preprocess, metadata.classes) for metadata in found.values()}) > 1:
+        described = ", ".join(
+            f"{p.stem}: {m.preprocess.image_size} pixels, {len(m.classes)} classes" for p, m in found.items()
         )
-        raise ConfigError(f"the networks see different images ({told})", fix="train them with one protocol")
-    return cards[paths[0]].preprocess
+        raise ConfigError(f"the networks expect different images ({described})", fix="train them with one protocol")
+    return found[paths[0]].preprocess
 
 
 def _few(split: Split, limits: dict[str, int]) -> Split:
-    """At most so many of each part, spread evenly over it."""
+    """Thin each subset to its limit, spread evenly over it."""
     subsets = {}
     for name, limit in limits.items():
         items = split.subset(name)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def _few(split: Split, limits: dict[str, int]) -> Split:
 
 
 def _write_images(split: Split, data: Path, out: Path, preprocess: Preprocess) -> Split:
-    """The pictures at the networks' size, without loss; resizing them again changes nothing."""
+    """Write the images losslessly at the networks' input size, where resizing them again changes nothing."""
     subsets: dict[str, tuple[Item, ...]] = {}
     for subset, items in split.subsets.items():
         written = []
@@ -122,7 +122,7 @@ def _write_images(split: Split, data: Path, out: Path, preprocess: Preprocess) -
     return split
 
 
-def _answers(stem: Path, split: Split, data: Path) -> None:
+def _write_logits(stem: Path, split: Split, data: Path) -> None:
     model, metadata = read_onnx(stem.with_suffix(".onnx"))
     engine = open_engine(stem.with_suffix(".onnx"))
     logits = {

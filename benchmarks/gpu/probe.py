@@ -1,9 +1,9 @@
-"""CUDA alone, without TensorRT: does edgekd's CUDA layer work here, and what do launching, waiting and copying cost?
+"""Checks edgekd's CUDA layer without TensorRT, and measures the cost of launching, waiting and copying.
 
     python benchmarks/gpu/probe.py OUT.json [--seconds 0.3]
 
-Needs an NVIDIA GPU, cuda-python and numpy; NVRTC for what waits on a kernel. A section that fails leaves its traceback
-and the next one goes on; OUT.json is written after each. Times are microseconds of the host's clock.
+Needs an NVIDIA GPU, cuda-python and numpy; NVRTC for the sections with kernels. A section that fails records its
+traceback, and the next one runs; OUT.json is written after each. Times are in µs on the host's clock.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ extern "C" __global__ void busy(unsigned long long cycles)
 {
     for (long long end = clock64() + cycles; clock64() < end;);
 }
-extern "C" __global__ void tell(volatile unsigned int* word, unsigned int* count)
+extern "C" __global__ void write_word(volatile unsigned int* word, unsigned int* count)
 {
     unsigned int next = *count + 1;
     *count = next;
@@ -63,25 +63,25 @@ CLASSES, STAGES = 5, 4
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=0.3, help="how long each thing is measured")
+    parser.add_argument("--seconds", type=float, default=0.3, help="duration of each measurement")
     parser.add_argument("--wait", choices=WAITS, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     sections: dict[str, Callable[[argparse.Namespace], Any]] = {"here": here, "layer": layer, "kernels": kernels}
     sections |= {"launch": launch, "copies": copies, "cascade": cascade}
     sections |= {"condition in a child graph": child_condition, "condition in the same graph": same_condition}
     sections |= {"waits": waits, "polling": polling}
-    if asked.wait:
+    if args.wait:
         sections = {"wait": wait}
     found: dict[str, Any] = {}
     for name, section in sections.items():
         began = time.perf_counter()
         try:
-            found[name] = section(asked)
+            found[name] = section(args)
         except Exception:
             found[name] = {"failed": traceback.format_exc()}
             sys.stderr.write(f"{name}: {traceback.format_exc()}")
         sys.stderr.write(f"{name}: {time.perf_counter() - began:.1f} s\n")
-        atomic_write(asked.out, to_json(found))
+        atomic_write(args.out, to_json(found))
     sys.stdout.write(json.dumps(found, indent=1)[:6000] + "\n")
     return 0
 
@@ -89,14 +89,14 @@ def main() -> int:
 def gpu_here() -> CudaPython:
     gpu = device()
     if not isinstance(gpu, CudaPython):
-        raise BackendError(f"{gpu.bindings} is not what is looked at here", fix="pip install cuda-python")
+        raise BackendError(f"{gpu.bindings} cannot be measured here", fix="pip install cuda-python")
     return gpu
 
 
 def timed(
     work: Callable[[], object], *, seconds: float, after: Callable[[], object] = lambda: None
 ) -> dict[str, float]:
-    """Percentiles of microseconds, and how many; `after` is not timed. The first tenth warms up."""
+    """Time `work`, in µs: percentiles and number of samples. `after` is not timed; the first tenth is warm-up."""
     found: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(found) < 30:
@@ -109,8 +109,8 @@ def timed(
     return {"p50": statistics.median(found), "p10": low, "p90": high, "n": len(found)}
 
 
-def here(asked: argparse.Namespace) -> dict[str, Any]:
-    """Which machine, GPU, driver and bindings."""
+def here(args: argparse.Namespace) -> dict[str, Any]:
+    """Describe the machine, GPU, driver and bindings."""
     gpu = gpu_here()
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,pstate,pci.bus_id"
     smi = subprocess.run(
@@ -132,8 +132,8 @@ def here(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def layer(asked: argparse.Namespace) -> dict[str, Any]:
-    """Every call of edgekd's Device, with what must come of it."""
+def layer(args: argparse.Namespace) -> dict[str, Any]:
+    """Check every method of edgekd's CudaDevice."""
     size, rng = 1 << 20, np.random.default_rng(0)
     with gpu_here() as gpu:
         free = gpu.free_bytes()
@@ -158,12 +158,12 @@ def layer(asked: argparse.Namespace) -> dict[str, Any]:
         gpu.synchronize()
         replayed = bool((host == back).all())
         refused = _refusal(lambda: gpu.capture(lambda: gpu.free_bytes() and gpu.synchronize()))
-        again = gpu.capture(round_trip)  # the stream is of use after a capture that failed
+        again = gpu.capture(round_trip)  # the stream is usable after a failed capture
         host[:] = 7
         gpu.launch(again)
         gpu.synchronize()
         too_much = _refusal(lambda: gpu.allocate(1 << 44))
-        gpu.launch(again)  # and so is the device after it could not allocate
+        gpu.launch(again)  # and the device after a failed allocation
         gpu.synchronize()
         took = free - gpu.free_bytes()
     return {
@@ -189,73 +189,73 @@ _loaded: dict[bytes, Any] = {}
 
 
 def kernel(name: bytes) -> Any:
-    """One of KERNELS, by NVRTC."""
+    """Compile KERNELS with NVRTC once, and return one of them."""
     gpu, driver, nvrtc = gpu_here(), *(importlib.import_module(f"cuda.bindings.{n}") for n in ("driver", "nvrtc"))
     if not _loaded:
         _, program = nvrtc.nvrtcCreateProgram(KERNELS, b"probe.cu", 0, [], [])
         options = [f"--gpu-architecture=compute_{gpu.sm.replace('.', '')}".encode(), b"--relocatable-device-code=true"]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if int(error):
-            said = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
-            nvrtc.nvrtcGetProgramLog(program, said)
-            raise RuntimeError(said.decode())
+            message = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+            nvrtc.nvrtcGetProgramLog(program, message)
+            raise RuntimeError(message.decode())
         code = b" " * nvrtc.nvrtcGetPTXSize(program)[1]
         nvrtc.nvrtcGetPTX(program, code)
         module = gpu.do(driver.cuModuleLoadData(code))
-        for each in (b"busy", b"tell", b"count"):
+        for each in (b"busy", b"write_word", b"count"):
             _loaded[each] = gpu.do(driver.cuModuleGetFunction(module, each))
     return _loaded[name]
 
 
 def enqueue(name: bytes, *values: Any, kinds: tuple[Any, ...]) -> None:
-    """One thread of a kernel."""
+    """Launch one thread of a kernel."""
     driver, gpu = importlib.import_module("cuda.bindings.driver"), gpu_here()
     gpu.do(driver.cuLaunchKernel(kernel(name), *[1] * 6, 0, gpu.stream, (values, kinds), 0))
 
 
 def busy(microseconds: float) -> None:
-    """Keep the GPU occupied for so long, at a clock of 1.7 GHz."""
+    """Keep the GPU busy for this long at a clock of 1.7 GHz."""
     enqueue(b"busy", int(microseconds * 1700), kinds=(ctypes.c_uint64,))
 
 
-def kernels(asked: argparse.Namespace) -> dict[str, Any]:
-    """A plain launch of a kernel that does nothing, and how long NVRTC and loading took."""
+def kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the launch of an empty kernel, and compiling and loading it with NVRTC."""
     start = time.perf_counter()
     with gpu_here() as gpu:
         busy(0)
         gpu.synchronize()
         first = time.perf_counter() - start
-        plain = timed(lambda: (busy(0), gpu.synchronize()), seconds=asked.seconds)
-        enqueued = timed(lambda: busy(0), seconds=asked.seconds, after=gpu.synchronize)
+        plain = timed(lambda: (busy(0), gpu.synchronize()), seconds=args.seconds)
+        enqueued = timed(lambda: busy(0), seconds=args.seconds, after=gpu.synchronize)
     return {"first_s": first, "launch_and_wait": plain, "launch_alone": enqueued}
 
 
-def launch(asked: argparse.Namespace) -> dict[str, Any]:
-    """Graphs of so many kernels in a row: the host's call, and until it is waited for."""
+def launch(args: argparse.Namespace) -> dict[str, Any]:
+    """Time graphs of several kernels in sequence: the host's call alone, and with the wait."""
     found = {}
     with gpu_here() as gpu:
-        empty = timed(gpu.synchronize, seconds=asked.seconds / 3)
+        empty = timed(gpu.synchronize, seconds=args.seconds / 3)
         for count in (1, 10, 30, 100):
             graph = gpu.capture(lambda count=count: [busy(0) for _ in range(count)] and None)
-            call = timed(lambda graph=graph: gpu.launch(graph), seconds=asked.seconds, after=gpu.synchronize)
-            both = timed(lambda graph=graph: (gpu.launch(graph), gpu.synchronize()), seconds=asked.seconds)
+            call = timed(lambda graph=graph: gpu.launch(graph), seconds=args.seconds, after=gpu.synchronize)
+            both = timed(lambda graph=graph: (gpu.launch(graph), gpu.synchronize()), seconds=args.seconds)
             found[f"{count} kernels"] = {"call": call, "call_and_wait": both}
-        answer, memory = gpu.pinned((1, CLASSES), np.float32), gpu.allocate(64)
+        logits, memory = gpu.pinned((1, CLASSES), np.float32), gpu.allocate(64)
 
-        def told() -> None:
+        def run() -> None:
             busy(0)
-            gpu.download(answer, memory.address)
+            gpu.download(logits, memory.address)
 
-        graph = gpu.capture(told)
-        ways = {"in a graph": lambda: gpu.launch(graph), "without a graph": told}
+        graph = gpu.capture(run)
+        ways = {"in a graph": lambda: gpu.launch(graph), "without a graph": run}
         for name, work in ways.items():
-            waited = timed(lambda work=work: (work(), gpu.synchronize()), seconds=asked.seconds)
+            waited = timed(lambda work=work: (work(), gpu.synchronize()), seconds=args.seconds)
             found[f"1 kernel and its logits to the host, {name}"] = waited
     return {"nothing_to_wait_for": empty, **found}
 
 
-def copies(asked: argparse.Namespace) -> dict[str, Any]:
-    """An image of 224 pixels as float32 and as bytes: into pinned memory, to the GPU, and both."""
+def copies(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the copy of a 224-pixel image, as float32 and as bytes: into pinned memory, to the GPU, and both."""
     found = {}
     with gpu_here() as gpu:
         for name, dtype in (("float32", np.float32), ("uint8", np.uint8)):
@@ -271,8 +271,8 @@ def copies(asked: argparse.Namespace) -> dict[str, Any]:
                     ),
                 }
                 steps["both"] = lambda steps=dict(steps): [work() for work in steps.values()]
-                found[f"{name} {batch}"] = {k: timed(work, seconds=asked.seconds / 2) for k, work in steps.items()}
-        # what CPU normalising costs that bytes would save
+                found[f"{name} {batch}"] = {k: timed(work, seconds=args.seconds / 2) for k, work in steps.items()}
+        # normalisation on the CPU, which passing bytes would save
         pixels, scale = np.ones((224, 224, 3), np.uint8), np.float32(1 / 255)
         chw = np.empty((3, 224, 224), np.float32)
 
@@ -281,38 +281,38 @@ def copies(asked: argparse.Namespace) -> dict[str, Any]:
             np.subtract(chw, np.float32(0.45), out=chw)
             np.divide(chw, np.float32(0.22), out=chw)
 
-        found["normalising on the CPU"] = timed(normalise, seconds=asked.seconds / 2)
+        found["normalising on the CPU"] = timed(normalise, seconds=args.seconds / 2)
     return found
 
 
-def polling(asked: argparse.Namespace) -> dict[str, Any]:
-    """A word that the GPU writes into the host's memory, against waiting for a copy; after kernels of 0, 50, 300 us."""
+def polling(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare polling a word in host memory with waiting for a copy, after kernels of 0, 50 and 300 µs."""
     found = {}
     with gpu_here() as gpu:
         runtime = gpu.runtime
         address = int(gpu.do(runtime.cudaHostAlloc(64, runtime.cudaHostAllocMapped)))
         word = ctypes.c_uint32.from_address(address)
         there = int(gpu.do(runtime.cudaHostGetDevicePointer(address, 0)))
-        counter, answer = gpu.allocate(64), gpu.pinned((1, CLASSES), np.float32)
+        counter, logits = gpu.allocate(64), gpu.pinned((1, CLASSES), np.float32)
         word.value = 0
-        wanted = 0
+        expected = 0
         for microseconds in (0, 50, 300):
 
-            def told(us: float = microseconds) -> None:
+            def write_word(us: float = microseconds) -> None:
                 busy(us)
-                enqueue(b"tell", there, counter.address, kinds=(ctypes.c_void_p, ctypes.c_void_p))
+                enqueue(b"write_word", there, counter.address, kinds=(ctypes.c_void_p, ctypes.c_void_p))
 
-            def fetched(us: float = microseconds) -> None:
+            def fetch(us: float = microseconds) -> None:
                 busy(us)
-                gpu.download(answer, counter.address + 32)
+                gpu.download(logits, counter.address + 32)
 
-            telling, fetching = gpu.capture(told), gpu.capture(fetched)
+            writing, fetching = gpu.capture(write_word), gpu.capture(fetch)
 
-            def polled(graph: Any = telling) -> None:
-                nonlocal wanted
-                wanted += 1
+            def polled(graph: Any = writing) -> None:
+                nonlocal expected
+                expected += 1
                 gpu.launch(graph)
-                while word.value != wanted:
+                while word.value != expected:
                     pass
 
             def queried(graph: Any = fetching) -> None:
@@ -321,51 +321,51 @@ def polling(asked: argparse.Namespace) -> dict[str, Any]:
                     pass
 
             found[f"kernel of {microseconds} us"] = {
-                "polled word": timed(polled, seconds=asked.seconds, after=gpu.synchronize),
-                "copy and cudaStreamQuery": timed(queried, seconds=asked.seconds),
+                "polled word": timed(polled, seconds=args.seconds, after=gpu.synchronize),
+                "copy and cudaStreamQuery": timed(queried, seconds=args.seconds),
                 "copy and cudaStreamSynchronize": timed(
-                    lambda graph=fetching: (gpu.launch(graph), gpu.synchronize()), seconds=asked.seconds
+                    lambda graph=fetching: (gpu.launch(graph), gpu.synchronize()), seconds=args.seconds
                 ),
             }
         gpu.do(runtime.cudaFreeHost(address))
     return found
 
 
-def waits(asked: argparse.Namespace) -> dict[str, Any]:
-    """`wait` in a process of its own for each way of waiting that CUDA has: it is chosen before CUDA starts."""
+def waits(args: argparse.Namespace) -> dict[str, Any]:
+    """Run `wait` for each scheduling flag in its own process, since CUDA reads the flag at start."""
     found = {}
     for name in WAITS:
-        out = asked.out.with_suffix(f".{name}.json")
-        command = [sys.executable, __file__, str(out), f"--wait={name}", f"--seconds={asked.seconds}"]
+        out = args.out.with_suffix(f".{name}.json")
+        command = [sys.executable, __file__, str(out), f"--wait={name}", f"--seconds={args.seconds}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         found[name] = json.loads(out.read_text())["wait"] if out.is_file() else {"failed": done.stderr[-2000:]}
         out.unlink(missing_ok=True)
     return found
 
 
-def wait(asked: argparse.Namespace) -> dict[str, Any]:
-    """A kernel, its logits to the host, cudaStreamSynchronize: how long that takes and how much CPU time."""
+def wait(args: argparse.Namespace) -> dict[str, Any]:
+    """Time a kernel, the copy of its logits and cudaStreamSynchronize, with the share of CPU time."""
     runtime = importlib.import_module("cuda.bindings.runtime")
-    (error,) = runtime.cudaSetDeviceFlags(WAITS[asked.wait])
+    (error,) = runtime.cudaSetDeviceFlags(WAITS[args.wait])
     found: dict[str, Any] = {"cudaSetDeviceFlags": int(error)}
     with gpu_here() as gpu:
-        answer, memory = gpu.pinned((1, CLASSES), np.float32), gpu.allocate(64)
+        logits, memory = gpu.pinned((1, CLASSES), np.float32), gpu.allocate(64)
         for microseconds in (0, 50, 300, 2000):
 
             def work(us: float = microseconds) -> None:
                 busy(us)
-                gpu.download(answer, memory.address)
+                gpu.download(logits, memory.address)
 
             graph = gpu.capture(work)
             cpu, start = time.thread_time(), time.perf_counter()
-            times = timed(lambda graph=graph: (gpu.launch(graph), gpu.synchronize()), seconds=asked.seconds)
+            times = timed(lambda graph=graph: (gpu.launch(graph), gpu.synchronize()), seconds=args.seconds)
             times["cpu_share"] = (time.thread_time() - cpu) / (time.perf_counter() - start)
             found[f"kernel of {microseconds} us"] = times
     return found
 
 
 class Toy:
-    """A stage whose work is a copy of logits that are given, for what takes TensorRT's stages."""
+    """A stand-in for a TensorRT stage that copies given logits."""
 
     def __init__(self, name: str, gpu: CudaPython, source: Any) -> None:
         self.name, self._gpu, self._source = name, gpu, source
@@ -399,8 +399,8 @@ class _ToyTensor:
         self._gpu.upload(self.address, self._host)
 
 
-def cascade(asked: argparse.Namespace) -> dict[str, Any]:
-    """edgekd's DeviceCascade on stages that copy logits: its answers against the policy's, and its time."""
+def cascade(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare edgekd's DeviceCascade on stages that copy logits with the policy in NumPy, and time it."""
     rng, found = np.random.default_rng(1), {}
     policies = {
         "tuned": Policy((0.7, 1.0, 1.9, 1.0), (0.9, 0.7, 0.8)),
@@ -429,13 +429,13 @@ def cascade(asked: argparse.Namespace) -> dict[str, Any]:
             "same_exits": float(np.mean([a == b for a, b in exits])),
             "left_at": np.bincount([a for a, _ in exits], minlength=STAGES).tolist(),
             "off_by": float(max(off)),
-            "us": timed(lambda logits=logits, predict=predict: predict(logits), seconds=asked.seconds),
+            "us": timed(lambda logits=logits, predict=predict: predict(logits), seconds=args.seconds),
         }
     return found
 
 
 def _if(gpu: CudaPython, graph: Any, before: Sequence[Any], handle: Any) -> Any:
-    """The body of an IF behind some nodes."""
+    """Add an IF node behind some nodes, and return its body graph."""
     runtime = gpu.runtime
     params = runtime.cudaGraphNodeParams()
     params.type = runtime.cudaGraphNodeType.cudaGraphNodeTypeConditional
@@ -447,8 +447,8 @@ def _if(gpu: CudaPython, graph: Any, before: Sequence[Any], handle: Any) -> Any:
     return params.conditional.phGraph_out[0]
 
 
-def _counted(gpu: CudaPython, build: Callable[[Any, int, int, Any], None], asked: argparse.Namespace) -> dict[str, Any]:
-    """How many of four stages ran, which each count one and go on below a limit, and what the launch takes."""
+def _counted(gpu: CudaPython, build: Callable[[Any, int, int, Any], None], args: argparse.Namespace) -> dict[str, Any]:
+    """Count the stages that run when each increments a counter and continues below a limit; time the launch."""
     found = {}
     counter, host = gpu.allocate(64), gpu.pinned((1,), np.uint32)
     for limit in range(1, STAGES + 1):
@@ -465,7 +465,7 @@ def _counted(gpu: CudaPython, build: Callable[[Any, int, int, Any], None], asked
 
         run()
         ran = int(host[0])
-        found[f"{limit} stages"] = {"ran": ran, "right": ran == limit, "us": timed(run, seconds=asked.seconds)}
+        found[f"{limit} stages"] = {"ran": ran, "right": ran == limit, "us": timed(run, seconds=args.seconds)}
     return found
 
 
@@ -474,8 +474,8 @@ def _count(handle: Any, limit: int, counter: Any) -> None:
     enqueue(b"count", counter.address, limit, int(handle), kinds=kinds)
 
 
-def child_condition(asked: argparse.Namespace) -> dict[str, Any]:
-    """The kernel that sets the condition lies in a child graph of the graph that holds the IF."""
+def child_condition(args: argparse.Namespace) -> dict[str, Any]:
+    """Test conditional nodes with the condition set in a child graph of the IF node's graph."""
     with gpu_here() as gpu:
         runtime, do = gpu.runtime, gpu.do
 
@@ -488,11 +488,11 @@ def child_condition(asked: argparse.Namespace) -> dict[str, Any]:
             if not last:
                 build(_if(gpu, graph, [node], handle), exit + 1, limit, counter)
 
-        return _counted(gpu, build, asked)
+        return _counted(gpu, build, args)
 
 
-def same_condition(asked: argparse.Namespace) -> dict[str, Any]:
-    """The kernel is captured into the graph that holds the IF."""
+def same_condition(args: argparse.Namespace) -> dict[str, Any]:
+    """Test conditional nodes with the condition set by a kernel captured into the IF node's graph."""
     with gpu_here() as gpu:
         runtime, do = gpu.runtime, gpu.do
 
@@ -507,7 +507,7 @@ def same_condition(asked: argparse.Namespace) -> dict[str, Any]:
                 nodes = _nodes(gpu, graph)
                 build(_if(gpu, graph, nodes[-1:], handle), exit + 1, limit, counter)
 
-        return _counted(gpu, build, asked)
+        return _counted(gpu, build, args)
 
 
 def _nodes(gpu: CudaPython, graph: Any) -> list[Any]:

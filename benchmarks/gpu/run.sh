@@ -3,10 +3,10 @@
 #
 #   benchmarks/gpu/run.sh MODELS IMAGES OUT [OPTIONS]
 #
-# MODELS and IMAGES: what benchmarks/gpu/prepare.py has made. OUT: a folder for engines, records and table.md.
+# MODELS and IMAGES: output of benchmarks/gpu/prepare.py. OUT: a folder for engines, records and table.md.
 # Needs Python 3.10 or newer ($PYTHON, python3 if not set) with TensorRT 8.5 or newer, cuda-python, numpy, Pillow, onnx.
 # OPTIONS: --no-library-tactics where cuBLAS and cuDNN are missing (shared/gpu/pack.sh), --budget SECONDS,
-# --dry-run to go the same way with ONNX Runtime on the CPU; all: benchmarks/gpu/run.sh --help
+# --dry-run to use ONNX Runtime on the CPU instead; full list: benchmarks/gpu/run.sh --help
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python3}

@@ -1,4 +1,4 @@
-"""Building, recording and measuring one engine; written against what edgekd gives to everybody."""
+"""Builds, records and measures one engine, through edgekd's public functions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from edgekd.runtime.tuning import save_tuned, tune
 from edgekd.serialization import to_json
 
 DROP = 0.5
-"""Points of accuracy that an exit, and the cascade, may lose."""
+"""Allowed accuracy drop of each exit, and of the cascade, in percentage points."""
 PRECISION = {
     "fp16": ("fp16", "fp32"),
     "fp32": ("fp32", "fp32"),
@@ -41,10 +41,10 @@ PRECISION = {
 }
 
 
-def recipe_of(asked: argparse.Namespace, *, method: str = "minmax") -> Recipe:
-    """The recipe by name, for the batch sizes and tactics that are asked for."""
-    precision, floats = PRECISION[asked.recipe]
-    sizes = asked.batch_sizes if asked.recipe.endswith("fp16") else tuple(sorted({1, asked.batch_sizes[-1]}))
+def recipe_of(args: argparse.Namespace, *, method: str = "minmax") -> Recipe:
+    """Return the recipe by name, with the requested batch sizes and tactics."""
+    precision, floats = PRECISION[args.recipe]
+    sizes = args.batch_sizes if args.recipe.endswith("fp16") else tuple(sorted({1, args.batch_sizes[-1]}))
     return Recipe(
         precision,  # type: ignore[arg-type]
         float_layers=floats,  # type: ignore[arg-type]
@@ -53,45 +53,45 @@ def recipe_of(asked: argparse.Namespace, *, method: str = "minmax") -> Recipe:
         batch_sizes=sizes,
         options={
             "tensorrt": {
-                "library_tactics": not asked.no_library_tactics,
-                "optimization_level": asked.optimization_level,
+                "library_tactics": not args.no_library_tactics,
+                "optimization_level": args.optimization_level,
             }
         },
     )
 
 
-def engine_path(asked: argparse.Namespace, network: str) -> Path:
-    return Path(asked.out / "engines" / f"{network}-{asked.recipe}.engine")
+def engine_path(args: argparse.Namespace, network: str) -> Path:
+    return Path(args.out / "engines" / f"{network}-{args.recipe}.engine")
 
 
-def images_of(asked: argparse.Namespace, part: Any) -> tuple[Any, Any]:
-    """Images (N, 3, H, W) and labels (N,) of a part."""
-    preprocess = read_onnx(asked.models / f"{asked.network}.onnx")[1].preprocess
-    return load_subset(read_split(asked.images), part, data=asked.images, preprocess=preprocess)
+def images_of(args: argparse.Namespace, subset: Any) -> tuple[Any, Any]:
+    """Load the images (N, 3, H, W) and labels (N,) of a subset."""
+    preprocess = read_onnx(args.models / f"{args.network}.onnx")[1].preprocess
+    return load_subset(read_split(args.images), subset, data=args.images, preprocess=preprocess)
 
 
-def check(asked: argparse.Namespace) -> dict[str, Any]:
-    """Whether TensorRT and a GPU are here at all."""
-    if asked.dry_run:
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """Check that TensorRT and a GPU are available."""
+    if args.dry_run:
         return {}
     find_backend("tensorrt")
     return facts(device())
 
 
-def build(asked: argparse.Namespace) -> dict[str, Any]:
-    """Compile with parity and accuracy of every exit against ONNX Runtime's answers, then tune the cascade."""
-    began, out = time.monotonic(), engine_path(asked, asked.network)
-    validation = images_of(asked, "val")
-    reference = np.load(asked.models / f"{asked.network}.npz")["val"]
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile, gate every exit's parity and accuracy against ONNX Runtime's logits, and tune the cascade."""
+    began, out = time.monotonic(), engine_path(args, args.network)
+    validation = images_of(args, "val")
+    reference = np.load(args.models / f"{args.network}.npz")["val"]
     refusals = []
-    for method in ("minmax", "entropy") if asked.recipe.startswith("int8") else ("minmax",):
+    for method in ("minmax", "entropy") if args.recipe.startswith("int8") else ("minmax",):
         try:
             manifest, attempts = compile_engine(
-                read_student(asked.models / f"{asked.network}.onnx"),
+                read_student(args.models / f"{args.network}.onnx"),
                 out,
-                recipe=recipe_of(asked, method=method),
-                backend="onnxruntime" if asked.dry_run else "tensorrt",
-                calibration=images_of(asked, "train")[0],
+                recipe=recipe_of(args, method=method),
+                backend="onnxruntime" if args.dry_run else "tensorrt",
+                calibration=images_of(args, "train")[0],
                 validation=validation,
                 reference=reference,
             )
@@ -99,7 +99,7 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
         except GateError as error:
             refusals.append(f"{method}: {error.what}")
     else:
-        raise GateError("\n".join(refusals), fix="train longer, or quantise less")
+        raise GateError("\n".join(refusals), fix="train longer, or keep more layers in float")
     seconds = round(time.monotonic() - began, 1)
     return {
         "build_seconds": seconds,
@@ -114,11 +114,11 @@ def build(asked: argparse.Namespace) -> dict[str, Any]:
         "backend_version": manifest.backend_version,
         "notes": manifest.notes,
         "bytes": {name: file.bytes for name, file in manifest.files.items()},
-        "tuned": _tuned(asked, out, validation),
+        "tuned": _tuned(args, out, validation),
     }
 
 
-def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) -> dict[str, Any] | str:
+def _tuned(args: argparse.Namespace, out: Path, validation: tuple[Any, Any]) -> dict[str, Any] | str:
     engine = open_engine(out)
     if len(engine.metadata.exits) == 1:
         return "one exit"
@@ -131,29 +131,29 @@ def _tuned(asked: argparse.Namespace, out: Path, validation: tuple[Any, Any]) ->
     return {k: v for k, v in dataclasses.asdict(tuned).items() if k != "curve"}
 
 
-def records(asked: argparse.Namespace) -> dict[str, Any]:
-    """An edgekd record: cascade, cascade that nobody leaves, all exits at once, the last one, and the plain network."""
-    sizes = recipe_of(asked).batch_sizes
-    main = asked.recipe.endswith("fp16") and asked.network == "student"
+def records(args: argparse.Namespace) -> dict[str, Any]:
+    """Write an edgekd record: cascade, cascade without early exit, all exits, last exit, and the plain network."""
+    sizes = recipe_of(args).batch_sizes
+    main = args.recipe.endswith("fp16") and args.network == "student"
     suite = Suite(
         batch_sizes=sizes,
-        min_count=tuple(max(400 // size, 10) for size in sizes) if not asked.dry_run else (20,) * len(sizes),
-        min_seconds=asked.seconds / 2,
-        warmup_seconds=asked.seconds / 4,
-        rounds=2 if main and not asked.dry_run else 1,
+        min_count=tuple(max(400 // size, 10) for size in sizes) if not args.dry_run else (20,) * len(sizes),
+        min_seconds=args.seconds / 2,
+        warmup_seconds=args.seconds / 4,
+        rounds=2 if main and not args.dry_run else 1,
         pool=256,
         variants=("cascade", "no-early-exit", "full", "final"),
     )
-    plain = engine_path(asked, "plain")
+    plain = engine_path(args, "plain")
     record = bench(
-        engine_path(asked, asked.network),
+        engine_path(args, args.network),
         suite=suite,
-        data=asked.images,
-        split=read_split(asked.images),
+        data=args.images,
+        split=read_split(args.images),
         against={"plain": plain} if plain.is_dir() else {},
         command="benchmarks/gpu/run.sh",
     )
-    path = asked.out / "records" / f"{asked.network}-{asked.recipe}.json"
+    path = args.out / "records" / f"{args.network}-{args.recipe}.json"
     path.unlink(missing_ok=True)
     write_record(path, record)
     rows = {
@@ -168,40 +168,40 @@ def records(asked: argparse.Namespace) -> dict[str, Any]:
         }
         for v in record.variants
     }
-    return {"record": str(path.relative_to(asked.out)), "variants": rows, "warnings": record.warnings}
+    return {"record": str(path.relative_to(args.out)), "variants": rows, "warnings": record.warnings}
 
 
-def on_device(asked: argparse.Namespace) -> dict[str, Any]:
-    """On the device's own clock: each graph at each batch size, the cascade's gaps; memory; energy."""
+def on_device(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure on the GPU's clock each graph at each batch size and the gaps between stages; also memory and energy."""
     try:
         gpu = device()
     except BackendError as error:
-        if not asked.dry_run:
+        if not args.dry_run:
             raise
         raise NotMeasured(f"dry run: {error.what}") from None
-    images, _ = images_of(asked, "test")
+    images, _ = images_of(args, "test")
     with gpu:
         free = gpu.free_bytes()
-        engine = open_engine(engine_path(asked, asked.network))
-        clocks = _clocks(gpu, engine, images, asked)
+        engine = open_engine(engine_path(args, args.network))
+        clocks = _clocks(gpu, engine, images, args)
         found = {"device_ms": clocks, "device_mib": (free - gpu.free_bytes()) / 2**20, **facts(gpu)}
         if len(engine.metadata.exits) > 1:
-            found["gap_us"] = _gap_us(gpu, engine, images, seconds=asked.seconds)
-    return {**found, "energy": _energy(asked, engine, images)}
+            found["gap_us"] = _gap_us(gpu, engine, images, seconds=args.seconds)
+    return {**found, "energy": _energy(args, engine, images)}
 
 
-def _clocks(gpu: Any, engine: Any, images: Any, asked: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each graph with the copy of its logits, by batch size."""
+def _clocks(gpu: Any, engine: Any, images: Any, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure each graph, including the copy of its logits, by batch size: median in ms."""
     graphs = {"monolithic": engine.monolithic}
     exits = len(engine.metadata.exits)
     if exits > 1:
-        engine.staged_runner()  # links the stages: each reads what the one before wrote
+        engine.staged_runner()  # links the stages: each reads its predecessor's output in place
         graphs |= {"final": engine.final, **{f"stage_{k}": engine.stage(k) for k in range(exits)}}
     found: dict[str, dict[str, float]] = {}
     for name, graph in graphs.items():
-        for size in recipe_of(asked).batch_sizes:
+        for size in recipe_of(args).batch_sizes:
             _feed(graph, images[:size])
-            times = spans(gpu, functools.partial(graph.launch, size), seconds=asked.seconds / 4)
+            times = spans(gpu, functools.partial(graph.launch, size), seconds=args.seconds / 4)
             found.setdefault(name, {})[str(size)] = float(np.median(times))
     return found
 
@@ -213,34 +213,34 @@ def _feed(graph: Any, images: Any) -> None:
 
 
 def _gap_us(gpu: Any, engine: Any, images: Any, *, seconds: float) -> float:
-    """Between two stages while nobody leaves, in the middle of all; the classifier decides."""
-    answer = make_predictor(engine, "no-early-exit")
-    answer(images[:1])  # links the stages
+    """Return the median gap between two stages in µs, without early exits, decided by the classifier."""
+    predict = make_predictor(engine, "no-early-exit")
+    predict(images[:1])  # links the stages
     stages = [engine.stage(k) for k in range(len(engine.metadata.exits))]
-    return 1e3 * float(np.median(gaps(gpu, stages, lambda: answer(images[:1]), seconds=seconds)))
+    return 1e3 * float(np.median(gaps(gpu, stages, lambda: predict(images[:1]), seconds=seconds)))
 
 
-def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, Any]:
-    """Millijoules an image above idle at batch 1, by NVML."""
+def _energy(args: argparse.Namespace, engine: Any, images: Any) -> dict[str, Any]:
+    """Measure the energy per image above idle at batch 1 in mJ, through NVML."""
     try:
         meter = Meter(device())
     except NotMeasured as error:
         return {"not measured": str(error)}
-    idle = meter.watts(lambda: time.sleep(asked.seconds))[0]
+    idle = meter.watts(lambda: time.sleep(args.seconds))[0]
     found: dict[str, Any] = {"idle_watts": idle, **meter.state()}
     for kind in (
         ("cascade", "full", "final")
         if engine.metadata.policy.is_tuned and len(engine.metadata.exits) > 1
         else ("final",)
     ):
-        answer = make_predictor(engine, kind)
+        predict = make_predictor(engine, kind)
         count = 0
 
-        def work(answer: Any = answer) -> None:
+        def work(predict: Any = predict) -> None:
             nonlocal count
             queries = [images[i : i + 1] for i in range(min(len(images), 64))]
             count = len(
-                time_queries(lambda x: int(answer(x).exits[0]), queries, seconds=2 * asked.seconds, count=10)[0]
+                time_queries(lambda x: int(predict(x).exits[0]), queries, seconds=2 * args.seconds, count=10)[0]
             )
 
         watts, seconds = meter.watts(work)
@@ -248,49 +248,49 @@ def _energy(asked: argparse.Namespace, engine: Any, images: Any) -> dict[str, An
     return found
 
 
-def short(asked: argparse.Namespace) -> dict[str, Any]:
-    """A few images through everything, for compute-sanitizer to watch."""
-    if asked.dry_run:
-        raise NotMeasured("dry run: nothing for compute-sanitizer to watch")
-    images, _ = images_of(asked, "test")
-    engine = open_engine(engine_path(asked, asked.network))
+def short(args: argparse.Namespace) -> dict[str, Any]:
+    """Run a few images through every variant, for compute-sanitizer."""
+    if args.dry_run:
+        raise NotMeasured("dry run: compute-sanitizer has nothing to check")
+    images, _ = images_of(args, "test")
+    engine = open_engine(engine_path(args, args.network))
     for kind in ("no-early-exit", "full", "final"):
-        answer = make_predictor(engine, kind)
-        for size in recipe_of(asked).batch_sizes[:2]:
-            answer(images[:size])
+        predict = make_predictor(engine, kind)
+        for size in recipe_of(args).batch_sizes[:2]:
+            predict(images[:size])
     return {}
 
 
-def layers(asked: argparse.Namespace) -> dict[str, Any]:
-    """The inspector's report on every graph, in a file of its own; how many reformats a graph has."""
-    if asked.dry_run:
+def layers(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the inspector's report on every graph to its own file; return the number of reformats of each."""
+    if args.dry_run:
         raise NotMeasured("dry run: no TensorRT to inspect")
-    found = golden.inspected(engine_path(asked, asked.network))
-    path = asked.out / "layers" / f"{asked.network}-{asked.recipe}.json"
+    found = golden.inspected(engine_path(args, args.network))
+    path = args.out / "layers" / f"{args.network}-{args.recipe}.json"
     atomic_write(path, to_json(found))
     reformats = {name: graph["reformats"] for name, graph in found.items()}
-    ends = {end: told["format"] for graph in found.values() for end, told in graph["ends"].items()}
-    return {"file": str(path.relative_to(asked.out)), "reformats": reformats, "formats": ends}
+    ends = {name: end["format"] for graph in found.values() for name, end in graph["ends"].items()}
+    return {"file": str(path.relative_to(args.out)), "reformats": reformats, "formats": ends}
 
 
-def launches(asked: argparse.Namespace) -> dict[str, Any]:
-    """CUDA graphs against TensorRT's own launches."""
-    if asked.dry_run:
+def launches(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare CUDA graphs with TensorRT's own launches."""
+    if args.dry_run:
         raise NotMeasured("dry run: no launches")
-    return {"microseconds": golden.launches(engine_path(asked, asked.network), seconds=asked.seconds / 8)}
+    return {"microseconds": golden.launches(engine_path(args, args.network), seconds=args.seconds / 8)}
 
 
-def one_launch(asked: argparse.Namespace) -> dict[str, Any]:
-    """The cascade that the GPU ends itself against the host's."""
-    if asked.dry_run:
+def one_launch(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare device-side exit with the host's cascade."""
+    if args.dry_run:
         raise NotMeasured("dry run: no GPU to decide")
-    images = images_of(asked, "test")[0][:64]
-    return golden.one_launch(engine_path(asked, asked.network), images, seconds=asked.seconds)
+    images = images_of(args, "test")[0][:64]
+    return golden.one_launch(engine_path(args, args.network), images, seconds=args.seconds)
 
 
-def build_times(asked: argparse.Namespace) -> dict[str, Any]:
-    """What the timing cache saves."""
-    if asked.dry_run:
+def build_times(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the build time that the timing cache saves."""
+    if args.dry_run:
         raise NotMeasured("dry run: nothing is timed while building")
-    recipe = dataclasses.replace(recipe_of(asked), batch_sizes=(1,))
-    return {"seconds": golden.build_times(asked.models / f"{asked.network}.onnx", recipe)}
+    recipe = dataclasses.replace(recipe_of(args), batch_sizes=(1,))
+    return {"seconds": golden.build_times(args.models / f"{args.network}.onnx", recipe)}

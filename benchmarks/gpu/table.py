@@ -1,4 +1,4 @@
-"""What came of the steps, as Markdown: figures, and the targets that were asked for."""
+"""Renders the outcomes of the steps as Markdown: figures, and verdicts on the targets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Steps = list[dict[str, Any]]
 
 
 def table(steps: Steps, out: Path, *, dry_run: bool) -> str:
-    """Everything on one page."""
+    """Render all outcomes on one page."""
     parts = ["# TensorRT benchmark", _where(steps, dry_run), _builds(steps), _latencies(steps), _device(steps)]
     parts += [_targets(steps), _missing(steps)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def find(steps: Steps, step: str, network: str, recipe: str) -> dict[str, Any] | None:
-    """The step's outcome, if it was done."""
+    """Return the step's outcome; None unless it was done."""
     for s in steps:
         if (s["step"], s["network"], s["recipe"], s["outcome"]) == (step, network, recipe, "done"):
             return s
@@ -30,10 +30,10 @@ def _done(steps: Steps, step: str) -> Steps:
 
 
 def _where(steps: Steps, dry_run: bool) -> str:
-    said = "**Dry run: ONNX Runtime on the CPU in place of TensorRT. No figure here says anything of a GPU.**\n\n"
+    warning = "**Dry run: ONNX Runtime on the CPU in place of TensorRT. No figure here describes a GPU.**\n\n"
     built = _done(steps, "build")
     if not built:
-        return said * dry_run + "Nothing was built."
+        return warning * dry_run + "Nothing was built."
     host = built[0]["host"]
     reported, gpu = next(iter(host["backends"].values()), {}), next(iter(_done(steps, "device")), {})
     facts = [
@@ -46,7 +46,7 @@ def _where(steps: Steps, dry_run: bool) -> str:
     )
     energy = gpu.get("energy", {})
     facts += [f"{energy['sm_mhz']} MHz, limit {energy['limit_watts']:.0f} W"] if "sm_mhz" in energy else []
-    return said * dry_run + "; ".join(filter(None, facts))
+    return warning * dry_run + "; ".join(filter(None, facts))
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:
@@ -58,7 +58,7 @@ def _numbers(values: Any, form: str) -> str:
 
 
 def _builds(steps: Steps) -> str:
-    head = ["engine", "build s", "MiB", "precision read back", "logits off by", "accuracy lost (points)"]
+    head = ["engine", "build s", "MiB", "precision read back", "largest logit difference", "accuracy drop (points)"]
     rows = []
     for s in _done(steps, "build"):
         ran = ", ".join(f"{name} {share:.0%}" for name, share in s["precision"].items())
@@ -78,11 +78,11 @@ def _latencies(steps: Steps) -> str:
     for s in _done(steps, "records"):
         for name, v in s["variants"].items():
             means = [f"{v['mean_ms'][str(b)]:.3f}" if str(b) in v["mean_ms"] else "" for b in sizes]
-            leave = _numbers((100 * share for share in v["shares"]), ".0f") if name == "cascade" else ""
-            rows.append([f"{s['network']} {s['recipe']}: {name}", *means, f"{100 * v['accuracy']:.2f}", leave])
-    head = ["wall clock, mean ms a batch", *(f"batch {b}" for b in sizes), "accuracy %", "exit share %"]
-    said = "From float32 images in host memory to the decision there; transfers and CUDA graphs are in.\n\n"
-    return "## Latency\n\n" + said + _rows(head, rows) if rows else ""
+            shares = _numbers((100 * share for share in v["shares"]), ".0f") if name == "cascade" else ""
+            rows.append([f"{s['network']} {s['recipe']}: {name}", *means, f"{100 * v['accuracy']:.2f}", shares])
+    head = ["wall clock, mean ms per batch", *(f"batch {b}" for b in sizes), "accuracy %", "exit share %"]
+    scope = "From float32 images in host memory to the decision there, including transfers and CUDA graphs.\n\n"
+    return "## Latency\n\n" + scope + _rows(head, rows) if rows else ""
 
 
 def _device(steps: Steps) -> str:
@@ -94,9 +94,9 @@ def _device(steps: Steps) -> str:
         for kind, e in s["energy"].items():
             if isinstance(e, dict):
                 rows.append(
-                    [f"{s['network']} {s['recipe']}: {kind}, mJ an image above idle", f"{e['mj_an_image']:.2f}"]
+                    [f"{s['network']} {s['recipe']}: {kind}, mJ per image above idle", f"{e['mj_an_image']:.2f}"]
                 )
-    return "## Device clock\n\n" + _rows(["median ms, batch sizes in turn", ""], rows) if rows else ""
+    return "## Device clock\n\n" + _rows(["median ms by batch size", ""], rows) if rows else ""
 
 
 def _targets(steps: Steps) -> str:
@@ -106,17 +106,17 @@ def _targets(steps: Steps) -> str:
 
 def _verdict(value: float | None, limit: float) -> str:
     if value is None:
-        return f"not measured (asked: at most {limit:g})"
-    return f"{value:.3g} (asked: at most {limit:g}): {'met' if value <= limit else 'NOT met'}"
+        return f"not measured (target: at most {limit:g})"
+    return f"{value:.3g} (target: at most {limit:g}): {'met' if value <= limit else 'NOT met'}"
 
 
 def _figures(steps: Steps) -> list[tuple[str, float | None, float]]:
-    """Name, value and limit; None where a step is missing."""
+    """List name, value (None where a step is missing) and limit of every target."""
     found = [
         ("fp16 cascade's mean latency / plain fp16 network's, batch 1", _ratio(steps, "fp16", "cascade", "plain"), 0.6),
-        ("accuracy of the fp16 cascade below the plain network's, points", _points(steps, "fp16"), 0.5),
+        ("accuracy drop of the fp16 cascade from the plain network, points", _points(steps, "fp16"), 0.5),
         (
-            "cascade that nobody leaves / monolithic, fp16, batch 1",
+            "cascade without early exit / monolithic, fp16, batch 1",
             _ratio(steps, "fp16", "no-early-exit", "full"),
             1.15,
         ),
@@ -127,10 +127,10 @@ def _figures(steps: Steps) -> list[tuple[str, float | None, float]]:
     for s in _done(steps, "build"):
         name = f"{s['network']} {s['recipe']}: "
         if s["recipe"] == "fp16":
-            found.append((name + "logits off by", max(s["parity"]["max_abs_logit_difference"]), 2e-2))
+            found.append((name + "largest logit difference", max(s["parity"]["max_abs_logit_difference"]), 2e-2))
         accuracy = s["accuracy"]
         lost = max(100 * (a - b) for a, b in zip(accuracy["reference"], accuracy["engine"]))
-        found.append((name + "accuracy that the worst exit lost, points", lost, 0.5))
+        found.append((name + "accuracy drop of the worst exit, points", lost, 0.5))
     return found
 
 
@@ -169,5 +169,5 @@ def _missing(steps: Steps) -> str:
 
 
 def _line(step: dict[str, Any]) -> str:
-    """The line that says most: the last of a traceback, else the first."""
+    """Return the most informative line: the last of a traceback, else the first."""
     return str(step["why"]).strip().splitlines()[-1 if step["outcome"] == "failed" else 0]

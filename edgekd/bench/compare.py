@@ -23,7 +23,7 @@ def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
         ConfigError: Fewer than two records, or they were not measured under the same conditions; each is named.
     """
     if len(records) < 2:
-        raise ConfigError("one record is nothing to compare", fix="give two or more record.json files")
+        raise ConfigError("a single record cannot be compared", fix="give two or more record.json files")
     differing = differences(records)
     if differing and not force:
         listed = "\n".join(f"  {line}" for line in differing)
@@ -49,7 +49,7 @@ def differences(records: Mapping[str, Record]) -> list[str]:
 
 
 def conditions(record: Record) -> dict[str, str]:
-    """Return what must be equal for two records to compare, but for the facts of backends."""
+    """Return the conditions that must be equal for two records to be compared, except the facts of backends."""
     host = dataclasses.asdict(dataclasses.replace(record.host, versions={}, facts={}, backends={}))
     return {
         **{key: str(value) for key, value in host.items()},

@@ -17,7 +17,7 @@ UNSTABLE = 0.025
 P99_FROM = 1000
 """Number of samples from which the 99th percentile is given."""
 TURN = 10
-"""Queries of one variant before the next one's turn."""
+"""Queries of one variant before switching to the next."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ def time_queries(
     Args:
         query: Classifies a batch and returns an exit.
         queries: Batches (B, 3, H, W).
-        seconds: Shortest time to go on for.
-        count: Smallest number of queries.
+        seconds: Minimum duration.
+        count: Minimum number of queries.
 
     Returns:
         Latency of each query in ms, and what it returned.
@@ -143,7 +143,7 @@ def time_interleaved(
     Args:
         variants: Each classifies a batch and returns an exit.
         queries: Batches (B, 3, H, W).
-        seconds: Shortest time to go on for.
+        seconds: Minimum duration.
 
     Returns:
         Latencies of each variant in ms.

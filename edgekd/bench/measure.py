@@ -1,4 +1,4 @@
-"""`edgekd bench`: measures every variant of an engine, and other models beside it, in rounds of fresh processes."""
+"""`edgekd bench`: measures every variant of an engine, and other models, in rounds of fresh processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Entry:
     Attributes:
         name: Row of the table.
         engine: The opened engine.
-        path: Where it was opened from.
+        path: Path of its folder or file.
         variant: Name of the variant.
         baseline: True for an `--against` model.
     """
@@ -74,7 +74,7 @@ def bench(
 
     Args:
         engine_path: The engine under test.
-        suite: What to measure, and for how long.
+        suite: Settings of the benchmark.
         data: Folder of the images.
         split: The split whose test images are used.
         against: Name to engine folder or ONNX file of other networks, which predict with their last exit.
@@ -122,7 +122,13 @@ def bench(
 
 
 def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) -> list[Entry]:
-    """List what will be measured, in the order of the table.
+    """List the variants to measure, in the order of the table.
+
+    Args:
+        engine: The engine under test, opened.
+        path: Its folder or file.
+        suite: Settings of the benchmark.
+        against: Name to engine folder or ONNX file of other networks.
 
     Raises:
         ConfigError: Another model has the name of a variant, or a limit names no such model.
@@ -134,7 +140,7 @@ def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) 
     entries = [Entry(name, engine, path, name, False) for name in names]
     for name, other in against.items():
         if name in {e.name for e in entries}:
-            raise ConfigError(f"--against {name}={other}: '{name}' is a row already", fix="choose another name")
+            raise ConfigError(f"--against {name}={other}: '{name}' is already a row", fix="choose another name")
         entries.append(Entry(name, open_engine(other, threads=suite.threads), other, "final", True))
     return entries
 
@@ -249,7 +255,7 @@ def run_worker(task: WorkerTask, folder: Path, *, name: str) -> WorkerResult:
     """Carry out a task in a fresh process, which ends when this one does.
 
     Args:
-        task: What to measure.
+        task: Work of the process.
         folder: Folder to make, for the task and its results.
         name: Row of the table, for errors.
 
@@ -307,7 +313,7 @@ def _timing(results: list[WorkerResult], at: int, size: int) -> Timing:
 
 
 def engine_facts(engine: Engine, path: Path) -> EngineFacts:
-    """Return what the manifest says, without what a record holds elsewhere: classes, policy, curve."""
+    """Return the manifest without the fields that a record stores elsewhere: classes, policy, curve."""
     manifest = engine.manifest
     if manifest is None:
         return EngineFacts(path.name, engine.name, engine.backend.name, sha256(path))
@@ -331,9 +337,9 @@ def engine_facts(engine: Engine, path: Path) -> EngineFacts:
 def _scenario(suite: Suite, threads: int) -> str:
     return (
         "Single stream at batch 1 (the next query when the last is done), offline at larger batches. Wall clock on the "
-        "host, from float32 images in memory to the decision in memory; preprocessing is apart. "
-        f"{threads} threads; the backend's own spin-waiting is in. Real test images in rotation ({suite.pool} at most, "
-        f"another choice each round), {suite.rounds} rounds of fresh processes, variant by variant, "
+        "host, from float32 images in memory to the decision in memory; preprocessing is measured separately. "
+        f"{threads} threads; the backend's own spin-waiting is included. Real test images in rotation (at most "
+        f"{suite.pool}, chosen anew each round), {suite.rounds} rounds of fresh processes, variant by variant, "
         f"{suite.warmup_seconds:g} s warm-up discarded, then at least {suite.min_seconds:g} s and "
         f"{'/'.join(map(str, suite.min_count))} queries a process. No sample was clipped."
     )

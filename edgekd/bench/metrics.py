@@ -24,7 +24,7 @@ class Metric(ABC, Generic[T]):
     Attributes:
         csv: Columns of the CSV file, one for each value that `measure` returns.
         measure: Returns the values of a timing or variant; None for what was not measured.
-        title: Column of the table, left out if no variant has a value; empty for a metric that is in the CSV file only.
+        title: Column of the table, omitted if no variant has a value; empty for a metric that is in the CSV file only.
         cell: Formats the values for the table.
         legend: Explanation of the column.
         headline: Column of the summary and of `edgekd compare`; empty for a metric that neither shows.

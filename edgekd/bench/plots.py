@@ -20,7 +20,7 @@ from edgekd.text import code_point, visible
 
 log = logging.getLogger(__name__)
 FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-"""Formats of plot files, and the metadata left out of them so that the same numbers give the same file."""
+"""Formats of plot files, and the metadata omitted from them so that the same numbers give the same file."""
 LABEL = 48
 """Largest number of characters of a name in a plot."""
 BLUE, GREY, ORANGE = "#2563a8", "#8a94a3", "#d9742b"
@@ -209,10 +209,10 @@ def confusion_svg(result: Metrics) -> str:
 
 
 def picture_format(path: Path) -> str:
-    """Return the format that a plot file's name asks for: png, svg or pdf.
+    """Return the format given by a plot file's suffix: png, svg or pdf.
 
     Raises:
-        ConfigError: It asks for another, or matplotlib is missing.
+        ConfigError: The suffix is another one, or matplotlib is missing.
     """
     kind = path.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
@@ -222,7 +222,7 @@ def picture_format(path: Path) -> str:
 
 
 def write_confusion(result: Metrics, path: Path) -> None:
-    """Write the confusion matrix as a plot file, in the format that its suffix asks for (see `picture_format`)."""
+    """Write the confusion matrix as a plot file, in the format given by its suffix (see `picture_format`)."""
     kind, out = picture_format(path), io.BytesIO()
     with _style():
         _confusion(result).savefig(out, format=kind, dpi=150, metadata=FORMATS[kind])

@@ -37,7 +37,7 @@ class EngineFacts:
         precision: Precision to its share of the layers, as read back; empty for student.onnx.
         final_accuracy: Accuracy of the last exit on validation images when it was built, 0..1; None if unknown.
         validation_images: Number of these images.
-        facts: Everything else in the manifest that the record does not hold elsewhere, keys joined by dots.
+        facts: Remaining fields of the manifest that the record does not store elsewhere, keys joined by dots.
     """
 
     path: str
@@ -215,7 +215,7 @@ class Record:
         load_after: Load averages after it.
         idle_watts: Power of the processor packages when idle; None where it cannot be read.
         preprocess_ms: Time to decode, resize and normalise one file each.
-        variants: What was measured.
+        variants: The measured variants.
         targets: Figures derived from the variants.
         warnings: Remarks on the validity of the numbers.
     """
@@ -244,13 +244,13 @@ class Record:
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
-        _check(len(self.labels) == len(self.images) > 0, "images, labels: as many of both, and some")
+        _check(len(self.labels) == len(self.images) > 0, "images, labels: the same number of both, above 0")
         _check(all(0 <= c < len(self.classes) for c in self.labels), "labels: numbers of classes")
         _check(not any(is_stray(i) for i in self.images), "images: paths that stay in the data folder")
         _check(self.threads > 0 and self.host.cores > 0 and self.host.memory_mib >= 0, "threads, host: above 0")
         _check(_not_negative((*self.load_before, *self.load_after, self.idle_watts or 0)), "load, watts: not negative")
         _check(_are_times(self.preprocess_ms), "preprocess_ms: times")
-        _check(len({v.name for v in self.variants}) == len(self.variants) > 0, "variants: some, each once")
+        _check(len({v.name for v in self.variants}) == len(self.variants) > 0, "variants: one or more, each once")
         for variant in self.variants:
             self._check_variant(variant)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 VariantGroup: TypeAlias = Literal["exits", "cascade", "no-early-exit", "full", "final"]
-"""`exits` stands for one variant for each exit."""
+"""Groups of variants; `exits` expands to one variant for each exit."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure, and for how long.
+    """Settings of a benchmark: variants, batch sizes and durations.
 
     Attributes:
         batch_sizes: Batch sizes in ascending order; the first is 1.
@@ -38,7 +38,7 @@ class Suite:
         rounds: Fresh processes for each variant.
         pool: Largest number of test images that the queries cycle through.
         threads: Threads of every model; all cores that the process may use if None.
-        variants: What is measured of the engine.
+        variants: Variants of the engine to measure.
         targets: Limits that the record judges by.
     """
 

@@ -60,7 +60,7 @@ def target_text(t: Target) -> str:
 
 
 def warnings(record: Record) -> tuple[str, ...]:
-    """List what a reader of the numbers has to know."""
+    """List caveats that a reader of the numbers must know."""
     found = []
     shaky = [
         f"{v.name} ({100 * v.latency(b).cv:.0f} %, batch {b})"

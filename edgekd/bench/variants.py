@@ -28,7 +28,7 @@ INTERLEAVED_WITH = {"no-early-exit": "full"}
 
 
 def variant_names(metadata: ModelMetadata, groups: Sequence[VariantGroup]) -> list[str]:
-    """List the variants of a network that a suite's groups stand for; a network with one exit has only `final`."""
+    """List the variants of a network that a suite's groups expand to; a network with one exit has only `final`."""
     if len(metadata.exits) == 1:
         return ["final"]
     every = {"exits": list(metadata.outputs), "cascade": ["cascade"] if metadata.policy.is_tuned else []}
@@ -54,11 +54,11 @@ def graph_names(variant: str, exits: int) -> set[str]:
 
 
 def make_predictor(engine: Engine, variant: str) -> Predictor:
-    """Load the graphs of a variant and return what classifies with them, as a user would run it.
+    """Load the graphs of a variant and return a function that classifies with them, as a user would run it.
 
     Args:
         engine: An opened engine.
-        variant: `no-early-exit` is the cascade with thresholds that no confidence reaches; `exit_k` runs stages 0 to k
+        variant: `no-early-exit` is the cascade with thresholds above any confidence; `exit_k` runs stages 0 to k
             and predicts from exit k; the others are strategies of `Classifier`.
     """
     if variant.startswith("exit_"):
@@ -95,7 +95,7 @@ def overhead_ms(engine: Engine, variant: str, queries: Sequence[Array]) -> float
 
 
 class _TimedEngine:
-    """Stands in for an engine and adds up the time spent inside its graphs."""
+    """Wraps an engine and sums up the time spent inside its graphs."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

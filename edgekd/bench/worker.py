@@ -27,7 +27,7 @@ OVERHEAD_QUERIES = 100
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What one worker process measures.
+    """Work of one worker process.
 
     Attributes:
         engine: Path of the engine or ONNX file.
@@ -68,7 +68,7 @@ class BatchSamples:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What a worker measured; fields as in `edgekd.bench.record.Variant`, for one round.
+    """Measurements of one worker; fields as in `edgekd.bench.record.Variant`, for one round.
 
     In round 0 it also writes probabilities.npy (N, C) and exits.npy (N,).
     """

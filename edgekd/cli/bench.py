@@ -83,7 +83,7 @@ def bench(
 
 
 def _about(seconds: float) -> str:
-    """`40 s`, `3 min`."""
+    """Format a duration as `40 s` or `3 min`."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
@@ -95,7 +95,7 @@ def _named(pair: str) -> tuple[str, Path]:
 
 
 def _command() -> str:
-    """The command line, its paths cut to their names: a record is made to be passed on."""
+    """Return the command line, with paths cut to their names, since records are shared."""
     pairs = (word.partition("=") for word in sys.argv[1:])
     words = [f"{name}={Path(path).name}" if sign else Path(name).name for name, sign, path in pairs]
     return shlex.join(["edgekd", *words])

@@ -45,7 +45,7 @@ SeedsOption = Annotated[
 ]
 FoldsOption = Annotated[str | None, typer.Option(metavar="all|0,1", help="Sweep: one run per fold of --split kfold:K.")]
 JobsOption = Annotated[int, typer.Option(min=1, help="Parallel runs of a sweep.")]
-BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Leave out unusable images.")]
+BadOption = Annotated[bool, typer.Option("--exclude-bad", help="Exclude unusable images.")]
 
 
 FIRST_LINE_S, NEXT_LINE_S = 5.0, 15.0

@@ -25,7 +25,9 @@ from edgekd.errors import ConfigError
 if TYPE_CHECKING:
     from edgekd.compiler.build import Attempt
 
-OptionalData = Annotated[Path | None, typer.Option("--data", help="The images, for calibration and the accuracy gate.")]
+OptionalData = Annotated[
+    Path | None, typer.Option("--data", help="Image folder, for calibration and the accuracy gate.")
+]
 
 
 def _known_backend(option: typer.CallbackParam, value: str) -> str:
@@ -40,13 +42,13 @@ def compile_(
     backend: Annotated[
         str,
         typer.Option(
-            help=f"auto (the fastest engine of those installed), {', '.join(BUILTIN)}, or one of another package.",
+            help=f"auto (the fastest of the installed ones), {', '.join(BUILTIN)}, or one of another package.",
             callback=_known_backend,
         ),
     ] = "auto",
     data: OptionalData = None,
     split: SplitFile = None,
-    out: Annotated[Path | None, typer.Option(help="Engine folder; STUDENT.engine if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Engine folder; default: STUDENT.engine.")] = None,
     threads: ThreadsOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -61,7 +63,7 @@ def compile_(
     out = out or source.with_suffix(".engine")
     compile_recipe = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
     if (data is None) != (split is None):
-        raise ConfigError("--data and --split go together", fix="give the images and the split.json of the run")
+        raise ConfigError("--data and --split go together", fix="give the images and the run's split.json")
     refuse_other_folder(out)
     reserve(out, data=data)
     student = read_student(source)

@@ -18,7 +18,7 @@ from edgekd.text import aligned
 
 
 class Kind(NamedTuple):
-    """One kind of shipped TOML file: title, folder as `edgekd.config` knows it, and the option that takes a copy."""
+    """One kind of shipped TOML file: title, folder name in `edgekd.config`, and the option that accepts a copy."""
 
     title: str
     folder: str
@@ -32,14 +32,14 @@ KINDS = (
     Kind("tables of the papers", "papers", "edgekd reproduce"),
     Kind("device profiles", "devices", ""),
 )
-NameArgument = Annotated[str, typer.Argument(help="Any name of edgekd config list.", show_default=False)]
+NameArgument = Annotated[str, typer.Argument(help="A name shown by edgekd config list.", show_default=False)]
 
 app = typer.Typer(no_args_is_help=True, help="List, print and copy the TOML files that ship with edgekd.")
 
 
 @app.command("list")
 def list_() -> None:
-    """List every shipped file by kind, with its name and one line on what it is for."""
+    """List every shipped file by kind, with a one-line description."""
     for kind in KINDS:
         echo(f"{kind.title}" + (f" ({kind.option} NAME):" if kind.option else ":"), bold=True)
         rows = [[f"  {path.stem}", _description(path.read_text(encoding="utf-8"))] for path in _paths(kind)]
@@ -57,10 +57,10 @@ def show(name: NameArgument) -> None:
 def copy(
     name: NameArgument,
     out: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.toml]", help="Where to; NAME.toml in this folder if not given.")
+        Path | None, typer.Argument(metavar="[FILE.toml]", help="Target path; NAME.toml in this folder if not given.")
     ] = None,
 ) -> None:
-    """Copy a shipped file to change it. A file that exists is never overwritten."""
+    """Copy a shipped file to change it. Existing files are never overwritten."""
     kind, source = _find(name)
     out = out or Path(source.name)
     if out.suffix != ".toml":
@@ -80,7 +80,7 @@ def _find(name: str) -> tuple[Kind, Path]:
     """Return the kind and path of a shipped file; no two kinds share a name.
 
     Raises:
-        ConfigError: there is no such name; the nearest is given.
+        ConfigError: No file has this name; the nearest is given.
     """
     known = {path.stem: (kind, path) for kind in KINDS for path in _paths(kind)}
     if name not in known:

@@ -31,7 +31,7 @@ def parse_exits(text: str | None) -> tuple[int | str, ...] | None:
     teacher=Annotated[Path | None, typer.Option(help="Run folder of the teacher, or its sweep.")],
     network=Annotated[
         str | None,
-        typer.Option("--student", help="Multi-exit network; else the protocol's, else multi-exit-resnet18."),
+        typer.Option("--student", help="Multi-exit network; default: the protocol's, or multi-exit-resnet18."),
     ],
     method=Annotated[str | None, typer.Option(help="Names joined with +: ce, kd, sd, at, …")],
     exits=Annotated[
@@ -42,7 +42,7 @@ def parse_exits(text: str | None) -> tuple[int | str, ...] | None:
     ],
 )
 def distill(request: TrainRequest) -> None:
-    """Train a multi-exit student, with or without a teacher: images to a run folder, or one for each seed and fold."""
+    """Train a multi-exit student, with or without a teacher, into a run folder, or one for each seed and fold."""
     protocol = run_training(request)
     run = request.out
     if request.is_sweep:

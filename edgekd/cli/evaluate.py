@@ -97,7 +97,7 @@ def evaluate(
 
 
 class _Target(NamedTuple):
-    """What is evaluated: its classes and preprocessing, images (N, 3, H, W) to logits (E, N, C), and what runs it."""
+    """The evaluated model: classes, preprocessing, function from images (N, 3, H, W) to logits (E, N, C), device."""
 
     classes: tuple[str, ...]
     preprocess: Preprocess

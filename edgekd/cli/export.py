@@ -23,7 +23,7 @@ def export(
     data: DataFolder = None,
     images: Annotated[int, typer.Option(help="Number of validation images to compare on.")] = 32,
 ) -> None:
-    """Export a run folder to student.onnx: opset 17, dynamic batch, checked against torch on real images."""
+    """Export a run folder to student.onnx (opset 17, dynamic batch), checked against torch on real images."""
     import torch
 
     from edgekd.data.images import load_subset

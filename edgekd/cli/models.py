@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ClassesOption = Annotated[int, typer.Option(min=1, help="Number of classes.")]
 ImageSizeOption = Annotated[int, typer.Option(min=1, help="Side of the images in pixels.")]
-StemOption = Annotated[str, typer.Option(help="imagenet, or small: that of a ResNet or MSDNet for tiny images.")]
+StemOption = Annotated[str, typer.Option(help="imagenet, or small (for tiny images; ResNets and MSDNet only).")]
 
 app = typer.Typer(no_args_is_help=True, help="List networks, show their feature points, count their cost.")
 
@@ -28,7 +28,7 @@ def list_(
 
     own, others = ([n for n in names if text in n] for names in (NETWORKS, sorted(frozenset().union(*library()))))
     if not own and not others:
-        raise ConfigError(f"no network has '{text}' in its name", fix=nearest_network(text))
+        raise ConfigError(f"no network name contains '{text}'", fix=nearest_network(text))
     for title, names in (("edgekd", own), (f"timm and torchvision; {PREFIX}NAME adds exits", others)):
         if names:
             echo("\n".join([f"{title}:", *(f"  {name}" for name in names)]))
@@ -36,13 +36,13 @@ def list_(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Any name of edgekd models list.")],
+    name: Annotated[str, typer.Argument(help="A name shown by edgekd models list.")],
     features: Annotated[bool, typer.Option("--features", help="List every feature point.")] = False,
     image_size: ImageSizeOption = 224,
     classes: ClassesOption = 5,
     stem: StemOption = "imagenet",
 ) -> None:
-    """Show a network's size, stages and feature points, where exits and methods that compare maps can be placed."""
+    """Show a network's size, stages and feature points: the places for exits and for methods that compare maps."""
     from edgekd.models import feature_points
     from edgekd.models.networks import build, stem_named
     from edgekd.text import aligned
@@ -68,7 +68,7 @@ def show(
 
 @app.command()
 def cost(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Any names of edgekd models list.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names shown by edgekd models list.")],
     image_size: ImageSizeOption = 224,
     classes: ClassesOption = 5,
     stem: StemOption = "imagenet",

@@ -44,11 +44,11 @@ def predict(
     ] = None,
     device_side_exit: Annotated[
         bool,
-        typer.Option("--device-side-exit", help="Experimental: the GPU itself ends the cascade (TensorRT)."),
+        typer.Option("--device-side-exit", help="Experimental: decide exits on the GPU (TensorRT)."),
     ] = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Classify images and folders of images, in their order.
+    """Classify images and folders of images, in the given order.
 
     An unusable image gets a row with the reason, and the exit code is 1.
     """
@@ -80,7 +80,7 @@ def predict(
                 write(rows.row(path, result))
                 if isinstance(result, DataError):
                     bad.append(visible(result.what))
-                if out or not sys.stdout.isatty():  # rows on a terminal are progress enough
+                if out or not sys.stdout.isatty():  # rows on a terminal show the progress
                     progress(done, len(inputs))
         finally:  # an interrupted JSON array is closed, too
             write(rows.tail)
@@ -106,7 +106,7 @@ def _form(out: Path | None, *, as_json: bool, as_csv: bool) -> Literal["json", "
 
 
 def _inputs(source: str) -> Iterator[Input]:
-    """Expand an argument to image files, or to itself with the reason why it cannot be used."""
+    """Expand an argument to image files; an unusable one is kept, with the reason."""
     try:
         yield from ((path, None) for path in _files(source))
     except DataError as error:
@@ -231,7 +231,7 @@ class _Csv(_Rows):
 
 
 class _Table(_Rows):
-    """Columns of fixed width, the file last, so that no row has to wait for later ones."""
+    """Columns of fixed width, the file last, so that each row can be printed at once."""
 
     @property
     def head(self) -> str:

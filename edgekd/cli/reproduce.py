@@ -25,27 +25,31 @@ from edgekd.errors import ConfigError
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(metavar="[TABLE]", help="gao2022-table3 and so on; see --list.")] = "",
+    table: Annotated[
+        str, typer.Argument(metavar="[TABLE]", help="Name of a table, such as gao2022-table3; see --list.")
+    ] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of class folders with the paper's images.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where run folders are kept; tables share them.")] = Path("runs/papers"),
-    out: Annotated[Path, typer.Option(help="Where the tables are written.")] = Path("benchmarks/results/papers"),
+    runs: Annotated[Path, typer.Option(help="Folder for run folders; tables share them.")] = Path("runs/papers"),
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("benchmarks/results/papers"),
     weights: Annotated[Path | None, typer.Option(help="Folder of ImageNet weights, NETWORK.safetensors each.")] = None,
     row: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="Run this row only; may be repeated.")] = None,
     seeds: SeedsOption = None,
     folds: FoldsOption = None,
-    budget: Annotated[str, typer.Option(metavar="1h30m", help="Cut the runs to what fits into this time.")] = "",
+    budget: Annotated[str, typer.Option(metavar="1h30m", help="Reduce the runs to fit into this time.")] = "",
     group: GroupOption = None,
-    protocol: Annotated[str, typer.Option(help="Train by this protocol in place of the paper's.")] = "",
+    protocol: Annotated[str, typer.Option(help="Train with this protocol instead of the paper's.")] = "",
     substitutes: Annotated[
         list[str] | None,
-        typer.Option("--substitute", metavar="NETWORK=OTHER", help="Use another network in place of one."),
+        typer.Option("--substitute", metavar="NETWORK=OTHER", help="Replace one network by another."),
     ] = None,
     set_: SetOption = None,
     exclude_bad: BadOption = False,
     jobs: JobsOption = 1,
-    list_: Annotated[bool, typer.Option("--list", help="Every row of every table, or of one, and its state.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the rows of all tables, or of one, and their state.")
+    ] = False,
 ) -> None:
-    """Reproduce a paper's table: run what is missing, keep what is finished, print our numbers beside the paper's."""
+    """Reproduce a paper's table: run the missing jobs, keep finished ones, and print our numbers beside the paper's."""
     if list_:
         _list(table, out)
         return

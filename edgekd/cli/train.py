@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SHARED_OPTIONS: dict[str, Any] = {
     "protocol": Annotated[
-        str | None, typer.Option(help="Shipped protocol or a .toml file; finetune if not given.", show_default=False)
+        str | None, typer.Option(help="Shipped protocol or a .toml file; default: finetune.", show_default=False)
     ],
     "weights": Annotated[str | None, typer.Option(help="Initial weights: hub, none, a file or a run folder.")],
     "epochs": Annotated[int | None, typer.Option(help="Passes over the training images.")],
@@ -59,7 +59,7 @@ SHARED_OPTIONS: dict[str, Any] = {
     ],
     "overrides": SetOption,
     "labels": LabelsOption,
-    "resume": Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")],
+    "resume": Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")],
     "exclude_bad": BadOption,
     "devices": Annotated[int, typer.Option(help="GPUs or processes (under torchrun).")],
     "seeds": SeedsOption,
@@ -71,9 +71,9 @@ STUDENT_SETTINGS = (
     *("protocol", "epochs", "lr", "batch_size", "image_size", "precision", "workers", "overrides"),
     *("labels", "exclude_bad"),
 )
-"""Fields of a teacher's request that its student is trained with, too."""
+"""Fields of a teacher's request that also apply to its student."""
 TEACHER_ONLY = ("network=", "method=", "exits=", "weights=")
-"""Overrides of a teacher's request that do not hold for its student."""
+"""Overrides of a teacher's request that do not apply to its student."""
 
 
 def training_command(**options: Any) -> Callable[[Callable[[TrainRequest], None]], Callable[..., None]]:
@@ -104,11 +104,11 @@ def training_command(**options: Any) -> Callable[[Callable[[TrainRequest], None]
 @training_command(
     network=Annotated[
         str | None,
-        typer.Option("--model", help="Any timm or torchvision classifier, or a student; else the protocol's."),
+        typer.Option("--model", help="Any timm or torchvision classifier, or a student; default: the protocol's."),
     ]
 )
 def train(request: TrainRequest) -> None:
-    """Train a teacher or a plain network on labels alone: images to a run folder, or to one for each seed and fold."""
+    """Train a teacher or a plain network on labels alone, into a run folder, or one for each seed and fold."""
     protocol = run_training(request)
     settings = replace(request, overrides=tuple(o for o in request.overrides if not o.startswith(TEACHER_ONLY)))
     sweep = ("split", "group", "fold", "seeds", "folds", "jobs") if request.is_sweep else ()
@@ -142,7 +142,7 @@ def run_training(request: TrainRequest) -> Protocol:
 
 
 def _students_weights(protocol: Protocol, run: Path) -> str | None:
-    """Return a student's initial weights after this run: the run's if they fit the student, else as this one's were."""
+    """Return a student's initial weights after this run: the run's if they fit the student, else those of this run."""
     from edgekd.models.networks import hub_name
     from edgekd.training.resolve import DEFAULT_STUDENT
 
@@ -163,7 +163,7 @@ def _train_sweep(request: TrainRequest, protocol: Protocol) -> None:
         lines = [f"{len(failed)} of {len(states)} runs failed; each log ends with the reason:"]
         lines += [f"  {log}: {failure_reason(log)}" for log in failed]
         raise TrainingError(
-            "\n".join(lines), fix="mend it and run the same command with --resume: what is done is kept"
+            "\n".join(lines), fix="fix the cause and run the same command with --resume: finished runs are kept"
         )
 
 

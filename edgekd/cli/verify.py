@@ -14,7 +14,7 @@ from edgekd.cli.sign import TargetArgument
 def verify(
     target: TargetArgument, key: Annotated[Path, typer.Option(help="The signer's Ed25519 public key, a PEM file.")]
 ) -> None:
-    """Check that an engine or student.onnx is whole and is what the holder of a key signed."""
+    """Check that an engine or student.onnx is complete and carries a valid signature of the given key."""
     from edgekd.artifacts.signing import verify as check
 
     check(target, key)

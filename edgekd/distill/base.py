@@ -1,4 +1,4 @@
-"""Base class of distillation methods, and what a method sees of the networks, the data and a batch."""
+"""Base class of distillation methods, and the data passed to them: options, shapes, outputs and batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgekd.models.base import Outputs
 from edgekd.models.feature_points import MapShape
 
 Need: TypeAlias = Literal["stages", "preactivations", "pooled"]
-"""Features that a method can ask for beside the outputs."""
+"""Features that a method can request besides the outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class FeatureShapes:
         stages: (D, H, W) at each feature point, shallow to deep; empty if no method needs them.
         preactivations: (D, H, W) in front of the last activation of each stage; empty if no method needs them.
         pooled: Width of the feature that the deepest classifier reads; 0 if no method needs it.
-        exits: Number of exits; 0 for a teacher that is not there.
+        exits: Number of exits; 0 for a missing teacher.
     """
 
     stages: tuple[MapShape, ...] = ()
@@ -60,7 +60,7 @@ ONE_EXIT, NO_TEACHER = FeatureShapes(exits=1), FeatureShapes()
 
 @dataclass(frozen=True, kw_only=True)
 class LossContext:
-    """What is known before training, the same for all methods of a run.
+    """Facts known before training, shared by all methods of a run.
 
     Attributes:
         student: Shapes of the student's features.
@@ -161,7 +161,7 @@ class DistillationLoss(nn.Module):
 
     A new method is a subclass in a file of its own and a line in `edgekd.distill.methods.METHODS`; another package
     registers the class as an entry point in the group `edgekd.distillation_methods`. Parameters of the module are
-    trained with the student's and saved in resume.pt, but are no part of the exported network.
+    trained with the student's and saved in resume.pt, but are not part of the exported network.
 
     Attributes:
         options: Dataclass that the protocol's table of the method's name is read into.
@@ -174,7 +174,7 @@ class DistillationLoss(nn.Module):
         needs_anchors: The teacher of each epoch is an anchor, a checkpoint of its own training (`anchor_every`).
         expands_batch: `expand` adds images, and the method's batch contains their outputs.
         init_epochs: Epochs of the initial stage, in which `init_loss` is the whole training loss.
-        context: What is known before training.
+        context: Facts known before training.
     """
 
     options: ClassVar[type[Options]] = Options
@@ -199,7 +199,7 @@ class DistillationLoss(nn.Module):
             images: (B, 3, H, W).
 
         Returns:
-            (N, 3, H, W) with N >= B, the given images first; methods that do not expand the batch see those alone.
+            (N, 3, H, W) with N >= B, the given images first; methods that do not expand the batch receive only those.
         """
         return images
 

@@ -64,7 +64,7 @@ class ContrastiveDistillation(DistillationLoss):
         labels, width = context.labels, options.width
         if len(set(labels)) < 2:
             raise ConfigError(
-                f"method 'crd' tells images of different classes apart, and the training images have "
+                f"method 'crd' contrasts images of different classes, and the training images have "
                 f"{len(set(labels))} class",
                 fix="use images of two or more classes, or another method",
             )

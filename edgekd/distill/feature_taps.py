@@ -35,7 +35,7 @@ class FeatureTaps:
 
         Args:
             images: (B, 3, H, W).
-            call: Runs the network in its place, if it is wrapped (DDP, mixed precision).
+            call: Called in place of the network, if it is wrapped (DDP, mixed precision).
         """
         names = (*self.stages, *self.preactivations, *filter(None, [self.pooled]))
         with feature_points.observe(self.network, names) as seen:
@@ -58,7 +58,7 @@ def tap_features(
         image_size: Side of the images in pixels.
 
     Raises:
-        ConfigError: A point that does not exist, is never reached, or is no map (D, H, W).
+        ConfigError: A point that does not exist, is never reached, or does not return a map (D, H, W).
     """
     trace = feature_points.trace(network, image_size=image_size)
     stages = tuple(points)

@@ -70,7 +70,7 @@ def batch_all(apart: Tensor, target: Tensor, *, margin: float) -> Tensor:
 def batch_hard(apart: Tensor, target: Tensor, *, margin: float) -> Tensor:
     """Compute the mean over anchors of max(0, margin + d(a, farthest p) - d(a, nearest n)).
 
-    An anchor without another image of its class, or of any other class, is left out; 0 if that leaves none.
+    An anchor without another image of its class, or of any other class, is excluded; 0 if none remains.
 
     Args:
         apart: Distances d (B, B).

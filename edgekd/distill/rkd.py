@@ -1,7 +1,7 @@
 """Relational distillation: distances and angles within a batch follow the teacher's (Park et al. 2019,
 arXiv 1904.05068).
 
-Computed in FP64, since near samples leave small differences of large numbers, and returned in FP32.
+Computed in FP64, since close samples give small differences of large numbers, and returned in FP32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIN_MEAN = 1e-6
 MIN_DISTANCE = 1e-4
 """Fraction of the mean distance below which two samples have no direction: its gradient would explode."""
 CHUNK = 1 << 21
-"""Cosines of one network that are held in memory at a time (16 MiB), unless one anchor has more."""
+"""Maximum number of cosines of one network in memory at a time (16 MiB), unless one anchor has more."""
 
 
 class RelationalDistillation(DistillationLoss):

@@ -15,7 +15,7 @@ KD_WEIGHT, ROTATION_WEIGHT, SIMILARITY_WEIGHT = 0.9, 2.7, 10.0
 """Weights of the predictions for the images, of those for their rotations, and of the similarities."""
 KD_TEMPERATURE, SIMILARITY_TEMPERATURE = 4.0, 0.5
 KEPT_ROTATIONS, KEPT_SIMILARITIES = 1.0, 0.75
-"""Fractions of the rotated images that the teacher gets wrong and that are still learnt from."""
+"""Fractions of the rotated images that the teacher misclassifies and that are still used for training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class SelfSupervisedDistillation(DistillationLoss):
 
     The first two terms are `soft_kl` at temperature 4 against the teacher's deepest exit, summed over the student's
     exits. The similarities are those of the heads' outputs, compared by `soft_kl` at temperature 0.5. First the
-    teacher's head is trained, for `init_epochs`, to find the image that a rotated image was; the student's weights are
-    constant meanwhile, while its batch-norm statistics already change. Weights, temperatures, fractions and the 60
+    teacher's head is trained, for `init_epochs`, to match each rotated image with its original; meanwhile the student's
+    weights are constant, but its batch-norm statistics already change. Weights, temperatures, fractions and the 60
     initial epochs are those of the authors' code; their separate learning rate for the initial stage is not
     implemented: the protocol's schedule covers both stages.
     """

@@ -21,7 +21,7 @@ FOUR_STAGES: tuple[ExitPoint, ...] = (1, 2, 3, 4)
 
 
 class Outputs(NamedTuple):
-    """What a network returns for B images, one entry for each exit, shallow to deep.
+    """Outputs of a network for B images, one entry for each exit, shallow to deep.
 
     Attributes:
         logits: (B, C).
@@ -58,12 +58,22 @@ class MultiExitNetwork(nn.Module):
 
 
 class NetworkBuilder(Protocol):
-    """Builds a network; one that has no choice of exits or stem ignores these arguments."""
+    """Builds a network; a network without a choice of exits or stem ignores these arguments."""
 
     def __call__(
         self, *, classes: int, image_size: int, stem: Stem = "imagenet", exits: Sequence[ExitPoint] = FOUR_STAGES
     ) -> nn.Module:
-        """Return a `MultiExitNetwork`, or a plain classifier from images (B, 3, H, W) to logits (B, C)."""
+        """Build a network with random weights.
+
+        Args:
+            classes: Number of classes C.
+            image_size: Side of the images in pixels.
+            stem: First layers.
+            exits: Exits, shallow to deep: numbers of stages, or names of feature points.
+
+        Returns:
+            A `MultiExitNetwork`, or a plain classifier from images (B, 3, H, W) to logits (B, C).
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""Computational cost of a network, counted and not measured: table 3 of Chen et al. 2022 (Sensors 22:3272)."""
+"""Computational cost of a network, counted rather than measured: table 3 of Chen et al. 2022 (Sensors 22:3272)."""
 
 from __future__ import annotations
 

@@ -198,12 +198,12 @@ class Trace:
         """Return the shape of the map at a feature point.
 
         Raises:
-            ConfigError: There is no such point, it does not run, or it is no map (D, H, W).
+            ConfigError: There is no such point, it does not run, or it is not a map (D, H, W).
         """
         tensor = self._tensor(name)
         if tensor.dim() != 4:
             raise ConfigError(
-                f"feature point '{name}' is no map: its shape is {tuple(tensor.shape)}",
+                f"feature point '{name}' is not a map: its shape is {tuple(tensor.shape)}",
                 fix="edgekd models show NAME --features lists the maps",
             )
         return _map_shape(tensor)
@@ -360,11 +360,11 @@ def check_cuts(network: nn.Module, names: Sequence[str], *, image_size: int) -> 
         logits: Tensor = network(image)
     for name, behind in itertools.pairwise(names):
         if seen[name] is seen[behind]:
-            raise ConfigError(f"'{name}' and '{behind}' return one and the same map", fix="leave one of them out")
+            raise ConfigError(f"'{name}' and '{behind}' return the same map", fix="remove one of them")
     for name in names:
         if _bypasses(image, logits, cut=seen[name]):
             raise ConfigError(
-                f"the network cannot be cut at '{name}': a skip connection or branch goes around it",
+                f"the network cannot be cut at '{name}': a skip connection or branch bypasses it",
                 fix="take the end of a block; edgekd models show NAME --features lists the points",
             )
 

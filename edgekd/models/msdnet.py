@@ -2,7 +2,7 @@
 
 Wiring and widths are those of the authors' PyTorch code (MSDNet-PyTorch f654595). Between layers the network holds
 one map for each scale, fine to coarse; each layer widens every map by its growth, and the finest scales are dropped one
-by one. Weights start as torch's own, as they do there: that code's initialisation reaches no convolution. Train it
+by one. Weights keep torch's default initialisation, as in that code, whose own affects no convolution. Train it
 with method `ce`, the paper's joint training.
 """
 
@@ -146,7 +146,7 @@ class MSDNet(MultiExitNetwork):
         exits: Blocks that end in an exit, from 1; the last is also the number of blocks.
 
     Raises:
-        ConfigError: The exits are not rising numbers from 1.
+        ConfigError: The exits are not ascending numbers from 1.
     """
 
     backbone: nn.ModuleList
@@ -157,7 +157,7 @@ class MSDNet(MultiExitNetwork):
         if len(at) < len(exits) or sorted(set(at)) != at or not at or at[0] < 1:
             raise ConfigError(
                 f"exits {exits_text(exits)} do not fit this network",
-                fix="name blocks from 1 in rising order; the last is how many there are, for example --exits 1,2,3,4",
+                fix="name blocks in ascending order from 1; the last is their number, for example --exits 1,2,3,4",
             )
         self.exit_at = tuple(at)
         self.backbone, widths = _blocks(variant, at[-1])

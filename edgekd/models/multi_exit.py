@@ -113,7 +113,7 @@ class MultiExitResNet(MultiExitNetwork):
         head: Makes an exit's head from the widths of its stage and of those behind it, and the number of classes.
 
     Raises:
-        ConfigError: An exit that is no stage, or the deepest stage is left out.
+        ConfigError: An exit is not a stage, or the deepest stage is missing.
     """
 
     backbone: ResNet
@@ -205,8 +205,8 @@ class MultiExit(MultiExitNetwork):
             which they run; the last is the highest stage's number or `final`.
 
     Raises:
-        ConfigError: An exit that is no feature point, out of order, behind the last stage, or at which the network
-            cannot be cut.
+        ConfigError: An exit is not a feature point, out of order, behind the last stage, or a point at which the
+            network cannot be cut.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ def _exit_points(backbone: nn.Module, exits: Sequence[ExitPoint], *, image_size:
     stages = f"the stages are {', '.join(f'{k} {name}' for k, name in enumerate(ends, start=1))}"
     if not exits or exits[-1] not in (FINAL, len(ends)):
         raise ConfigError(
-            f"exits {exits_text(exits)} leave out the deepest; {stages}",
+            f"exits {exits_text(exits)} omit the deepest; {stages}",
             fix=f"end with {FINAL}, for example --exits 2,{FINAL}",
         )
     names = [*(_point_name(backbone, point, ends, order, stages) for point in exits[:-1]), ends[-1]]

@@ -80,9 +80,7 @@ def build(
     """
     if stem == "small" and not has_stems(name):
         own = [known for known in NETWORKS if has_stems(known)]
-        raise ConfigError(
-            f"'{name}' has no small stem", fix=f"leave it out; it is for {', '.join([*LIBRARY_STEMS, *own])}"
-        )
+        raise ConfigError(f"'{name}' has no small stem", fix=f"omit it; it is for {', '.join([*LIBRARY_STEMS, *own])}")
     if name in NETWORKS:
         net = NETWORKS[name].build(classes=classes, image_size=image_size, stem=stem, exits=exits)
         return net if isinstance(net, MultiExitNetwork) else SingleExit(net)

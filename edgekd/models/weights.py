@@ -61,7 +61,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
-        raise ArtifactError(f"{path}: holds no state_dict", fix="save its state_dict as safetensors")
+        raise ArtifactError(f"{path}: does not contain a state_dict", fix="save its state_dict as safetensors")
     return _finite({str(k): v for k, v in state.items() if isinstance(v, Tensor)}, path)
 
 
@@ -89,14 +89,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    what = f"{path} is damaged or no weights-only file ({reason})"
+    what = f"{path} is damaged or not a weights-only file ({reason})"
     return ArtifactError(what, fix="save its state_dict as safetensors")
 
 
 def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ArtifactError(f"{path}: {name} holds values that are not finite", fix="take other weights")
+            raise ArtifactError(f"{path}: {name} holds values that are not finite", fix="use other weights")
     return state
 
 

@@ -26,7 +26,7 @@ from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import SweepMember
 
 LADDER = (224, 160, 112, 96, 80)
-"""Image sizes to go down to. Below, the deepest feature maps are a pixel or two wide."""
+"""Image sizes to choose from. Below them, the deepest feature maps are one or two pixels wide."""
 FLOORS = 10, 3
 """Smallest number of epochs while the image size can still be cut, and after that."""
 PROBE_IMAGE_SIZE = 112
@@ -81,13 +81,13 @@ class JobCost:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What fits into the budget.
+    """Epochs, image size and repeats that fit into the budget.
 
     Attributes:
         epochs: Largest number of epochs.
         image_size: Largest image size.
-        repeats: How many of the seeds and folds.
-        seconds: Estimated time of it all.
+        repeats: Number of seeds and folds.
+        seconds: Estimated total time.
     """
 
     epochs: int
@@ -97,10 +97,16 @@ class Cuts:
 
 
 def fit(costs: Sequence[JobCost], budget_s: float, *, repeats: int, at_once: int = 1) -> Cuts:
-    """Choose the smallest cuts that fit into the time.
+    """Choose the smallest reduction that fits into the time.
 
-    Epochs are cut first, down to 10; then the image size, one step of the ladder at a time; then epochs down to 3; then
-    repeats. If not even that fits, it is returned with an estimate above the budget.
+    Epochs are reduced first, down to 10; then the image size, one step of the ladder at a time; then epochs down to 3;
+    then repeats. If even that does not fit, it is returned with an estimate above the budget.
+
+    Args:
+        costs: Cost of one run of each job.
+        budget_s: Available time in seconds.
+        repeats: Number of seeds and folds.
+        at_once: Number of runs at one time.
     """
     full, size = max(cost.epochs for cost in costs), max(cost.image_size for cost in costs)
     steps = [size, *(p for p in LADDER if p < size)] if size > min(LADDER) else [size]
@@ -116,7 +122,7 @@ def fit(costs: Sequence[JobCost], budget_s: float, *, repeats: int, at_once: int
 
 
 Key = tuple[str, str, str, int, str]
-"""What a job's speed depends on: network, method, teacher's network, batch size, precision."""
+"""Determinants of a job's speed: network, method, teacher's network, batch size, precision."""
 Speeds = dict[Key, tuple[float, int]]
 """Images per second, and the image size."""
 
@@ -137,7 +143,7 @@ def known_speeds(runs: Path) -> Speeds:
             made = config.load(Protocol, "protocols", str(folder / run_folder.PROTOCOL))
             teacher = run_folder.read_metadata(folder).provenance.get("teacher") or ""
             speed = float(rows[-1]["images_per_s"]), made.preprocess.image_size
-            for precision in (made.precision, "auto"):  # what was left to edgekd is kept as what it took
+            for precision in (made.precision, "auto"):  # `auto` settings are stored as resolved
                 found[made.network, made.method, teacher, made.batch_size, precision] = speed
     return found
 
@@ -153,7 +159,7 @@ def job_costs(planned: Mapping[str, PlannedRun], speeds: Speeds, subsets: Mappin
 
 
 def few_images(folder: Folder, out: Path, *, batch_size: int) -> None:
-    """Make a folder of links to as many images as one batch and its validation and test images need."""
+    """Make a folder of links to the images that one batch and its validation and test images require."""
     count = -(-(2 * batch_size) // len(folder.classes))
     taken: Counter[tuple[int, str | None]] = Counter()
     with atomic_folder(out) as made:
@@ -177,9 +183,20 @@ def choose_cuts(
     at_once: int,
     say: Callable[[str], None],
 ) -> Cuts:
-    """Measure the speed of each job, and choose what fits into the time.
+    """Measure the speed of each job, and choose epochs, image size and repeats that fit into the time.
 
-    The choice is kept beside the runs, so that a second start continues the same runs whatever the machine's load is.
+    The choice is kept beside the runs, so that a second start continues the same runs regardless of the machine's load.
+
+    Args:
+        table: The table.
+        planned: Job name to its run.
+        members: Seeds and folds.
+        options: Options that decide each run.
+        checked: The images.
+        budget_s: The whole budget in seconds.
+        until: Its end on `time.monotonic`.
+        at_once: Number of runs at one time.
+        say: Called with messages.
 
     Raises:
         TrainingError: The speed of no job could be measured.
@@ -187,7 +204,7 @@ def choose_cuts(
     content = [{"budget_s": budget_s, "at_once": at_once}, [one.digest for one in planned.values()], members]
     kept = options.runs / "plans" / f"{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
     if kept.is_file():
-        say(f"cut as when it was first started; remove {kept} to choose anew")
+        say(f"reduced as at the first start; remove {kept} to choose again")
         return read_json(kept, Cuts, what="plan")
     speeds = _measured(table, planned, options, checked=checked, until=until, at_once=at_once, say=say)
     protocol = next(iter(planned.values())).protocol

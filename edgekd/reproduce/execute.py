@@ -1,4 +1,4 @@
-"""`edgekd reproduce`: runs what is missing of a paper's table, and writes our numbers beside the printed ones."""
+"""`edgekd reproduce`: runs the missing jobs of a paper's table, and writes our numbers beside the printed ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Workload:
         options: Options of the command.
         planned: Job name to its run.
         members: Seeds and folds.
-        cut: What the budget made of it, as text.
+        cut: Description of the reductions made for the budget.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Workload:
 def reproduce(
     name: str, options: Options, *, say: Say, on_check: Progress | None = None, on_end: OnEnd
 ) -> tuple[Result, dict[str, Path]]:
-    """Run what is missing of a table and write it to `options.out`.
+    """Run the missing jobs of a table and write it to `options.out`.
 
     Args:
         name: Name of the table, or a TOML file.
@@ -100,7 +100,14 @@ def reproduce(
 
 
 def full_workload(name: str, table: Table, options: Options, checked: Checked) -> Workload:
-    """Return all runs of a table: three seeds, or all folds of one, unless the options say otherwise."""
+    """Return all runs of a table.
+
+    Args:
+        name: Name of the table, or a TOML file.
+        table: The table.
+        options: Options of the command; without seeds and folds, three seeds, or all folds of one seed.
+        checked: The images.
+    """
     options = dataclasses.replace(
         options,
         data=options.data.resolve(),
@@ -117,7 +124,13 @@ def full_workload(name: str, table: Table, options: Options, checked: Checked) -
 
 
 def within_budget(work: Workload, until: float, say: Say) -> Workload:
-    """Cut the workload to what fits into the time, as decided when it was first started."""
+    """Reduce the workload to fit into the time, as decided at its first start.
+
+    Args:
+        work: The whole workload.
+        until: End of the budget on `time.monotonic`.
+        say: Called with messages.
+    """
     options = work.options
     cuts = budget.choose_cuts(
         work.table,
@@ -140,7 +153,17 @@ def within_budget(work: Workload, until: float, say: Say) -> Workload:
 
 
 def carry_out(work: Workload, until: float, say: Say, on_end: OnEnd) -> tuple[Result, dict[str, Path]]:
-    """Run what is missing, and write the table anew after each job."""
+    """Run the missing jobs, and rewrite the table after each.
+
+    Args:
+        work: The workload.
+        until: Time on `time.monotonic` after which no job is started.
+        say: Called with messages.
+        on_end: Called after each job.
+
+    Returns:
+        The result, and the logs of the failed jobs.
+    """
     options, name = work.options, stem(work.name, work.options.group)
     jobs = missing_jobs(list(work.selected().values()), work.members, options)
     say(f"{f'budget {work.cut}; ' if work.cut else ''}{len(jobs)} runs to do")

@@ -29,9 +29,9 @@ RECIPE = (
     *("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "schedule", "milestones", "gamma"),
     *("warmup_epochs", "precision", "clip_norm", "ema"),
 )
-"""Protocol keys that `--protocol` replaces, besides augmentation and image size: how to train, not what."""
+"""Protocol keys that `--protocol` replaces, besides augmentation and image size: those of the training schedule."""
 NO_RESULT = (*RESUMABLE, "teacher", "network", "weights", "seed", "fold")
-"""Protocol keys that the digest leaves out: without influence on the result, or part of it in another way."""
+"""Protocol keys excluded from the digest: without influence on the result, or covered by another part of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class RunOptions:
         fingerprint: Digest of the images, once they are read.
         runs: Folder of the run folders.
         weights: Folder of <network>.safetensors.
-        protocol: Protocol that replaces the paper's way to train; empty for none.
+        protocol: Protocol that replaces the paper's training schedule; empty for none.
         overrides: Protocol keys.
         substitutes: Network to the one that replaces it.
         group: Grouping of the split.
@@ -74,8 +74,8 @@ class PlannedRun:
         paper: The paper's settings.
         protocol: Ours.
         file: File of its initial weights.
-        teacher: The job that it learns from.
-        start: The job whose weights it starts from.
+        teacher: The teacher's job.
+        start: The job that provides its initial weights.
         fingerprint: Digest of the images.
         runs: Folder of the run folders.
     """
@@ -93,7 +93,7 @@ class PlannedRun:
     def digest(self) -> str:
         """Digest of everything that decides the result but seed, fold and edgekd's version.
 
-        Settings equal to `Protocol`'s defaults are left out, so that a setting added later changes no digest.
+        Settings equal to `Protocol`'s defaults are excluded, so that a setting added later changes no digest.
         """
         first = self.start.digest if self.start else sha256(self.file) if self.file else "none"
         teacher = self.teacher.digest if self.teacher else ""
@@ -172,12 +172,12 @@ def resolve_protocol(table: Table, job: JobSpec, options: RunOptions) -> Protoco
         ways = {key: getattr(recipe, key) for key in RECIPE} | {"augment": dataclasses.asdict(recipe.augment)}
         ways["preprocess.image_size"] = recipe.preprocess.image_size
         overrides = ways | overrides | {"anchor_every": cut.anchor_every} | _init_epochs(cut)
-    asked = {k: v for k, v in options.overrides.items() if k != "epochs"}
+    requested = {k: v for k, v in options.overrides.items() if k != "epochs"}
     overrides |= {"network": network, "method": job.method, "weights": "none"}
-    overrides |= ({"group": options.group} if options.group else {}) | asked
+    overrides |= ({"group": options.group} if options.group else {}) | requested
     made = config.load(Protocol, "protocols", table.protocol, overrides=overrides)
     epochs = options.overrides.get("epochs", made.epochs)
-    made = scaled(made, min(epochs, options.epochs) if options.epochs else epochs, keep=asked)
+    made = scaled(made, min(epochs, options.epochs) if options.epochs else epochs, keep=requested)
     size = min(made.preprocess.image_size, options.image_size or made.preprocess.image_size)
     return dataclasses.replace(made, preprocess=dataclasses.replace(made.preprocess, image_size=size))
 
@@ -194,7 +194,7 @@ def scaled(p: Protocol, epochs: int, *, keep: Collection[str] = ()) -> Protocol:
         ConfigError: Not a number of epochs.
     """
     if not isinstance(epochs, int) or epochs < 1:
-        raise ConfigError(f"epochs: {epochs!r} is no number of epochs", fix="for example --set epochs=20")
+        raise ConfigError(f"epochs: {epochs!r} is not a number of epochs", fix="for example --set epochs=20")
     share = epochs / p.epochs
     counts: dict[str, Any] = {
         "milestones": tuple(math.ceil(m * share - 1e-9) for m in p.milestones),
@@ -216,7 +216,7 @@ def _init_epochs(p: Protocol) -> dict[str, int]:
 
 
 def _file(network: str, folder: Path | None) -> Path | None:
-    """Return the file of the network's ImageNet weights, if the folder has it."""
+    """Return the file of the network's ImageNet weights; None if the folder does not have it."""
     try:
         file = folder / f"{hub_name(network)}.safetensors" if folder else None
     except ConfigError:  # one of edgekd's own, which has no such weights

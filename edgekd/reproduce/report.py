@@ -18,7 +18,7 @@ from edgekd.text import markdown as escaped
 
 State = Literal["reproduced", "partly", "open"]
 STATES: tuple[State, ...] = ("reproduced", "partly", "open")
-"""From the nearest to the paper to the farthest."""
+"""Ordered from full to no reproduction."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
         scores: Exit to metric to fraction of the test images.
         images: Number of test images.
         train_s: Seconds of training.
-        device: What it was evaluated on.
+        device: Device that it was evaluated on.
         host: Index of the machine in `Result.hosts`.
     """
 
@@ -69,11 +69,11 @@ class RowResult:
 
     Attributes:
         label: The paper's label.
-        state: How far it is reproduced.
-        reason: Why it is not reproduced in full.
+        state: Degree of reproduction.
+        reason: Reason why it is not fully reproduced.
         cells: Column to numbers.
         differences: Differences from the paper's settings.
-        settings: What its runs share, keys joined by dots.
+        settings: Settings shared by its runs, keys joined by dots.
         runs: The runs.
     """
 
@@ -88,7 +88,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A table as far as it is reproduced.
+    """A table with its reproduced rows.
 
     Attributes:
         table: Name of the table.
@@ -143,7 +143,7 @@ def _header(result: Result) -> list[str]:
 
 
 def _rows(result: Result) -> list[list[str]]:
-    """Format label, paper and ours for each column, n, and the state with what concerns the row alone."""
+    """Format label, paper and ours for each column, n, and the state with remarks specific to the row."""
     common, columns = _common_differences(result), _has_printed(result)
     rows = []
     for row in result.rows:

@@ -25,7 +25,7 @@ from edgekd.training.protocol import Protocol
 from edgekd.training.sweep import SweepMember
 
 REPEATS = 3
-"""Seeds that make a row of a random split reproduced; of a k-fold split it is all folds."""
+"""Number of seeds required to reproduce a row on a random split; a k-fold split requires all folds."""
 COSTS = {"parameters": 1e-6, "macs": 1e-6, "activation_mib": 1.0, "checkpoint_mb": 1.0}
 """Field of `Cost` to the factor that brings it to its column's unit."""
 NOT_SETTINGS = ("data", "weights", "seed", "fold")
@@ -35,7 +35,7 @@ cached_cost = functools.cache(cost)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished run, as its files say: see `Run`, and the machine that evaluated it."""
+    """A finished run read from its files (see `Run`), and the machine that evaluated it."""
 
     scores: sweep.Scores
     images: int
@@ -56,7 +56,7 @@ class TableBuilder:
         options: Options of the command, as text.
         differences: Differences of the images from the paper's.
         classes: Number of classes.
-        reasons: Name of a job (see `PlannedRun.job_name`) to why it has no result.
+        reasons: Name of a job (see `PlannedRun.job_name`) to the reason why it has no result.
     """
 
     name: str
@@ -69,7 +69,7 @@ class TableBuilder:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def result(self) -> Result:
-        """Make the table as far as its runs have finished."""
+        """Make the table from the finished runs."""
         found = {row.label: self._evaluations(row) for row in self.table.rows}
         hosts: list[HostInfo] = []
         for evaluation in (each for runs in found.values() for each in runs.values()):
@@ -147,7 +147,7 @@ def state_of(differences: Sequence[str], n: int, required: int, reasons: Sequenc
         differences: Differences from the paper's settings.
         n: Number of finished runs.
         required: Number of runs that make the row reproduced.
-        reasons: Why runs are missing.
+        reasons: Reasons why runs are missing.
     """
     if not n:
         return "open", "; ".join(reasons) or "not run yet"

@@ -29,7 +29,7 @@ class JobSpec:
     Attributes:
         network: Name of the network.
         method: Distillation method.
-        weights: What it starts from: `imagenet`, `none`, or another job.
+        weights: Initial weights: `imagenet`, `none`, or another job.
         teacher: Another job; empty for none.
         settings: Protocol keys of its own.
         svm: Feature point whose features a support vector machine classifies in place of the network's own classifier.
@@ -51,7 +51,7 @@ class Row:
         label: The paper's label.
         job: The job that gives our numbers.
         network: Network of a row that counts costs and trains nothing.
-        unsupported: Why edgekd cannot make this row; empty if it can.
+        unsupported: Reason why edgekd cannot reproduce this row; empty if it can.
         printed: Column to the printed number, in the column's unit.
         spread: Column to its standard deviation.
     """
@@ -100,12 +100,14 @@ class Table:
         known = {*self.jobs, NONE, IMAGENET, ""}
         for name, job in self.jobs.items():
             if strange := {job.teacher, job.weights} - known:
-                raise ValueError(f"jobs.{name}: {min(strange)} is no job")
+                raise ValueError(f"jobs.{name}: {min(strange)} is not a job")
         for row in self.rows:
             if row.job not in self.jobs and not row.unsupported and not row.network:
-                raise ValueError(f"row '{row.label}': {row.job or 'nothing'} is no job, and it is not unsupported")
+                raise ValueError(
+                    f"row '{row.label}': {row.job or 'nothing'} is not a job, and the row is not unsupported"
+                )
             if strange := (row.printed.keys() | row.spread.keys()) - self.columns.keys():
-                raise ValueError(f"row '{row.label}': {min(strange)} is no column")
+                raise ValueError(f"row '{row.label}': {min(strange)} is not a column")
 
     def network(self, row: Row) -> str:
         """Return the network whose cost a row counts."""
@@ -138,7 +140,7 @@ class Table:
 
 
 def needs(job: JobSpec) -> list[str]:
-    """Return the jobs that a job depends on: its teacher, and the one whose weights it starts from."""
+    """Return the jobs that a job depends on: its teacher, and the one that provides its initial weights."""
     return [name for name in (job.teacher, job.weights) if name not in (NONE, IMAGENET, "")]
 
 

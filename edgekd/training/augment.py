@@ -88,7 +88,7 @@ def augmented(image: Image.Image, augment: Augment, preprocess: Preprocess, rng:
 
 
 def _cropped(image: Image.Image, augment: Augment, preprocess: Preprocess, draw: Draws) -> Image.Image:
-    """Crop and resize a random part of the image in one pass, which makes it cheap."""
+    """Crop and resize a random part of the image in a single, cheap pass."""
     width, height = image.size
     whole = (width, height) if preprocess.resize == "stretch" else (min(image.size),) * 2
     low, high = augment.crop_scale

@@ -70,13 +70,13 @@ class ImageSet(Dataset[Sample]):
 class EpochSampler(Sampler[Key]):
     """Yields (epoch, index) pairs for one of `world` processes, the same number for each.
 
-    The order is a function of (seed, epoch). If `count` is no multiple of `world`, the first samples of the order are
-    repeated at its end; an evaluation drops them by their index.
+    The order is a function of (seed, epoch). If `count` is not a multiple of `world`, the order is padded with its
+    first samples; an evaluation drops them by their index.
 
     Args:
         count: Number of images.
         seed: Seed of the order.
-        rank: Number of this process.
+        rank: Index of this process, from 0.
         world: Number of processes.
         shuffle: Shuffle the images; else they are in their own order.
     """
@@ -116,7 +116,7 @@ class ClassSampler(EpochSampler):
         per_class: Images of a class in a batch, K.
         batch_size: Images in a batch, P * K.
         seed: Seed of the order.
-        rank: Number of this process.
+        rank: Index of this process, from 0.
         world: Number of processes.
 
     Raises:

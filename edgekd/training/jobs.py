@@ -1,4 +1,4 @@
-"""Jobs that train and evaluate in child processes, several at a time: through Ray if it is installed, else locally.
+"""Runs training jobs in child processes, several at a time: through Ray if it is installed, else locally.
 
 The child is `python -m edgekd.cli.job JSON`. It exits when its parent dies, so a restart never runs a job twice.
 """
@@ -33,7 +33,7 @@ class ChildJob:
         name: Name of the job.
         requests: What to train and evaluate.
         log: File that the child's output is appended to.
-        depends_on: Names of the jobs that must be done before.
+        depends_on: Names of the jobs that must finish first.
     """
 
     name: str
@@ -53,10 +53,10 @@ def run_jobs(
     deadline: float = float("inf"),
     on_end: Callable[[ChildJob, JobState], None] | None = None,
 ) -> dict[str, JobState]:
-    """Run the jobs in their order, `at_once` at a time; when interrupted, stop all that are running.
+    """Run the jobs in order, `at_once` at a time; when interrupted, stop all that are running.
 
     Args:
-        jobs: The jobs; a dependency that is none of them counts as done.
+        jobs: The jobs; a dependency outside of them counts as done.
         at_once: Number of child processes.
         deadline: Time on `time.monotonic` after which no job is started.
         on_end: Called with each job that ended and its state.
@@ -163,7 +163,7 @@ def _process(
     env: dict[str, str] | None = None,
     started: Callable[[subprocess.Popen[bytes]], None] = lambda p: None,
 ) -> int:
-    """Run one job in a child process, which stops when its standard input is closed."""
+    """Run one job in a child process that exits when its standard input is closed."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         process = start_child("edgekd.cli.job", job.to_json(), stdout=log, stderr=subprocess.STDOUT, env=env)

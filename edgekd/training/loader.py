@@ -71,7 +71,7 @@ class Loader(DataLoader[Result]):
         drop_last: Drop the last batch if it is smaller.
 
     Raises:
-        ConfigError: Dropping the last batch would leave none.
+        ConfigError: Dropping the last batch would leave no batch.
         EdgekdError: While iterating: an image cannot be read, workers cannot be started, or one was killed.
     """
 
@@ -100,7 +100,7 @@ class Loader(DataLoader[Result]):
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
-            # a fork of a process in which OpenVINO has run gives wrong pixels or dies
+            # a fork of a process that has run OpenVINO returns wrong pixels or crashes
             multiprocessing_context="forkserver" if workers else None,
         )
         self.epoch_sampler = sampler

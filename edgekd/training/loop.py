@@ -43,7 +43,7 @@ from edgekd.training.run_folder import (
 log = logging.getLogger(__name__)
 
 TrainingProgress: TypeAlias = Callable[[int, int, float], None]
-"""Called after each batch with the number of batches done, their total over all epochs, and the loss."""
+"""Callback after each batch: the number of batches done, their total over all epochs, and the loss."""
 Metrics: TypeAlias = dict[str, float]
 """One epoch's metrics by name."""
 
@@ -107,7 +107,7 @@ class Task:
 
 
 def freeze(teacher: MultiExitNetwork) -> MultiExitNetwork:
-    """Put a teacher into eval mode without gradients, for good: a later `.train()` has no effect."""
+    """Put a teacher permanently into eval mode without gradients: a later `.train()` has no effect."""
     teacher.eval().requires_grad_(False)
     teacher.train = lambda mode=True: teacher  # type: ignore[method-assign]
     return teacher
@@ -185,7 +185,7 @@ def _restore(session: _Session, state: Mapping[str, Any], out: Path) -> None:
                 part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         what = f"{out / RESUME} does not fit these networks: {' '.join(str(error).split())[:200]}"
-        raise ArtifactError(what, fix="resume with the edgekd that wrote it, or train anew") from None
+        raise ArtifactError(what, fix="resume with the version of edgekd that wrote it, or train again") from None
 
 
 @dataclass
@@ -329,7 +329,7 @@ def validate(fabric: Fabric, network: nn.Module, loader: Loader, classes: int) -
     """Measure the accuracy of each exit, and of the ensemble, the mean of their probabilities.
 
     Args:
-        fabric: Processes and devices; each process has its part of the images.
+        fabric: Processes and devices; each process has its share of the images.
         network: The network.
         loader: Batches of validation images.
         classes: Number of classes.

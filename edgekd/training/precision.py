@@ -1,4 +1,4 @@
-"""Choice of a training step's arithmetic, from the device and, on a CPU, from the time that a step takes."""
+"""Choice of the training precision from the device and, on a CPU, from the duration of a step."""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ class Protocol(LossSettings):
         if self.per_class < 2:
             raise ValueError(f"per_class: {self.per_class} is below 2, so that no batch has two images of a class")
         if self.anchor_every > self.epochs:
-            raise ValueError(f"anchor_every: {self.anchor_every} is above epochs, {self.epochs}, so none would be kept")
+            raise ValueError(
+                f"anchor_every: {self.anchor_every} is above epochs, {self.epochs}, so none would be saved"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: {self.ema} is not in 0..1")
 
@@ -122,11 +124,11 @@ class Protocol(LossSettings):
 
 
 def refuse_other_settings(folder: Path, made: Protocol, requested: Protocol) -> None:
-    """Refuse to continue a run under other settings; `auto` stands for what it was decided to be.
+    """Refuse to continue a run with other settings; `auto` matches the value it was resolved to.
 
     Args:
         folder: The run folder, for the error.
-        made: Settings that the run was begun with.
+        made: Settings that the run was started with.
         requested: Settings to continue it with.
 
     Raises:
@@ -140,6 +142,6 @@ def refuse_other_settings(folder: Path, made: Protocol, requested: Protocol) -> 
     ]
     if other:
         raise ArtifactError(
-            f"{folder} was begun under other settings than now requested: {'; '.join(other)}",
-            fix="leave these out to continue it as it is, or choose another --out",
+            f"{folder} was started with other settings than now requested: {'; '.join(other)}",
+            fix="omit these to continue with the run's settings, or choose another --out",
         )

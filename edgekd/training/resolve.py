@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def resolve(request: TrainRequest) -> Protocol:
-    """Return the settings that a request trains under; of a sweep, those that its runs share.
+    """Return the settings of a training request; for a sweep, those that its runs share.
 
     A new run takes the settings of the protocol file, overridden by flags. A resumed run keeps its own: keys that a
     protocol file or a flag gives must agree with them; keys that neither gives are not compared.
@@ -35,7 +35,7 @@ def resolve(request: TrainRequest) -> Protocol:
     if request.command == "train":
         protocol = _on_labels_alone(protocol, request)
         if not protocol.network:
-            raise ConfigError("no network is named", fix="give one with --model, or as the protocol's network")
+            raise ConfigError("no network is given", fix="name one with --model, or as the protocol's network")
     elif not protocol.network:
         protocol = dataclasses.replace(protocol, network=DEFAULT_STUDENT)
     return protocol if request.is_sweep else _split_like_teacher(protocol, request)
@@ -51,7 +51,7 @@ def _resume(request: TrainRequest, own_file: Path) -> Protocol:
     original = config.load(Protocol, "protocols", str(own_file))
     file_values: dict[str, Any] = {}
     if request.protocol:
-        config.load(Protocol, "protocols", request.protocol)  # its own mistakes are reported as its own
+        config.load(Protocol, "protocols", request.protocol)  # errors in the file itself are reported as such
         file_values = _flattened(config.read_table("protocols", request.protocol))
     requested = _load(str(own_file), request, file_values)
     if "method" in file_values and request.command == "train":

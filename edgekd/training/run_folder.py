@@ -83,7 +83,9 @@ def load_model(folder: Path) -> tuple[MultiExitNetwork, RunMetadata]:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{folder / MODEL} is no {metadata.network}: {reason}", fix="train again") from None
+        raise ArtifactError(
+            f"the weights in {folder / MODEL} do not fit {metadata.network}: {reason}", fix="train again"
+        ) from None
     return network.eval(), metadata
 
 
@@ -91,7 +93,7 @@ def read_metadata(folder: Path) -> RunMetadata:
     """Read the metadata of a run folder's model.safetensors.
 
     Raises:
-        ArtifactError: It is no run folder, its first epoch is not finished, or the file is damaged.
+        ArtifactError: It is not a run folder, its first epoch is not finished, or the file is damaged.
     """
     return _read_model(folder)[1]
 
@@ -99,7 +101,7 @@ def read_metadata(folder: Path) -> RunMetadata:
 def _read_model(folder: Path) -> tuple[dict[str, Tensor], RunMetadata]:
     path = folder / MODEL
     if not path.is_file():
-        known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is no run folder"
+        known = "its first epoch is not finished" if (folder / PROTOCOL).is_file() else "it is not a run folder"
         raise ArtifactError(f"{folder} has no {MODEL}: {known}", fix="make one with edgekd train or edgekd distill")
     return _read_weights(path)
 
@@ -149,7 +151,7 @@ def anchors(folder: Path) -> Anchors:
     for file in files:
         found = _read_weights(file)[1]
         if (found.network, found.classes, found.exits) != (own.network, own.classes, own.exits):
-            raise ArtifactError(f"{file} is no anchor of {own.network}", fix="train the teacher anew")
+            raise ArtifactError(f"{file} is not an anchor of {own.network}", fix="train the teacher anew")
     return Anchors(every, files)
 
 
@@ -212,7 +214,7 @@ def load_resume(folder: Path, *, digest: str) -> dict[str, Any] | None:
     kinds: dict[str, Any] = {"epoch": int, "history": list, "best": float, "digest": str}
     kinds |= dict.fromkeys(("network", "criterion", "optimizer"), Mapping)
     if not isinstance(state, Mapping) or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
-        raise ArtifactError(f"{path} is no state of a run", fix=anew)
+        raise ArtifactError(f"{path} is not the state of a run", fix=anew)
     if not all(isinstance(v, Tensor) and torch.isfinite(v).all() for v in state["network"].values()):
         raise ArtifactError(f"{path} holds weights that are not finite", fix=anew)
     if state.get("digest") != digest:
@@ -250,4 +252,4 @@ def start(folder: Path, *, resume: bool) -> None:
         if resume:
             return
         raise ArtifactError(f"{folder} already holds a run", fix="continue it with --resume, or choose another --out")
-    raise ArtifactError(f"{folder} is not empty and no run folder", fix="choose another --out")
+    raise ArtifactError(f"{folder} is not empty and not a run folder", fix="choose another --out")

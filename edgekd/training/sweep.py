@@ -45,7 +45,7 @@ def run_sweep(
 ) -> dict[str, JobState]:
     """Train and test each member in `request.out / member.name`, a normal run folder, and write summary.json.
 
-    A teacher, or first weights, may be one run folder for all members, or a sweep in which each member has its own.
+    The teacher, or the initial weights, may be one run folder for all members, or a sweep with one for each member.
     Members that are trained and tested are kept. A run's output is appended to `request.out / f"{member.name}.log"`.
 
     Args:
@@ -54,11 +54,11 @@ def run_sweep(
         on_end: Called after each run.
 
     Returns:
-        SweepMember name to state, in the order of the members.
+        Member name to state, in the order of the members.
 
     Raises:
-        ArtifactError: A run that exists and is not resumed, or was made under other settings.
-        ConfigError: Flags that exclude each other; one teacher for several folds; a sweep that lacks a member.
+        ArtifactError: A run exists and is not resumed, or was made with other settings.
+        ConfigError: Mutually exclusive flags; one teacher for several folds; a sweep without one of the members.
     """
     _refuse_conflicts(request)
     files.refuse_other(request.out / SUMMARY, files.SUMMARY)
@@ -93,7 +93,7 @@ def _refuse_conflicts(request: TrainRequest) -> None:
 def _refuse_one_teacher_for_many_folds(teacher: Path, members: Sequence[SweepMember]) -> None:
     if len({member.fold for member in members}) > 1 and member_folder(teacher, members[0]) == teacher:
         raise ConfigError(
-            f"{teacher} is one teacher, so every fold would have its split",
+            f"{teacher} is a single teacher, so every fold would use its split",
             fix="train the teacher with the same --seeds and --folds",
         )
 
@@ -128,7 +128,7 @@ def _numbers(flag: str, text: str | None, default: list[int]) -> list[int]:
         return default
     words = [word.strip() for word in text.split(",")]
     if not all(map(str.isdecimal, words)) or len(set(words)) < len(words):
-        raise ConfigError(f"--{flag} {text}: not a list of different numbers", fix=f"for example --{flag} 0,1,2")
+        raise ConfigError(f"--{flag} {text}: not a list of distinct numbers", fix=f"for example --{flag} 0,1,2")
     return list(map(int, words))
 
 
@@ -165,8 +165,8 @@ def train_job(name: str, protocol: Protocol, request: TrainRequest, *, depends_o
     Args:
         name: Name of the job.
         protocol: All settings of the run.
-        request: Has the run folder, the images and how to read them; nothing else of it counts.
-        depends_on: Names of the jobs that must be done before.
+        request: Gives the run folder and how to read the images; its other fields are ignored.
+        depends_on: Names of the jobs that must finish first.
     """
     folder = request.out
     settings = folder.parent / f"{folder.name}.toml"
@@ -189,7 +189,7 @@ def is_finished(folder: Path, protocol: Protocol) -> bool:
     """Return True if a run is trained and tested.
 
     Raises:
-        ArtifactError: It was started under other settings than `protocol`; they are named.
+        ArtifactError: It was started with other settings than `protocol`; they are named.
     """
     if not (folder / run_folder.PROTOCOL).is_file():
         return False
@@ -232,7 +232,7 @@ def mean_and_sd(values: Sequence[float | None]) -> tuple[float | None, float | N
 
 
 def summary_text(found: Mapping[str, Any]) -> str:
-    """Format a summary as an aligned table in percent, one row an exit."""
+    """Format a summary as an aligned table in percent, one row per exit."""
     rows = [[f"test, {found['n']} runs", *METRICS]]
     for name, row in found["mean"].items():
         rows.append([name, *(plus_minus(row[m], found["sd"][name][m]) or "–" for m in METRICS)])

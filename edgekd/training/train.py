@@ -50,7 +50,7 @@ def train(
     on_split: Callable[[Split], None] | None = None,
     progress: TrainingProgress | None = None,
 ) -> list[Metrics]:
-    """Train `protocol.network` on the images under `data` and write the run folder `out`.
+    """Train `protocol.network` on the images in `data` and write the run folder `out`.
 
     Under torchrun every process makes the same call, and the first one writes.
 
@@ -85,7 +85,7 @@ def train(
         if fabric.is_global_zero:
             run_folder.start(out, resume=resume)
             if protocol.workers:
-                start_processes()  # they start up while the images are checked
+                start_processes()  # workers start while the images are checked
             split = _split(data, out, protocol=protocol, labels=labels, exclude_bad=exclude_bad, on_check=on_check)
             if on_split:
                 on_split(split)
@@ -93,7 +93,7 @@ def train(
             task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
             for source in (teacher, Path(protocol.weights)):
                 _refuse_test_images(source, split)
-            if not (out / run_folder.SPLIT).is_file():  # nothing is written before all settings proved possible
+            if not (out / run_folder.SPLIT).is_file():  # nothing is written before all settings are validated
                 write_toml(out / run_folder.PROTOCOL, protocol)
                 atomic_write(out / run_folder.SPLIT, to_json(split))
         protocol = fabric.broadcast(protocol)
@@ -102,14 +102,14 @@ def train(
             net = network(protocol, classes=len(split.classes))
             task = _task(data, split, net, protocol=protocol, teacher=teacher, fabric=fabric)
         rows = fit(_fabric(devices, protocol.precision), task, out=out, resume=resume, progress=progress)
-    if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter: it would abort now and then
+    if fabric.world_size > 1:  # gloo's threads must not outlive the interpreter, which would sometimes abort
         torch.distributed.destroy_process_group()
     return rows
 
 
 @contextlib.contextmanager
 def _ending_together(fabric: Fabric) -> Iterator[None]:
-    """On Ctrl-C, stop the processes that the first one started: they would wait and then report a lost connection."""
+    """Stop the processes that the first one started on Ctrl-C: they would wait and then report a lost connection."""
     try:
         yield
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def _ending_together(fabric: Fabric) -> Iterator[None]:
 
 
 def _fabric(devices: int, precision: str | None = None) -> Fabric:
-    """Launch the processes on their devices; processes that are already connected stay so."""
+    """Launch the processes on their devices; existing connections are kept."""
     fabric = Fabric(devices=devices, accelerator="auto", precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
@@ -145,7 +145,7 @@ def _split(
     exclude_bad: bool,
     on_check: Progress | None,
 ) -> Split:
-    """Return the split of the run that is resumed, whose images must not have changed, or make a new one."""
+    """Return the split of the resumed run, whose images must not have changed, or make a new one."""
     if (out / run_folder.SPLIT).is_file():
         split = read_split(out)
         require_unchanged([*split.subset("train"), *split.subset("val")], data)
@@ -165,7 +165,7 @@ def _refuse_test_images(folder: Path | None, split: Split) -> None:
         seen = {i.digest for i in read_split(folder).subsets.get("train", ())}
         if common := [i.path for i in split.subsets.get("test", ()) if i.digest in seen]:
             raise ConfigError(
-                f"{folder} was trained on {len(common)} of the test images, {min(common)} for one",
+                f"{folder} was trained on {len(common)} of the test images, for example {min(common)}",
                 fix=f"use its split: --split {folder / run_folder.SPLIT}",
             )
 
@@ -212,7 +212,7 @@ def network(protocol: Protocol, *, classes: int) -> MultiExitNetwork:
 
     Raises:
         ConfigError: See `build` and `load_state`.
-        ArtifactError: There are no weights in that file or folder.
+        ArtifactError: The file or folder has no weights.
     """
     torch.manual_seed(protocol.seed)
     size, weights = protocol.preprocess.image_size, protocol.weights
@@ -239,8 +239,7 @@ def _teacher(folder: Path, split: Split, protocol: Protocol) -> MultiExitNetwork
     net, metadata = run_folder.load_model(folder)
     if metadata.classes != split.classes:
         raise ConfigError(
-            f"teacher {folder} knows the classes {', '.join(metadata.classes)}; "
-            f"the data has {', '.join(split.classes)}",
+            f"teacher {folder} has the classes {', '.join(metadata.classes)}; the data has {', '.join(split.classes)}",
             fix="train a teacher on these classes",
         )
     sizes = metadata.preprocess.image_size, protocol.preprocess.image_size

@@ -230,7 +230,7 @@ def test_no_step_begins_when_the_time_is_up_and_a_crash_is_one_steps(
     space = asked(prepared, tmp_path, "fp16")
     crashed = measure._run(space, "build", "student", "fp16", time.monotonic() + 60)
     assert (crashed["outcome"], crashed["why"]) == ("failed", "ended by signal 11")
-    assert measure._run(space, "build", "student", "fp16", 0.0)["why"] == "no time was left"
+    assert measure._run(space, "build", "student", "fp16", 0.0)["why"] == "the time budget was used up"
     assert measure._run(space, "short", "student", "fp16", 0.0, before=None)["why"].startswith("compute-sanitizer")
 
 
@@ -361,13 +361,13 @@ def test_verdicts_by_hand() -> None:
     ]
     text = table(steps, Path(), dry_run=False)
     for line in (
-        "network's, batch 1: 0.5 (asked: at most 0.6): met",
-        "below the plain network's, points: 0.5 (asked: at most 0.5): met",  # and in binary a little more
-        "monolithic, fp16, batch 1: 1.2 (asked: at most 1.15): NOT met",
-        "between stages, fp16, microseconds: 30 (asked: at most 25): NOT met",
-        "int8-fp16 / fp16, cascade, batch 1: not measured (asked: at most 1)",
-        "student fp16: logits off by: 0.03 (asked: at most 0.02): NOT met",
-        "worst exit lost, points: 0.1 (asked: at most 0.5): met",
+        "network's, batch 1: 0.5 (target: at most 0.6): met",
+        "from the plain network, points: 0.5 (target: at most 0.5): met",  # and in binary a little more
+        "monolithic, fp16, batch 1: 1.2 (target: at most 1.15): NOT met",
+        "between stages, fp16, microseconds: 30 (target: at most 25): NOT met",
+        "int8-fp16 / fp16, cascade, batch 1: not measured (target: at most 1)",
+        "student fp16: largest logit difference: 0.03 (target: at most 0.02): NOT met",
+        "drop of the worst exit, points: 0.1 (target: at most 0.5): met",
         "- build student int8: failed: KeyError: 'x'",
         "Orin; SM 8.7; 10.3.0",
     ):

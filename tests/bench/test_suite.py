@@ -158,7 +158,7 @@ def test_pool_and_batches() -> None:
 
 def test_refusals(tuned: Path, split: tuple[Path, Split]) -> None:
     data, one = split
-    with pytest.raises(ConfigError, match="'full' is a row already"):
+    with pytest.raises(ConfigError, match="'full' is already a row"):
         bench(tuned, suite=TINY, data=data, split=one, against={"full": tuned})
     limited = dataclasses.replace(TINY, targets=Limits(faster={"plain": 6.0}))
     with pytest.raises(ConfigError, match=r"targets\.faster\.plain: no model has this name"):

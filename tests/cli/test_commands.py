@@ -53,7 +53,7 @@ def test_every_command_has_help() -> None:
         (["distill", "--data", "{cells}", "--out", "{tmp}/r"], "needs a teacher"),
         (["distill", "--data", "{cells}", "--out", "{tmp}/r", "--method", "ce", "--exits", "1,"], "--exits 1,"),
         (["evaluate", "nothing"], "nothing"),
-        (["export", "nothing", "--out", "{tmp}/s.onnx"], "no run folder"),
+        (["export", "nothing", "--out", "{tmp}/s.onnx"], "not a run folder"),
         (["compile", "no.onnx"], "no ONNX file at no.onnx"),
         (["compile", "{student}", "--recipe", "int9"], "int8"),
         (["compile", "{student}", "--backend", "openvinno"], "'openvino'"),

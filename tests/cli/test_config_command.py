@@ -27,7 +27,7 @@ def test_list_has_every_file_and_a_line_about_it() -> None:
     assert described["orin-nano"] == "Jetson Orin Nano 8 GB"  # a title
     assert described["gao2022-table2"] == "Comparison on SIPaKMeD"  # a caption
     assert described["garg2022"].startswith("Garg & Singh 2022: multi-part")  # the comment's first sentence,
-    assert described["dla-int8"].endswith("runs on the GPU.")  # of two lines,
+    assert described["dla-int8"].endswith("run on the GPU.")  # of two lines,
     assert described["int8"].endswith("fastest on CPUs.")  # and not the second one
 
 

@@ -111,7 +111,7 @@ def test_missing_anchors(cells: Path, teacher: Path, tmp_path: Path) -> None:
             train(cells, tmp_path / "s", protocol=protocol, teacher=teacher)
         train(cells, tmp_path / "o", protocol=replace(FIVE, network="test_efficientnet", epochs=1))
         file.write_bytes((tmp_path / "o" / run_folder.MODEL).read_bytes())
-        with pytest.raises(ArtifactError, match=r"epoch_0004\.safetensors is no anchor of test_resnet"):
+        with pytest.raises(ArtifactError, match=r"epoch_0004\.safetensors is not an anchor of test_resnet"):
             train(cells, tmp_path / "s", protocol=protocol, teacher=teacher)
     finally:
         file.write_bytes(whole)

@@ -73,7 +73,7 @@ def test_defaults_of_a_small_network() -> None:
     assert trace.pooled() == "head.2:input"
     assert trace.flat("head.2:input").shape == (1, 6)
     assert trace.map_shape("block.2:input") == (6, 4, 4)
-    with pytest.raises(ConfigError, match=r"'head\.1' is no map: its shape is \(1, 6\)"):
+    with pytest.raises(ConfigError, match=r"'head\.1' is not a map: its shape is \(1, 6\)"):
         trace.map_shape("head.1")
     with pytest.raises(ConfigError, match="'squeeze' has no activation module"):
         trace.preactivations(["squeeze"])  # it only weighs channels
@@ -141,7 +141,7 @@ def test_where_a_network_can_be_cut() -> None:
         with pytest.raises(ConfigError, match=f"cannot be cut at '{name}'"):
             feature_points.check_cuts(net, ["0", name], image_size=8)
     feature_points.check_cuts(net, ["0", "1"], image_size=8)
-    with pytest.raises(ConfigError, match=r"'1\.relu' and '1' return one and the same map"):
+    with pytest.raises(ConfigError, match=r"'1\.relu' and '1' return the same map"):
         feature_points.check_cuts(net, ["0", "1.relu", "1"], image_size=8)
 
 

@@ -123,8 +123,8 @@ def test_wrong_tables(tmp_path: Path) -> None:
     text = 'caption = "c"\nsource = "s"\nprotocol = "demo"\ndata = { name = "d", images = 1 }\n'
     text += 'columns = { a = "prediction.f1" }\n'
     wrong = {
-        "no job": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "b"\n',
-        "is no column": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "a"\nprinted = { x = 1.0 }\n',
+        "not a job": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "b"\n',
+        "is not a column": '[jobs.a]\nnetwork = "n"\n[[rows]]\nlabel = "r"\njob = "a"\nprinted = { x = 1.0 }\n',
         "on each other: a < b < a": '[jobs.a]\nnetwork = "n"\nteacher = "b"\n[jobs.b]\nnetwork = "n"\nteacher = "a"\n'
         '[[rows]]\nlabel = "r"\njob = "a"\n',
     }
@@ -186,7 +186,7 @@ def test_schedules_shrink_with_the_epochs() -> None:
     assert scaled(garg, 3).anchor_every == 1
     planned = plan(table_spec.read("gao2022-table6"), request(epochs=18))
     assert [planned[f"resnet18-{m}"].protocol.options[m].init_epochs for m in ("ab", "sskd")] == [3, 6]
-    with pytest.raises(ConfigError, match="no number of epochs"):
+    with pytest.raises(ConfigError, match="not a number of epochs"):
         scaled(gao, 0)
 
 
@@ -217,7 +217,7 @@ def test_a_tables_group_holds_unless_another_is_given() -> None:
     table = table_spec.read("gao2022-table3")
     table = dataclasses.replace(table, settings={**table.settings, "group": "cluster"})
     assert plan(table, request())["plain"].protocol.group == "cluster"
-    assert plan(table, request(group="none"))["plain"].differs() == ["split grouped by none"]
+    assert plan(table, request(group="none"))["plain"].differences() == ["split grouped by none"]
 
 
 def test_tasks_go_seed_by_seed_and_wait_for_what_they_need(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     finished = {path: path.stat().st_mtime_ns for path in runs.glob("*/*/test.json")}
     assert finished
     text = edgekd(*words)
-    assert "cut as when it was first started" in text
+    assert "reduced as at the first start" in text
     assert "budget 20m: 1 epochs, 16 pixels, 2 of 2 seeds and folds" in text
     assert f"; {4 - len(finished)} runs to do" in text
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
