@@ -232,7 +232,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read an engine's manifest and check every file against its hash.
 
     Raises:
-        ArtifactError: The folder is no engine, or a file is missing, cut short or edited; it is named.
+        ArtifactError: The folder is not an engine, or a file is missing, cut short or edited; it is named.
     """
     recover(folder)
     manifest = _manifest(folder)
@@ -247,7 +247,7 @@ def read_file(path: Path, manifest: Manifest) -> bytes:
     """Read a file of an engine.
 
     Raises:
-        ArtifactError: Its content is not the one in the manifest, whatever became of the folder since that was read.
+        ArtifactError: Its content differs from the manifest, even if the folder changed after the manifest was read.
     """
     listed, data = _listed(path, manifest), read_bytes(path, what="engine file")
     if listed != hashlib.sha256(data).hexdigest():

@@ -53,7 +53,7 @@ def check_interface(model: onnx.ModelProto, *, image_size: int, outputs: Sequenc
     """Check that a graph maps `images`, float32 (n, 3, S, S), to float32 (n, C) outputs of these names.
 
     Raises:
-        ValueError: It does not.
+        ValueError: Other inputs or outputs.
     """
     if [i.name for i in model.graph.input] != ["images"]:
         raise ValueError(f"its inputs are {[i.name for i in model.graph.input]}, not ['images']")

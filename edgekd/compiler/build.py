@@ -201,7 +201,7 @@ class _Candidate:
 
     @property
     def note(self) -> str:
-        """Why another candidate may be preferred."""
+        """The reason why another candidate may be preferred."""
         if self.report.refusal:
             return f"{self.heads} exit heads were refused: {self.report.refusal.what}"
         return f"{self.heads} exit heads lose {self.report.drop:.2f} points on the validation images"

@@ -90,7 +90,7 @@ class Checked:
 
     Attributes:
         folder: The usable images.
-        excluded: Reasons by path of the files that were left out.
+        excluded: Reasons by path of the excluded files.
         fingerprint: SHA-256 over the paths and decoded pixels.
     """
 
@@ -269,7 +269,7 @@ def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | Non
 
     Args:
         folder: Result of `scan` or `read_labels`.
-        exclude_bad: Leave out unusable files.
+        exclude_bad: Exclude unusable files.
         progress: Called with the images checked and their number.
 
     Raises:

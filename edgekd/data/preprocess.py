@@ -123,7 +123,7 @@ def open_image(source: File) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(source: File) -> Iterator[Image.Image]:
-    """Like `open_image`, for the duration of a block; until it ends, other threads wait if MEMORY would be exceeded."""
+    """Open like `open_image` for the duration of a block; other threads wait if they would exceed MEMORY."""
     with contextlib.ExitStack() as held:
         yield _decoded(source, held)
 

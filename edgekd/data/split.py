@@ -62,7 +62,7 @@ class Split:
         groups: Number of these pictures.
         leaking: Number of pictures with images in more than one subset.
         fingerprint: SHA-256 over the images' paths and pixels.
-        excluded: Reasons by path of the files that were left out.
+        excluded: Reasons by path of the excluded files.
         labels: Name of the CSV file with the labels; empty for class folders.
         schema: Version of the file format.
     """

@@ -14,7 +14,7 @@ from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.partition import backbone
 
 INT8_MAX = 127
-"""Integer that the largest magnitude of a range is mapped to: symmetric int8 leaves -128 out."""
+"""Integer that the largest magnitude of a range is mapped to: symmetric int8 excludes -128."""
 MIN_SCALE = 2.0**-24
 """The smallest positive FP16 number; only the scale of a range that is practically zero is raised to it."""
 

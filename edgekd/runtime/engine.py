@@ -165,7 +165,7 @@ class Engine:
 def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
-    The engine stays what it was when opened: a graph that is loaded later is checked against the manifest read here.
+    A graph that is loaded later is checked against the manifest read here, so an opened engine never changes.
 
     Args:
         path: Engine folder or ONNX file.
