@@ -165,7 +165,7 @@ class Backend(ABC, Generic[Graph]):
     def incompatibility(self, manifest: Manifest) -> str:
         """Return why an engine cannot run on this machine, as the end of a sentence about it; empty if it can."""
         if self.version() != manifest.backend_version:
-            return f"was built by {self.name} {manifest.backend_version}; here is {self.version()}"
+            return f"was built by {self.name} {manifest.backend_version}; this machine has {self.version()}"
         return ""
 
     @property
@@ -224,9 +224,11 @@ class CpuBackend(Backend[Graph]):
             reason = f"was quantised for a CPU with VNNI; this one ({here.cpu}) has none"
             if self.int8_saturates:
                 return reason
-            log.warning("the engine %s: it predicts the same and takes longer", reason)
+            log.warning("the engine %s: its predictions are the same, but it is slower", reason)
         if there.cpu != here.cpu:
-            log.warning("the engine was built on %s; here is %s: its times do not hold", there.cpu, here.cpu)
+            log.warning(
+                "the engine was built on %s, this machine has %s: its measured times do not apply", there.cpu, here.cpu
+            )
         return ""
 
 

@@ -101,7 +101,7 @@ class OnnxRuntimeBackend(CpuBackend[OnnxRuntimeRunner]):
             try:
                 onnx_checks.parse(data)
             except ValueError as error:
-                raise ArtifactError(f"{path} is no graph of ours: {error}", fix="compile again") from None
+                raise ArtifactError(f"{path} is not a graph built by edgekd: {error}", fix="compile again") from None
         return open_graph(data, threads=threads, name=str(path))
 
     def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:

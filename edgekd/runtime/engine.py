@@ -236,7 +236,7 @@ def _check_shapes(graph: CompiledGraph, name: str, metadata: ModelMetadata) -> N
     image = (3, metadata.preprocess.image_size, metadata.preprocess.image_size)
     read, logits = graph.row_shapes
     if name in ("stage_0", "monolithic", "final") and read != image:
-        raise ArtifactError(f"{name} reads {read}, its metadata says {image}", fix="compile again")
+        raise ArtifactError(f"{name} reads {read}, its metadata states {image}", fix="compile again")
     if logits != (len(metadata.classes),):
         raise ArtifactError(
             f"{name} gives {logits}, its metadata has {len(metadata.classes)} classes", fix="compile again"
@@ -276,6 +276,6 @@ def check_host(manifest: Manifest, path: Path) -> None:
     for key in ("system", "machine"):
         built_on, found = getattr(there, key), getattr(here, key)
         if built_on != found:
-            raise ArtifactError(f"{path} was built on {key} {built_on}; here is {found}", fix=rebuild)
+            raise ArtifactError(f"{path} was built on {key} {built_on}; this machine has {found}", fix=rebuild)
     if reason := backend.incompatibility(manifest):
         raise ArtifactError(f"{path} {reason}", fix=rebuild)

@@ -277,7 +277,7 @@ def _candidates(confidences: Array, count: int) -> Array:
 
 
 def _within_drop(grid: Grid, target: int, count: int, drop: float) -> int:
-    """Return the index of the fastest combination within `drop` points of the ensemble, by one standard error."""
+    """Return the index of the fastest combination that meets the bound `drop` with a margin of one standard error."""
     least = target - drop / 100 * count - 1e-6
     safest = grid.correct - np.sqrt(grid.differing)
     if grid.correct.max() < least:

@@ -157,15 +157,15 @@ class CudaPython(CudaDevice):
         try:
             error, count = self.runtime.cudaGetDeviceCount()
         except RuntimeError as missing:  # cuda-python up to 12.8 where libcuda.so.1 cannot be loaded
-            raise BackendError(f"there is no NVIDIA driver here: {missing}", fix=GET_DRIVER) from missing
+            raise BackendError(f"no NVIDIA driver was found: {missing}", fix=GET_DRIVER) from missing
         if int(error) == NO_DRIVER and self._driver() == "0.0":
-            raise BackendError("there is no NVIDIA driver here", fix=GET_DRIVER)
+            raise BackendError("no NVIDIA driver was found", fix=GET_DRIVER)
         if int(error) == NO_DRIVER:
             runtime = self._version(self.runtime.cudaRuntimeGetVersion)
-            what = f"NVIDIA's driver knows CUDA {self._driver()}; the CUDA bindings are for {runtime}"
+            what = f"NVIDIA's driver supports CUDA {self._driver()}; the CUDA bindings are for {runtime}"
             raise BackendError(what, fix=f"pip install 'cuda-python<{int(runtime.split('.')[0])}', or a newer driver")
         if int(error) == NO_DEVICE or (not int(error) and count == 0):
-            raise BackendError("CUDA finds no GPU here", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+            raise BackendError("CUDA finds no GPU", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
         self.do((error,))
 
     def _driver(self) -> str:
@@ -185,7 +185,7 @@ class CudaPython(CudaDevice):
         if int(error):
             of_driver = error.name.startswith("CUDA_")  # the runtime describes only its own errors
             text = "" if of_driver else f": {self.runtime.cudaGetErrorString(error)[1].decode()}"
-            raise BackendError(f"CUDA says {error.name}{text}", fix=fix)
+            raise BackendError(f"CUDA reports {error.name}{text}", fix=fix)
         return values[0] if values else None
 
     def free_bytes(self) -> int:
@@ -270,8 +270,8 @@ def find() -> CudaDevice:
     for name in [requested] if requested else makers:
         if found := makers[name]():
             return found
-    missing = requested or "cuda-python (nor pycuda)"
-    raise BackendError(f"there is no {missing} here", fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
+    what = f"{requested} is not installed" if requested else "neither cuda-python nor pycuda is installed"
+    raise BackendError(what, fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
 
 
 def _cuda_python() -> CudaDevice | None:

@@ -102,7 +102,7 @@ def failed(what: str, *, fix: str = "report it with the messages above") -> Back
     messages = "\n".join(f"  TensorRT: {message}" for message in logged)
     forget_messages()
     return BackendError(
-        f"{what}\n{messages}" if messages else f"{what}, and TensorRT does not say why", fix=_advice(messages, fix)
+        f"{what}\n{messages}" if messages else f"{what}, and TensorRT gives no reason", fix=_advice(messages, fix)
     )
 
 
