@@ -79,10 +79,17 @@ def _has_surrogates(text: str) -> bool:
 def from_dict(
     cls: type[T], table: Mapping[str, Any], *, where: str, at: str = "", error: type[EdgekdError] = ConfigError
 ) -> T:
-    """Build the frozen dataclass `cls` from a table; `where` names its source in errors, `at` precedes its keys there.
+    """Build the frozen dataclass `cls` from a table.
 
     Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses; see `TABLES` and
     `option_tables` for tables that are not fields.
+
+    Args:
+        cls: The dataclass.
+        table: Parsed TOML or JSON.
+        where: Name of the source in errors.
+        at: Prefix of the keys in errors.
+        error: Type of the error.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.

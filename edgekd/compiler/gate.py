@@ -74,6 +74,11 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
     `FP32_TOLERANCE`, or if an exact test finds that the predictions of the ensemble or of the last exit lose more
     accuracy than the recipe allows. The other exits, which classify above a threshold only, are reported. Backends with
     fixed batch sizes are checked in every one of them.
+
+    Args:
+        engine: The engine.
+        validation: Validation split; without it, the report is empty.
+        recipe: The recipe, which contains the allowed drop.
     """
     if validation is None:
         return GateReport()
@@ -221,7 +226,12 @@ def verdict(accuracy: Accuracy, *, limit: float) -> str:
 
 
 def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str, float]:
-    """Read back the precisions that an engine runs in, by the backend's own account.
+    """Read back the precisions that an engine runs in, as the backend reports them.
+
+    Args:
+        folder: Folder of the built files.
+        backend: The backend that built them.
+        recipe: The recipe.
 
     Returns:
         Precision to its fraction of the layers.
@@ -230,7 +240,7 @@ def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str,
         BackendError: They differ from the recipe's.
     """
     precision = backend.precisions(folder / f"monolithic{backend.suffix}", recipe=recipe)
-    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster so.
+    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster there.
     least = {"fp32": 0.9, "fp16": 0.5, "int8": 0.2}[recipe.precision]
     names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
     share = sum(precision.get(name, 0.0) for name in names)

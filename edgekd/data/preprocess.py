@@ -113,6 +113,9 @@ def open_image(source: File) -> Image.Image:
     Args:
         source: A path, the bytes of a file, or a file opened for reading in binary mode.
 
+    Returns:
+        The image, of mode RGB.
+
     Raises:
         DataError: A file that is missing, empty, truncated, not an image, animated, too small or too large, or whose
             pixels have an unknown range or colours; the file is named.
@@ -260,7 +263,7 @@ _OPENING = threading.Lock()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image to RGB in the way of `open_image`.
+    """Convert a Pillow image to 8-bit sRGB, as `open_image` does.
 
     Raises:
         DataError: The image is too small or too large, animated, or has pixels of unknown range or colours.

@@ -46,7 +46,13 @@ def qdq_pair(tensor: str, scale: str, zero_point: str, *, axis: int | None = Non
 
 
 def add_scale(graph: GraphProto, name: str, scale: npt.NDArray[np.float32] | np.float32) -> None:
-    """Add a scale, a scalar or (C,), to the graph's initializers, raised to `MIN_SCALE` where it is lower."""
+    """Add a scale to the graph's initializers.
+
+    Args:
+        graph: Changed in place.
+        name: Name of the initializer.
+        scale: A scalar or (C,); values below `MIN_SCALE` are raised to it.
+    """
     graph.initializer.append(numpy_helper.from_array(np.asarray(np.maximum(scale, np.float32(MIN_SCALE))), name))
 
 

@@ -197,6 +197,11 @@ def _open(path: Path, *, threads: int) -> Engine:
 def reference_engine(model: onnx.ModelProto, metadata: ModelMetadata, *, threads: int) -> Engine:
     """Open student.onnx in FP32, as the reference that engines are compared with.
 
+    Args:
+        model: The model.
+        metadata: Its metadata.
+        threads: CPU threads to use.
+
     Raises:
         BackendError: ONNX Runtime is not installed.
     """
@@ -211,7 +216,16 @@ def reference_engine(model: onnx.ModelProto, metadata: ModelMetadata, *, threads
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
-    """Open the engine whose files are in `folder`; they are checked when they are loaded."""
+    """Open the engine whose files are in `folder`; they are checked when they are loaded.
+
+    Args:
+        folder: The engine folder.
+        manifest: Its manifest.
+        threads: CPU threads to use.
+
+    Raises:
+        BackendError: The backend is not installed, or was in use when this process was forked.
+    """
     backend, recipe = find_backend(manifest.backend), manifest.recipe
     if not backend.works_after_fork and backend.name in dict(_inherited):
         raise BackendError(

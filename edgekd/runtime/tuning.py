@@ -155,6 +155,9 @@ def fit_temperature(logits: Array, labels: Labels) -> float:
     Args:
         logits: Logits (N, C) of one exit.
         labels: Class indices (N,).
+
+    Returns:
+        The temperature; logits are divided by it.
     """
 
     def loss(at: float) -> float:

@@ -185,7 +185,17 @@ class Case:
         )
 
     def expect(self, found: npt.NDArray[Any], expected: Array, *, what: str, tolerance: float) -> None:
-        """Fail if logits are further from the expected ones than `tolerance`."""
+        """Check logits.
+
+        Args:
+            found: Logits of the engine.
+            expected: Expected logits.
+            what: Name of the logits in errors.
+            tolerance: Largest allowed difference.
+
+        Raises:
+            AssertionError: Shape, type or values differ.
+        """
         assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"
         assert found.dtype == np.float32, f"{what}: logits are {found.dtype}, expected float32"
         difference = float(np.abs(found - expected).max())

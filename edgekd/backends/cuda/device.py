@@ -112,7 +112,13 @@ class CudaDevice(ABC):
 
     @abstractmethod
     def move(self, to: int, source: int, size: int) -> None:
-        """Enqueue a copy within the device; the two must not overlap."""
+        """Enqueue a copy within the device.
+
+        Args:
+            to: Address to write.
+            source: Address to read; the two ranges must not overlap.
+            size: Number of bytes.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:

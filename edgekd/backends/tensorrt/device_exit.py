@@ -189,7 +189,14 @@ def _compiled(gpu: CudaPython, policy: Policy) -> Any:
 
 
 def ptx(source: str, sm: str) -> bytes:
-    """Compile the kernel for a compute capability such as "8.7", which needs no GPU.
+    """Compile the kernel; this needs no GPU.
+
+    Args:
+        source: CUDA source (see `source`).
+        sm: Compute capability, such as "8.7".
+
+    Returns:
+        The PTX.
 
     Raises:
         BackendError: NVRTC is missing, or compilation fails; with NVRTC's log.
