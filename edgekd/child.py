@@ -17,7 +17,15 @@ GRACE_S = 10
 def start_child(
     module: str, *arguments: str, stdout: int | IO[bytes], stderr: int | IO[bytes], env: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start `python -m MODULE ARGUMENTS`, which has to call `end_with_parent`; closing its `stdin` stops it."""
+    """Start `python -m MODULE ARGUMENTS`, which has to call `end_with_parent`; closing its `stdin` stops it.
+
+    Args:
+        module: Name of the module.
+        *arguments: Its command-line arguments.
+        stdout: As for `subprocess.Popen`.
+        stderr: As for `subprocess.Popen`.
+        env: Environment variables; those of this process if None.
+    """
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=env)
 

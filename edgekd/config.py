@@ -85,7 +85,7 @@ def load(
         check(value, where)
         return value
 
-    found = read(str(path))  # what is wrong in the file itself
+    found = read(str(path))  # faults of the file itself
     if not overrides:
         return found
     for key, value in overrides.items():

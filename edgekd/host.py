@@ -38,7 +38,7 @@ class HostInfo:
         python: Version of Python.
         versions: Distribution to its version.
         facts: Further facts that the system reports, by name: board, L4T release, power mode, driver, GPU clock.
-        backends: Backend to the facts that it reports of itself and of the hardware it runs on.
+        backends: Backend to the facts that it reports: versions, device, clocks.
     """
 
     system: str
@@ -75,7 +75,7 @@ def host_info(packages: Iterable[str] = (), backends: Mapping[str, Mapping[str, 
     """Describe this machine.
 
     Args:
-        packages: Distributions whose versions are added to those of `PACKAGES`; those not installed are left out.
+        packages: Distributions whose versions are added to those of `PACKAGES`; those not installed are omitted.
         backends: Backend to the facts that it reports.
     """
     names = dict.fromkeys((*PACKAGES, *packages))
@@ -97,7 +97,7 @@ def host_info(packages: Iterable[str] = (), backends: Mapping[str, Mapping[str, 
 
 
 def installed_version(package: str) -> str | None:
-    """Version of a distribution; None if it is not installed."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -105,7 +105,7 @@ def installed_version(package: str) -> str | None:
 
 
 def load_average() -> tuple[float, float, float]:
-    """Number of processes that were running or runnable, averaged over 1, 5 and 15 minutes."""
+    """Return the number of running or runnable processes, averaged over 1, 5 and 15 minutes."""
     one, five, fifteen = os.getloadavg()
     return round(one, 2), round(five, 2), round(fifteen, 2)
 
@@ -120,7 +120,7 @@ def _memory_mib() -> int:
 
 
 def _facts() -> dict[str, str]:
-    """Facts of boards and NVIDIA's drivers that are in files; those that cannot be read are left out."""
+    """Return the facts of boards and NVIDIA's drivers that are in files; unreadable ones are omitted."""
     l4t = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _read("etc/nv_tegra_release"))
     driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read("proc/driver/nvidia/version"))
     found = {
@@ -134,7 +134,7 @@ def _facts() -> dict[str, str]:
 
 
 def _power_mode() -> str:
-    """A Jetson's mode as nvpmodel keeps it: its number, and its name if the configuration has one."""
+    """Return a Jetson's mode as nvpmodel keeps it: its number, and its name if the configuration has one."""
     mode = re.search(r"pmode:0*(\d+)", _read("var/lib/nvpmodel/status"))
     if not mode:
         return ""
@@ -143,7 +143,7 @@ def _power_mode() -> str:
 
 
 def _gpu_max_mhz() -> str:
-    """Highest frequency that a Jetson's GPU is allowed, which nvpmodel and jetson_clocks set."""
+    """Return the highest frequency that a Jetson's GPU is allowed, which nvpmodel and jetson_clocks set."""
     for folder in sorted((ROOT / "sys/class/devfreq").glob("*.g[pav]*")):  # 17000000.gpu, .ga10b, .gv11b
         if (hz := _read(f"sys/class/devfreq/{folder.name}/max_freq")).isdecimal():
             return str(int(hz) // 1_000_000)
@@ -151,7 +151,7 @@ def _gpu_max_mhz() -> str:
 
 
 def _read(path: str) -> str:
-    """A small system file's text without the NUL or line break at its end; empty if it cannot be read."""
+    """Return a small system file's text without the NUL or line break at its end; empty if it cannot be read."""
     try:
         return (ROOT / path).read_text(errors="replace").strip("\0\n ")
     except OSError:
@@ -169,7 +169,7 @@ def cores() -> int:
 
 
 def default_threads() -> int:
-    """Return `cores`, or fewer if OMP_NUM_THREADS says so."""
+    """Return `cores`, or OMP_NUM_THREADS if that is lower."""
     limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": two in each of four
     return min(cores(), int(limit)) if limit.isdecimal() and int(limit) else cores()
 

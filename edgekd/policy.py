@@ -25,7 +25,7 @@ FEW_CLASSES = 32
 
 @dataclass(frozen=True)
 class Policy:
-    """When an image exits, and how its prediction is computed.
+    """Exit criterion, and computation of the predictions.
 
     An image exits at exit k if its confidence there is at least `thresholds[k]`; every image exits at the last exit.
 

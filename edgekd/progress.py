@@ -37,5 +37,5 @@ class Span:
             self._report(round(STEPS * (self._start + done * (self._end - self._start))), STEPS)
 
     def __call__(self, done: int, total: int) -> None:
-        """Report that so many items of this span's are done."""
+        """Report that `done` of the `total` items of this span are done."""
         self.fraction(done / total)

@@ -22,7 +22,7 @@ DEPTH = 50
 """Largest nesting depth of lists and tables: more than any artefact has, less than Python's recursion limit."""
 _TABLES = "tables"
 TABLES = {_TABLES: None}
-"""Metadata of a `dict` field that takes the tables whose keys are no fields of the dataclass, as they are."""
+"""Metadata of a `dict` field that takes, unchanged, the tables whose keys are not fields of the dataclass."""
 
 
 def parse_json(text: str) -> Any:
@@ -79,10 +79,17 @@ def _has_surrogates(text: str) -> bool:
 def from_dict(
     cls: type[T], table: Mapping[str, Any], *, where: str, at: str = "", error: type[EdgekdError] = ConfigError
 ) -> T:
-    """Build the frozen dataclass `cls` from a table; `where` names its source in errors, `at` precedes its keys there.
+    """Build the frozen dataclass `cls` from a table.
 
     Fields may be bool, int, float, str, Path, Literal, tuples, dicts, unions, and nested dataclasses; see `TABLES` and
-    `option_tables` for tables that are no fields.
+    `option_tables` for tables that are not fields.
+
+    Args:
+        cls: The dataclass.
+        table: Parsed TOML or JSON.
+        where: Name of the source in errors.
+        at: Prefix of the keys in errors.
+        error: Type of the error.
 
     Raises:
         ConfigError (or `error`): every unknown or missing key and every wrong value, in one message.
@@ -105,7 +112,7 @@ def option_tables(registry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_table(spec: Any) -> dict[str, Any]:
-    """Return a dataclass as the table from which `from_dict` builds it; None, which TOML lacks, is left out."""
+    """Return a dataclass as the table from which `from_dict` builds it; None, which TOML lacks, is omitted."""
     values = {k: v for k, v in dataclasses.asdict(spec).items() if v is not None}
     for field in dataclasses.fields(spec):
         if _TABLES in field.metadata:
@@ -142,7 +149,7 @@ def _dataclass(cls: Any, table: Any, at: str, problems: list[str]) -> Any:
 
 
 def _with_tables(table: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> Mapping[str, Any]:
-    """Return the table with the inner tables that are no fields moved into the field for them, if there is one."""
+    """Return the table with the inner tables that are not fields moved into the field for them, if there is one."""
     name = next((name for name, field in fields.items() if _TABLES in field.metadata), None)
     moved = {k: v for k, v in table.items() if k not in fields and isinstance(v, Mapping)} if name else {}
     if name is None or not moved or not isinstance(table.get(name, {}), Mapping):
@@ -211,7 +218,7 @@ def _union(hints: tuple[Any, ...], value: Any, at: str, problems: list[str]) -> 
         converted = _value(hint, value, at, unfit)
         if not unfit:
             return converted
-    if len(hints) == 1:  # an optional value: report what is wrong inside it
+    if len(hints) == 1:  # an optional value: report the faults inside it
         return problems.extend(unfit)
     return problems.append(f"{at}: expected {' or '.join(map(_name, hints))}, found {reprlib.repr(value)}")
 

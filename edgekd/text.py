@@ -18,7 +18,13 @@ def percent(fraction: float | None, *, digits: int = 2) -> str:
 
 
 def plus_minus(mean: float | None, sd: float | None, *, scale: float = 100.0) -> str:
-    """Format fractions as `97.41 ± 0.30`; without the deviation for a single run, empty for none."""
+    """Format a mean and its deviation as `97.41 ± 0.30`.
+
+    Args:
+        mean: The mean; None for no runs, which gives an empty text.
+        sd: Standard deviation; None for a single run, which omits it.
+        scale: Factor for both; the default converts fractions to percent.
+    """
     if mean is None:
         return ""
     return f"{scale * mean:.2f}" + ("" if sd is None else f" ± {scale * sd:.2f}")

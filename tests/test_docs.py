@@ -98,8 +98,8 @@ def test_messages_that_are_explained() -> None:
     sources = "\n".join(p.read_text() for p in (ROOT / "edgekd").rglob("*.py"))
     for part in (
         "is not installed",
-        "NVIDIA's driver knows CUDA",
-        "CUDA finds no GPU here",
+        "NVIDIA's driver supports CUDA",
+        "CUDA finds no GPU",
         "was built by TensorRT",
         "cannot build",
         "the recipe requests",

@@ -208,7 +208,7 @@ class Manifest:
     def __post_init__(self) -> None:
         for size, times in self.stage_ms.items():
             if not (size.isascii() and size.isdecimal() and int(size) > 0 and size == str(int(size))):
-                raise ValueError(f"stage_ms: {size} is no batch size")
+                raise ValueError(f"stage_ms: {size} is not a batch size")
             if len(times) != len(self.metadata.exits) or not all(0 <= t <= MAX_MS for t in times):
                 raise ValueError(f"stage_ms.{size}: one time for each exit")
 
@@ -232,7 +232,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read an engine's manifest and check every file against its hash.
 
     Raises:
-        ArtifactError: The folder is no engine, or a file is missing, cut short or edited; it is named.
+        ArtifactError: The folder is not an engine, or a file is missing, cut short or edited; it is named.
     """
     recover(folder)
     manifest = _manifest(folder)
@@ -247,7 +247,7 @@ def read_file(path: Path, manifest: Manifest) -> bytes:
     """Read a file of an engine.
 
     Raises:
-        ArtifactError: Its content is not the one in the manifest, whatever became of the folder since that was read.
+        ArtifactError: Its content differs from the manifest, even if the folder changed after the manifest was read.
     """
     listed, data = _listed(path, manifest), read_bytes(path, what="engine file")
     if listed != hashlib.sha256(data).hexdigest():
@@ -257,11 +257,13 @@ def read_file(path: Path, manifest: Manifest) -> bytes:
 
 def _manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder} is no engine: it has no {MANIFEST}", fix="make one with edgekd compile")
+        raise ArtifactError(f"{folder} is not an engine: it has no {MANIFEST}", fix="make one with edgekd compile")
     manifest = read_json(folder / MANIFEST, Manifest, what="engine manifest")
     for name in manifest.files:
         if Path(name).name != name or name == MANIFEST:
-            raise ArtifactError(f"{folder / MANIFEST}: '{name}' is no name of a file beside it", fix="compile again")
+            raise ArtifactError(
+                f"{folder / MANIFEST}: '{name}' is not the name of a file beside it", fix="compile again"
+            )
     if manifest.digest != _digest(manifest):
         raise ArtifactError(
             f"{folder / MANIFEST} was edited", fix="change thresholds with edgekd tune, or compile again"
@@ -277,7 +279,7 @@ def _listed(path: Path, manifest: Manifest) -> str:
     """Return the SHA-256 that a file must have; the file exists and has the listed size."""
     file = manifest.files.get(path.name)
     if file is None:
-        raise ArtifactError(f"{path} is no file of this engine", fix="compile again")
+        raise ArtifactError(f"{path} is not a file of this engine", fix="compile again")
     if not path.is_file():
         raise ArtifactError(f"{path} is missing", fix="compile again")
     if path.stat().st_size != file.bytes:

@@ -132,7 +132,7 @@ def read_student(path: Path) -> StudentModel:
     try:
         model = onnx_checks.parse(data)
     except ValueError as error:
-        raise ArtifactError(f"{path} is not a whole ONNX file of ours: {error}", fix=again) from None
+        raise ArtifactError(f"{path} is not a complete ONNX file written by edgekd: {error}", fix=again) from None
     text = next((p.value for p in model.metadata_props if p.key == "edgekd"), None)
     if text is None:
         raise ArtifactError(f"{path} was not made by edgekd", fix="export the run folder with edgekd export")
@@ -148,5 +148,5 @@ def read_student(path: Path) -> StudentModel:
         onnx.checker.check_model(model, full_check=True)
     except Exception as error:  # the checker raises many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArtifactError(f"{path} is not what its metadata says: {reason}", fix=again) from None
+        raise ArtifactError(f"{path} does not match its metadata: {reason}", fix=again) from None
     return StudentModel(model, metadata, hashlib.sha256(data).hexdigest())

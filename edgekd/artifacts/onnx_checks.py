@@ -21,7 +21,7 @@ def parse(data: bytes) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(data)
     except Exception:  # protobuf's DecodeError, which has no types
-        raise ValueError("cut short, or no ONNX at all") from None
+        raise ValueError("truncated, or not ONNX") from None
     if foreign := {o.domain for o in model.opset_import} - {"", "ai.onnx"}:
         raise ValueError(f"operators of the domain '{min(foreign)}'")
     if model.functions or model.training_info or model.graph.sparse_initializer:
@@ -53,12 +53,12 @@ def check_interface(model: onnx.ModelProto, *, image_size: int, outputs: Sequenc
     """Check that a graph maps `images`, float32 (n, 3, S, S), to float32 (n, C) outputs of these names.
 
     Raises:
-        ValueError: It does not.
+        ValueError: Other inputs or outputs.
     """
     if [i.name for i in model.graph.input] != ["images"]:
         raise ValueError(f"its inputs are {[i.name for i in model.graph.input]}, not ['images']")
     if [o.name for o in model.graph.output] != list(outputs):
-        raise ValueError(f"its outputs are {[o.name for o in model.graph.output]}, its metadata says {list(outputs)}")
+        raise ValueError(f"its outputs are {[o.name for o in model.graph.output]}, its metadata states {list(outputs)}")
     _check_value(model.graph.input[0], (3, image_size, image_size))
     for output in model.graph.output:
         _check_value(output, (classes,))
@@ -70,4 +70,4 @@ def _check_value(value: onnx.ValueInfoProto, row: tuple[int, ...]) -> None:
     if tensor.elem_type != onnx.TensorProto.FLOAT or found[:1] != (-1,) or found[1:] != row:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
         shape = ", ".join(map(str, row))
-        raise ValueError(f"{value.name} is {kind} {found}, its metadata says float (-1, {shape}), -1 for any")
+        raise ValueError(f"{value.name} is {kind} {found}, its metadata states float (-1, {shape}), -1 for any")

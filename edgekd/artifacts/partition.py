@@ -15,7 +15,15 @@ def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def extract(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
-    """Extract the subgraph from `inputs` to `outputs`, from a model `with_shapes`.
+    """Extract a subgraph.
+
+    Args:
+        model: A model `with_shapes`.
+        inputs: Names of the tensors to cut at.
+        outputs: Names of the tensors to compute.
+
+    Returns:
+        The graph from `inputs` to `outputs`.
 
     Raises:
         ArtifactError: The model has no tensor of such a name, or the outputs need other inputs, too.
@@ -50,6 +58,11 @@ def graph(model: onnx.ModelProto, metadata: ModelMetadata, *, name: str) -> onnx
     """Extract one graph of `graph_names` from a model `with_shapes`.
 
     Stage k maps the images (k = 0) or boundary k-1 to the logits of exit k and, but for the last stage, boundary k.
+
+    Args:
+        model: A model `with_shapes`.
+        metadata: Its metadata.
+        name: Name of the graph.
     """
     if name == "monolithic":
         return extract(model, ["images"], metadata.outputs)

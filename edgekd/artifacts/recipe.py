@@ -12,7 +12,7 @@ Option: TypeAlias = bool | int | float | str | tuple[int, ...] | tuple[float, ..
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an engine is compiled to; the keys of compile/*.toml. `edgekd.backends.base.load_recipe` reads one.
+    """Settings of a compilation: the keys of compile/*.toml. `edgekd.backends.base.load_recipe` reads one.
 
     Attributes:
         precision: Precision of convolutions and matrix products.

@@ -56,7 +56,7 @@ def verify(target: Path, key: Path) -> None:
     try:
         public.verify(base64.b64decode(text.strip(), validate=True), signed)
     except Exception:  # no base64, or cryptography's InvalidSignature
-        what = f"{path} is no signature of {target} by this key: it was changed since, or signed with another key"
+        what = f"{path} is not a signature of {target} by this key: it was changed since, or signed with another key"
         raise ArtifactError(what, fix="sign it again if you changed it yourself (edgekd tune does)") from None
 
 
@@ -81,7 +81,9 @@ def _key(path: Path, *, private: bool) -> Any:
         found = serialization.load_pem_private_key(data, None) if private else serialization.load_pem_public_key(data)
     except Exception as error:  # not PEM, encrypted, of an unknown kind
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"{path} holds no plain {kind} key ({reason})", fix=f"make a pair of keys: {KEYS}") from None
+        raise ConfigError(
+            f"{path} does not contain an unencrypted {kind} key ({reason})", fix=f"make a pair of keys: {KEYS}"
+        ) from None
     if not isinstance(found, ed25519.Ed25519PrivateKey if private else ed25519.Ed25519PublicKey):
-        raise ConfigError(f"{path} is no Ed25519 key", fix=f"make a pair of keys: {KEYS}")
+        raise ConfigError(f"{path} is not an Ed25519 key", fix=f"make a pair of keys: {KEYS}")
     return found

@@ -27,12 +27,12 @@ from edgekd.schema import from_dict
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-"""Stands for every installed backend, of which the fastest engine is kept."""
+"""Selects every installed backend; the fastest engine that passes the gate is kept."""
 REFERENCE = "onnxruntime"
 """The backend that runs student.onnx as it is; its files are ONNX."""
 
 ReadFile: TypeAlias = Callable[[Path], bytes]
-"""Reads a file of an engine; `edgekd.artifacts.manifest.read_file` also checks it against the manifest."""
+"""Function that reads a file of an engine; `artifacts.manifest.read_file` also checks it against the manifest."""
 Graph = TypeVar("Graph", bound=CompiledGraph)
 
 
@@ -158,14 +158,14 @@ class Backend(ABC, Generic[Graph]):
     def host_facts(self) -> dict[str, str]:
         """Return what engines depend on besides the CPU: device, driver and runtime versions, clocks, power mode.
 
-        Manifests and records keep it, and `edgekd compare` compares it. Facts that cannot be read are left out.
+        Manifests and records keep it, and `edgekd compare` compares it. Unreadable facts are omitted.
         """
         return {}
 
     def incompatibility(self, manifest: Manifest) -> str:
         """Return why an engine cannot run on this machine, as the end of a sentence about it; empty if it can."""
         if self.version() != manifest.backend_version:
-            return f"was built by {self.name} {manifest.backend_version}; here is {self.version()}"
+            return f"was built by {self.name} {manifest.backend_version}; this machine has {self.version()}"
         return ""
 
     @property
@@ -185,7 +185,7 @@ class Backend(ABC, Generic[Graph]):
         """Check that the recipe's precisions are supported and its options request nothing of another backend alone.
 
         Raises:
-            BackendError: They are not; the backends that support it are given.
+            BackendError: They are not; the message lists the backends that support it.
         """
         for other in all_backends():
             feature = other.exclusive_feature(recipe)
@@ -224,9 +224,11 @@ class CpuBackend(Backend[Graph]):
             reason = f"was quantised for a CPU with VNNI; this one ({here.cpu}) has none"
             if self.int8_saturates:
                 return reason
-            log.warning("the engine %s: it predicts the same and takes longer", reason)
+            log.warning("the engine %s: its predictions are the same, but it is slower", reason)
         if there.cpu != here.cpu:
-            log.warning("the engine was built on %s; here is %s: its times do not hold", there.cpu, here.cpu)
+            log.warning(
+                "the engine was built on %s, this machine has %s: its measured times do not apply", there.cpu, here.cpu
+            )
         return ""
 
 
@@ -240,7 +242,7 @@ def get_backend(name: str) -> AnyBackend:
     """Return the backend called `name`, installed or not.
 
     Raises:
-        ConfigError: No such backend (the nearest is given), or a class that misses methods.
+        ConfigError: No such backend (the nearest is given), or a class that lacks methods.
     """
     kind = BACKENDS[name]
     if missing := cast(frozenset[str], getattr(kind, "__abstractmethods__", frozenset())):
@@ -291,7 +293,7 @@ def check_options(recipe: Recipe, where: str) -> None:
     """Check each table of backend options.
 
     Raises:
-        ConfigError: A table of no backend, or one whose keys or values do not fit.
+        ConfigError: A table that belongs to no backend, or unknown keys or wrong values in one.
     """
     for name in recipe.options:
         if name not in BACKENDS:

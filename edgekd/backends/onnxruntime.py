@@ -90,7 +90,7 @@ class OnnxRuntimeBackend(CpuBackend[OnnxRuntimeRunner]):
         onnx.save(graph, str(path))
 
     def load(self, path: Path, *, recipe: Recipe, threads: int, read: ReadFile = Path.read_bytes) -> OnnxRuntimeRunner:
-        """Make a session of the graph, which holds all that the recipe says.
+        """Create a session of the graph, which already implements the recipe.
 
         Raises:
             BackendError: ONNX Runtime refuses it.
@@ -101,7 +101,7 @@ class OnnxRuntimeBackend(CpuBackend[OnnxRuntimeRunner]):
             try:
                 onnx_checks.parse(data)
             except ValueError as error:
-                raise ArtifactError(f"{path} is no graph of ours: {error}", fix="compile again") from None
+                raise ArtifactError(f"{path} is not a graph built by edgekd: {error}", fix="compile again") from None
         return open_graph(data, threads=threads, name=str(path))
 
     def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
@@ -151,7 +151,7 @@ def _session(model: Path | bytes, *, threads: int, optimised: Path | None = None
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # its exceptions say it
+    options.log_severity_level = 4  # its exceptions contain the message
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Each stage has its own threads: those of the last stage must not spin while the next one works.
@@ -162,7 +162,7 @@ def _session(model: Path | bytes, *, threads: int, optimised: Path | None = None
         options.optimized_model_filepath = str(optimised)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        providers = ["CPUExecutionProvider"]  # there is nothing to fall back to, which ONNX Runtime would print
+        providers = ["CPUExecutionProvider"]  # no fallback exists, and ONNX Runtime would print that
         session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise backend_failure(f"onnxruntime cannot load {name}", error) from error

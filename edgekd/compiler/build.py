@@ -131,11 +131,11 @@ def refuse_other_folder(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out.is_dir() and ENGINE.matches(out / MANIFEST)):
-        raise ConfigError(f"{out} exists and is no engine: it would be replaced", fix="choose another --out")
+        raise ConfigError(f"{out} exists and is not an engine: it would be replaced", fix="choose another --out")
     own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
     for path in out.iterdir():
         if not (path.is_file() and own.fullmatch(path.name)):
-            raise ConfigError(f"{path} would be lost: it is no part of the engine", fix="move it out of that folder")
+            raise ConfigError(f"{path} would be lost: it is not part of the engine", fix="move it out of that folder")
 
 
 def _validation(
@@ -201,7 +201,7 @@ class _Candidate:
 
     @property
     def note(self) -> str:
-        """Why another candidate may be preferred."""
+        """The reason why another candidate may be preferred."""
         if self.report.refusal:
             return f"{self.heads} exit heads were refused: {self.report.refusal.what}"
         return f"{self.heads} exit heads lose {self.report.drop:.2f} points on the validation images"

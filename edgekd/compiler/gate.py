@@ -74,6 +74,11 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
     `FP32_TOLERANCE`, or if an exact test finds that the predictions of the ensemble or of the last exit lose more
     accuracy than the recipe allows. The other exits, which classify above a threshold only, are reported. Backends with
     fixed batch sizes are checked in every one of them.
+
+    Args:
+        engine: The engine.
+        validation: Validation split; without it, the report is empty.
+        recipe: The recipe, which contains the allowed drop.
     """
     if validation is None:
         return GateReport()
@@ -126,7 +131,7 @@ def _check_batch_sizes(
         paths = _paths(engine, images[rows], batch_size=size)
         differences = _differences(paths, reference[:, rows])
         parities.append(BatchParity(size, differences))
-        once = rows[: len(images)]  # repeated images are no further evidence
+        once = rows[: len(images)]  # repeated images add no evidence
         accuracy = _accuracy([path[:, : len(once)] for path in paths], reference[:, once], labels[once])
         refusal = _parity_refusal(engine, differences, recipe=recipe) or _accuracy_refusal(
             engine, accuracy, recipe=recipe
@@ -166,7 +171,7 @@ def _parity_refusal(engine: Engine, differences: tuple[float, ...], *, recipe: R
 
 
 def _accuracy_refusal(engine: Engine, accuracy: Accuracy, *, recipe: Recipe) -> GateError | None:
-    """Refuse what loses more than is allowed by an exact test; losses that may be due to chance pass."""
+    """Refuse an engine if an exact test finds a loss above the limit; losses within random variation pass."""
     limit, found = recipe.max_accuracy_drop, drops(accuracy)
     over = {name for name, drop in found.items() if drop.p_value(limit) <= ALPHA / len(found)}
     if not over:
@@ -212,7 +217,7 @@ def bounds(drop: Drop, accuracy: Accuracy) -> tuple[float, float]:
 
 
 def verdict(accuracy: Accuracy, *, limit: float) -> str:
-    """Describe each drop with its interval, and say if the images are too few to tell whether it is within `limit`."""
+    """Describe each drop with its interval, and state if the images are too few to decide about `limit`."""
     found = {name: (drop, *bounds(drop, accuracy)) for name, drop in drops(accuracy).items()}
     parts = ", ".join(f"{n} {drop.points:+.2f} [{low:+.2f}, {high:+.2f}]" for n, (drop, low, high) in found.items())
     most = max(high for *_, high in found.values())
@@ -221,16 +226,21 @@ def verdict(accuracy: Accuracy, *, limit: float) -> str:
 
 
 def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str, float]:
-    """Read back the precisions that an engine runs in, by the backend's own account.
+    """Read back the precisions that an engine runs in, as the backend reports them.
+
+    Args:
+        folder: Folder of the built files.
+        backend: The backend that built them.
+        recipe: The recipe.
 
     Returns:
         Precision to its fraction of the layers.
 
     Raises:
-        BackendError: They are not those of the recipe.
+        BackendError: They differ from the recipe's.
     """
     precision = backend.precisions(folder / f"monolithic{backend.suffix}", recipe=recipe)
-    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster so.
+    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster there.
     least = {"fp32": 0.9, "fp16": 0.5, "int8": 0.2}[recipe.precision]
     names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
     share = sum(precision.get(name, 0.0) for name in names)

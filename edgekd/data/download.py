@@ -22,7 +22,7 @@ def get(name: str, out: Path, *, progress: Progress | None = None) -> None:
     """Download a data set and write it as class folders.
 
     The download is kept beside `out` until it is unpacked, so an interrupted one is resumed. An archive with the right
-    checksum that is already there is used and left alone, like every other file.
+    checksum that already exists is used and, like every other file, not changed.
 
     Args:
         name: Name of a data layout.

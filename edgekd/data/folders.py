@@ -90,7 +90,7 @@ class Checked:
 
     Attributes:
         folder: The usable images.
-        excluded: Reasons by path of the files that were left out.
+        excluded: Reasons by path of the excluded files.
         fingerprint: SHA-256 over the paths and decoded pixels.
     """
 
@@ -183,7 +183,7 @@ def _tops(data: Path) -> list[tuple[Subset | None, Path]]:
     if others := [p.name for p in folders if p not in subsets]:
         raise DataError(
             f"{data} has {join_limited(others)} beside {join_limited(p.name for p in subsets)}",
-            fix="leave only train/, val/ and test/ there, or only class folders",
+            fix="keep only train/, val/ and test/ there, or only class folders",
         )
     return [(SUBSETS[p.name.lower()], p) for p in subsets]
 
@@ -269,7 +269,7 @@ def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | Non
 
     Args:
         folder: Result of `scan` or `read_labels`.
-        exclude_bad: Leave out unusable files.
+        exclude_bad: Exclude unusable files.
         progress: Called with the images checked and their number.
 
     Raises:
@@ -283,14 +283,14 @@ def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | Non
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         raise DataError(
             "\n".join([f"{len(bad)} files in {folder.root} cannot be used:", *lines[:SHOWN], *more]),
-            fix="repair or remove them, or leave them out with --exclude-bad",
+            fix="repair or remove them, or exclude them with --exclude-bad",
         )
     items = tuple(dataclasses.replace(i, digest=hashes[i.path].file) for i in folder.items if i.path not in bad)
     if gone := {i.label for i in folder.items} - {i.label for i in items}:
         classes = join_limited(folder.classes[label] for label in sorted(gone))
         raise DataError(f"no usable image is left of {classes}", fix="repair the files, or remove the class folder")
     if bad:
-        log.warning("%d files in %s are left out", len(bad), folder.root)
+        log.warning("%d files in %s are excluded", len(bad), folder.root)
     return Checked(dataclasses.replace(folder, items=items, bad={}), bad, _fingerprint(items, pixels))
 
 

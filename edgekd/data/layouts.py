@@ -1,4 +1,4 @@
-"""Data layouts: the folders of published data sets, how their images are grouped, and where to download them."""
+"""Data layouts: the folders of published data sets, the grouping of their images, and their download."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def group_names() -> dict[str, str]:
 
 
 def _sipakmed_folder(folder: Path) -> tuple[str, Path] | None:
-    """Recognise im_X/im_X/CROPPED as class X; the cluster images beside CROPPED are left out."""
+    """Recognise im_X/im_X/CROPPED as class X; the cluster images beside CROPPED are ignored."""
     if not folder.name.startswith("im_"):
         return None
     cropped = [p for p in (folder / folder.name / "CROPPED", folder / "CROPPED") if p.is_dir()]

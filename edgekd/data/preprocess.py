@@ -113,6 +113,9 @@ def open_image(source: File) -> Image.Image:
     Args:
         source: A path, the bytes of a file, or a file opened for reading in binary mode.
 
+    Returns:
+        The image, of mode RGB.
+
     Raises:
         DataError: A file that is missing, empty, truncated, not an image, animated, too small or too large, or whose
             pixels have an unknown range or colours; the file is named.
@@ -123,7 +126,7 @@ def open_image(source: File) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(source: File) -> Iterator[Image.Image]:
-    """Like `open_image`, for the duration of a block; until it ends, other threads wait if MEMORY would be exceeded."""
+    """Open like `open_image` for the duration of a block; other threads wait if they would exceed MEMORY."""
     with contextlib.ExitStack() as held:
         yield _decoded(source, held)
 
@@ -260,7 +263,7 @@ _OPENING = threading.Lock()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a Pillow image to RGB in the way of `open_image`.
+    """Convert a Pillow image to 8-bit sRGB, as `open_image` does.
 
     Raises:
         DataError: The image is too small or too large, animated, or has pixels of unknown range or colours.

@@ -62,7 +62,7 @@ class Split:
         groups: Number of these pictures.
         leaking: Number of pictures with images in more than one subset.
         fingerprint: SHA-256 over the images' paths and pixels.
-        excluded: Reasons by path of the files that were left out.
+        excluded: Reasons by path of the excluded files.
         labels: Name of the CSV file with the labels; empty for class folders.
         schema: Version of the file format.
     """
@@ -107,7 +107,14 @@ class Split:
 
 
 def leaks(subsets: Mapping[str, Sequence[Item]]) -> tuple[int, int]:
-    """Count the groups, and those with images in more than one subset."""
+    """Count groups that leak.
+
+    Args:
+        subsets: Images of each subset.
+
+    Returns:
+        The number of groups, and of those with images in more than one subset.
+    """
     sides = Counter(key for items in subsets.values() for key in {i.group for i in items} - {""})
     return len(sides), sum(n > 1 for n in sides.values())
 

@@ -135,7 +135,7 @@ def _plan(method: str, fold: int) -> tuple[list[float], list[Subset]]:
 
 
 def _missing(existing: set[Subset | None], method: str) -> tuple[list[float], list[Subset]]:
-    """Like `_plan`, with a fifth of train/ for each of val/ and test/ that is missing."""
+    """Return the same as `_plan`, with a fifth of train/ for each of val/ and test/ that is missing."""
     if "train" not in existing:
         raise DataError("the folder has no train/", fix="add it, or put the class folders at the top")
     if method.startswith("kfold"):
@@ -240,7 +240,7 @@ def _greedy(table: Floats, target: Floats, rng: np.random.Generator) -> tuple[in
 
     Args:
         table: Share (G, C) of each class in each group.
-        target: Wanted share (P, C) of each class in each part.
+        target: Desired share (P, C) of each class in each part.
         rng: Source of the order.
 
     Returns:

@@ -95,7 +95,17 @@ def _stain(rng: np.random.Generator) -> Array:
 
 
 def draw(cell: Cell, stain: Array, *, size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Draw a cell (size, size, 3): cytoplasm, halo, nucleus, grain, the edge of a neighbour, and camera noise."""
+    """Draw a cell: cytoplasm, halo, nucleus, grain, the edge of a neighbour, and camera noise.
+
+    Args:
+        cell: Its appearance.
+        stain: Colours (3, 3) of background, cytoplasm and nucleus, 0..1.
+        size: Side in pixels.
+        rng: Source of positions and noise.
+
+    Returns:
+        The image (size, size, 3).
+    """
     canvas = np.broadcast_to(stain[0], (size, size, 3)).copy()
     centre = rng.normal(0, 0.04, 2)
     around = 0.75 * np.array([np.cos(a := rng.uniform(0, 2 * np.pi)), np.sin(a)])

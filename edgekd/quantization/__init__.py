@@ -57,7 +57,7 @@ def quantize(
 
     Args:
         model: The float network.
-        metadata: Its metadata, which tell exit heads from the backbone.
+        metadata: Its metadata, which identify the exit heads.
         images: Calibration images (N, 3, H, W) of the training split, preprocessed.
         target: A name in `QUANTIZERS`.
         heads: Quantise the exit heads, too; a DLA's always are.

@@ -153,7 +153,14 @@ def activation_ranges(
 
 
 def calibration_key(model: onnx.ModelProto, tensors: Sequence[str], images: Array, *, method: str) -> str:
-    """Return a hex digest of everything that a calibration depends on; the model's metadata is not part of it."""
+    """Return a hex digest of everything that a calibration depends on, which excludes the model's metadata.
+
+    Args:
+        model: The float network.
+        tensors: Names of the tensors.
+        images: Calibration images (N, 3, H, W).
+        method: A name in `CALIBRATORS`.
+    """
     settings = [REVISION, method, PERCENT, BINS, STRIDE, list(tensors), list(images.shape)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(model.graph.SerializeToString(deterministic=True))

@@ -20,7 +20,7 @@ from edgekd.types import Array, Progress
 
 BATCH = 8
 _PREPROCESSED = ("onnx.quant.pre_process", "onnxruntime.quant")
-"""Tells ONNX Runtime that shapes are inferred; without it, it logs advice to infer them."""
+"""Metadata key that marks shapes as inferred; without it, ONNX Runtime logs advice to infer them."""
 
 
 def quantize_cpu(
@@ -59,13 +59,14 @@ def quantize_cpu(
 
 
 def _settings(reduce_range: bool) -> dict[str, Any]:
-    """uint8 activations with a zero point, int8 weights a channel: what ONNX Runtime and OpenVINO run fast.
+    """Return ONNX Runtime's options: uint8 activations with a zero point, int8 weights with a scale for each channel.
 
-    Symmetric int8 activations, which TensorRT needs, ran slower than float in ONNX Runtime. Linear layers stay float:
-    the heads' are tiny, and a conversion before and after costs more than it saves. So do Sigmoid, Mul and the
-    shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4 crashes in GhostNet, MixNet and
-    DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large. Depthwise convolutions are
-    included; ONNX Runtime quantises one left in float between others by itself, per tensor, and badly.
+    ONNX Runtime and OpenVINO run these fast. Symmetric int8 activations, which TensorRT needs, ran slower than float in
+    ONNX Runtime. Linear layers stay float: the heads' are tiny, and a conversion before and after costs more than it
+    saves. So do Sigmoid, Mul and the shuffling of channels, which gained nothing, and Concat, on which OpenVINO 2026.4
+    crashes in GhostNet, MixNet and DenseNet. Clip is ReLU6: without it MobileNetV2's error was five times as large.
+    Depthwise convolutions are included; ONNX Runtime quantises one left in float between others by itself, per tensor,
+    and badly.
     """
     from onnxruntime.quantization import QuantType
 
@@ -80,7 +81,7 @@ def _settings(reduce_range: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _temporary() -> Iterator[Path]:
-    """A folder that also holds ONNX Runtime's temporary folders, which it leaves behind when it is killed."""
+    """Provide a folder that also holds ONNX Runtime's temporary folders, which remain when the process is killed."""
     with temporary_folder("quantize") as folder:
         before, tempfile.tempdir = tempfile.tempdir, str(folder)
         try:

@@ -1,6 +1,6 @@
-"""Folds batch norms behind a concatenation, as MixNet has them, into the convolutions before it.
+"""Folding of the batch norms that follow a concatenation, as in MixNet, into the convolutions before it.
 
-Exporting folds those directly behind a convolution.
+The export already folds those that directly follow a convolution.
 """
 
 from __future__ import annotations

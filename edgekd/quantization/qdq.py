@@ -14,7 +14,7 @@ from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.partition import backbone
 
 INT8_MAX = 127
-"""Integer that the largest magnitude of a range is mapped to: symmetric int8 leaves -128 out."""
+"""Integer that the largest magnitude of a range is mapped to: symmetric int8 excludes -128."""
 MIN_SCALE = 2.0**-24
 """The smallest positive FP16 number; only the scale of a range that is practically zero is raised to it."""
 
@@ -46,7 +46,13 @@ def qdq_pair(tensor: str, scale: str, zero_point: str, *, axis: int | None = Non
 
 
 def add_scale(graph: GraphProto, name: str, scale: npt.NDArray[np.float32] | np.float32) -> None:
-    """Add a scale, a scalar or (C,), to the graph's initializers, raised to `MIN_SCALE` where it is lower."""
+    """Add a scale to the graph's initializers.
+
+    Args:
+        graph: Changed in place.
+        name: Name of the initializer.
+        scale: A scalar or (C,); values below `MIN_SCALE` are raised to it.
+    """
     graph.initializer.append(numpy_helper.from_array(np.asarray(np.maximum(scale, np.float32(MIN_SCALE))), name))
 
 

@@ -1,9 +1,9 @@
-"""Q/DQ pairs for TensorRT, which runs in int8 what lies between pairs and can be fused, and nothing else.
+"""Q/DQ pairs for TensorRT, which runs in int8 only the fusible layers between pairs.
 
 Symmetric int8 with zero point 0, a weight scale for each channel, FP32 biases, FP32 scales (opset 17 has no others).
 There is a pair
 - on the input of every quantised convolution, and on its weights;
-- on one side of a residual addition: the identity, which a convolution reads as well, shares its pair; a shortcut
+- on one side of a residual addition: the identity, which a convolution reads, too, shares its pair; a shortcut
   that is a convolution gets one of its own. The other side has none, so that TensorRT fuses convolution and addition;
 - on every input of a concatenation if one of them has a pair, or if a quantised convolution or addition reads the
   result in the end. Data movement in between (shuffling, splitting, max pooling) keeps one scale, so that nothing has
@@ -66,7 +66,7 @@ def place_pairs(model: onnx.ModelProto, metadata: ModelMetadata, *, heads: bool)
 
     Args:
         model: The float network, batch norm folded.
-        metadata: Its metadata, which tell exit heads from the backbone.
+        metadata: Its metadata, which identify the exit heads.
         heads: Quantise the exit heads, too.
     """
     nodes = list(model.graph.node)

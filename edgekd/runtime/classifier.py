@@ -272,7 +272,7 @@ class Classifier:
         return Decision(np.stack(probabilities), np.array(exits, np.int64), np.array(confidences, np.float32))
 
     def _cascade_of_one(self, image: Array) -> Decision:
-        """`_cascade` for one image, without the overhead that only a batch needs."""
+        """Run `_cascade` for one image, without the overhead that only a batch needs."""
         total = [0.0] * len(self.metadata.classes)
         with self._staged_runner(image) as run:
             for exit in range(len(self.metadata.exits)):

@@ -165,7 +165,7 @@ class Engine:
 def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
-    The engine stays what it was when opened: a graph that is loaded later is checked against the manifest read here.
+    A graph that is loaded later is checked against the manifest read here, so an opened engine never changes.
 
     Args:
         path: Engine folder or ONNX file.
@@ -197,6 +197,11 @@ def _open(path: Path, *, threads: int) -> Engine:
 def reference_engine(model: onnx.ModelProto, metadata: ModelMetadata, *, threads: int) -> Engine:
     """Open student.onnx in FP32, as the reference that engines are compared with.
 
+    Args:
+        model: The model.
+        metadata: Its metadata.
+        threads: CPU threads to use.
+
     Raises:
         BackendError: ONNX Runtime is not installed.
     """
@@ -211,7 +216,16 @@ def reference_engine(model: onnx.ModelProto, metadata: ModelMetadata, *, threads
 
 
 def built_engine(folder: Path, manifest: Manifest, *, threads: int) -> Engine:
-    """Open the engine whose files are in `folder`; they are checked when they are loaded."""
+    """Open the engine whose files are in `folder`; they are checked when they are loaded.
+
+    Args:
+        folder: The engine folder.
+        manifest: Its manifest.
+        threads: CPU threads to use.
+
+    Raises:
+        BackendError: The backend is not installed, or was in use when this process was forked.
+    """
     backend, recipe = find_backend(manifest.backend), manifest.recipe
     if not backend.works_after_fork and backend.name in dict(_inherited):
         raise BackendError(
@@ -236,7 +250,7 @@ def _check_shapes(graph: CompiledGraph, name: str, metadata: ModelMetadata) -> N
     image = (3, metadata.preprocess.image_size, metadata.preprocess.image_size)
     read, logits = graph.row_shapes
     if name in ("stage_0", "monolithic", "final") and read != image:
-        raise ArtifactError(f"{name} reads {read}, its metadata says {image}", fix="compile again")
+        raise ArtifactError(f"{name} reads {read}, its metadata states {image}", fix="compile again")
     if logits != (len(metadata.classes),):
         raise ArtifactError(
             f"{name} gives {logits}, its metadata has {len(metadata.classes)} classes", fix="compile again"
@@ -276,6 +290,6 @@ def check_host(manifest: Manifest, path: Path) -> None:
     for key in ("system", "machine"):
         built_on, found = getattr(there, key), getattr(here, key)
         if built_on != found:
-            raise ArtifactError(f"{path} was built on {key} {built_on}; here is {found}", fix=rebuild)
+            raise ArtifactError(f"{path} was built on {key} {built_on}; this machine has {found}", fix=rebuild)
     if reason := backend.incompatibility(manifest):
         raise ArtifactError(f"{path} {reason}", fix=rebuild)

@@ -155,6 +155,9 @@ def fit_temperature(logits: Array, labels: Labels) -> float:
     Args:
         logits: Logits (N, C) of one exit.
         labels: Class indices (N,).
+
+    Returns:
+        The temperature; logits are divided by it.
     """
 
     def loss(at: float) -> float:
@@ -268,16 +271,16 @@ def _at_every_exit(logits: Array, labels: Labels, policy: Policy) -> tuple[Array
 
 
 def _candidates(confidences: Array, count: int) -> Array:
-    """Thresholds to try: always exit, some quantiles, never exit.
+    """Return the thresholds to try: always exit, some quantiles, never exit.
 
-    Most quantiles are low, because the images that are left for a late exit have a low confidence.
+    Most quantiles are low, because the images at a late exit have a low confidence.
     """
     quantiles = np.linspace(0, 1, count)[1:-1] ** 2
     return np.array([0.0, *np.quantile(confidences, quantiles), NEVER_EXIT][:count], np.float32)
 
 
 def _within_drop(grid: Grid, target: int, count: int, drop: float) -> int:
-    """Index of the fastest combination within `drop` points of the ensemble, by a margin of one standard error."""
+    """Return the index of the fastest combination that meets the bound `drop` with a margin of one standard error."""
     least = target - drop / 100 * count - 1e-6
     safest = grid.correct - np.sqrt(grid.differing)
     if grid.correct.max() < least:
@@ -293,7 +296,7 @@ def _within_drop(grid: Grid, target: int, count: int, drop: float) -> int:
 
 
 def _within_latency(grid: Grid, limit: float) -> int:
-    """Index of the most accurate combination within `limit` milliseconds."""
+    """Return the index of the most accurate combination within `limit` milliseconds."""
     if grid.latency_ms.min() > limit + 1e-9:
         raise ConfigError(
             f"no thresholds keep within {limit:g} ms; the fastest take {grid.latency_ms.min():.3f} ms",
@@ -303,7 +306,7 @@ def _within_latency(grid: Grid, limit: float) -> int:
 
 
 def _first(*keys: Floats, among: npt.NDArray[np.bool_]) -> int:
-    """Index with the smallest first key (ties: second key, and so on) where `among` is True."""
+    """Return the index with the smallest first key (ties: second key, and so on) where `among` is True."""
     indices = np.flatnonzero(among)
     return int(indices[np.lexsort([key[indices] for key in reversed(keys)])[0]])
 

@@ -63,7 +63,7 @@ def check_backend(
         Precision to the reason why this machine cannot run it; the empty string where the checks passed. fp32 must run.
 
     Raises:
-        ConformanceError: Checks failed.
+        ConformanceError: Checks failed; the message lists them.
     """
     source = student or small_student(folder / "student.onnx")
     model, metadata = read_onnx(source)
@@ -86,7 +86,7 @@ def check_backend(
 
 
 def _declaration_problems(backend: AnyBackend) -> list[str]:
-    """Return what is wrong with the class attributes and the methods that need no engine."""
+    """Return the faults of the class attributes and of the methods that need no engine."""
     problems = []
     if not backend.version():
         problems.append("version() returns nothing for an installed backend")
@@ -157,7 +157,7 @@ class Case:
         return float((REPEATABILITY if self.recipe.precision == "fp32" else 0.03) * np.abs(self.reference).max())
 
     def build(self) -> None:
-        """Quantise if the recipe says so, partition, and build every graph."""
+        """Quantise if the recipe requests int8, partition, and build every graph."""
         self.folder.mkdir()
         model = self.model
         if self.recipe.precision == "int8":
@@ -185,7 +185,17 @@ class Case:
         )
 
     def expect(self, found: npt.NDArray[Any], expected: Array, *, what: str, tolerance: float) -> None:
-        """Fail if logits are further from the expected ones than `tolerance`."""
+        """Check logits.
+
+        Args:
+            found: Logits of the engine.
+            expected: Expected logits.
+            what: Name of the logits in errors.
+            tolerance: Largest allowed difference.
+
+        Raises:
+            AssertionError: Shape, type or values differ.
+        """
         assert found.shape == expected.shape, f"{what}: shape {found.shape}, expected {expected.shape}"
         assert found.dtype == np.float32, f"{what}: logits are {found.dtype}, expected float32"
         difference = float(np.abs(found - expected).max())
@@ -193,7 +203,7 @@ class Case:
 
 
 def check_files(case: Case) -> None:
-    """`build` writes the files of `suffixes` and nothing else."""
+    """Check that `build` writes the files of `suffixes` and nothing else."""
     suffixes = case.backend.suffixes(case.recipe)
     assert suffixes[0] == case.backend.suffix, f"suffixes() begins with {suffixes[0]}, not {case.backend.suffix}"
     expected = {f"{name}{suffix}" for name in graph_names(case.metadata) for suffix in suffixes}
@@ -202,7 +212,7 @@ def check_files(case: Case) -> None:
 
 
 def check_parity(case: Case) -> None:
-    """The monolithic graph, the stages and the final graph give the logits of the float network."""
+    """Check that the monolithic graph, the stages and the final graph compute the logits of the float network."""
     engine, tolerance = case.open(), TOLERANCES[case.recipe.precision] * float(np.abs(case.reference).max())
     case.expect(case.logits, case.reference, what="monolithic", tolerance=tolerance)
     case.expect(engine.staged_logits(case.images), case.reference, what="staged run", tolerance=tolerance)
@@ -211,7 +221,7 @@ def check_parity(case: Case) -> None:
 
 
 def check_stages_as_functions(case: Case) -> None:
-    """A stage's outputs but the first are the inputs of the next, also by way of host memory."""
+    """Check that a stage's outputs but the first, copied to host memory, are valid inputs of the next."""
     engine = case.open()
     xs: list[npt.NDArray[np.generic]] = [case.images[:3]]
     for k in range(case.count):
@@ -221,7 +231,7 @@ def check_stages_as_functions(case: Case) -> None:
 
 
 def check_batch_sizes(case: Case) -> None:
-    """Runners take any batch size; staged runs any up to the largest of the recipe, or any. Rows are independent."""
+    """Check batch sizes, and that rows are independent: runners take any size, staged runs any up to a limit."""
     engine = case.open()
     for size in (*BATCH_SIZES, 3, 5, 7, 11, 16):
         what = f"monolithic, batch of {size}"
@@ -234,7 +244,7 @@ def check_batch_sizes(case: Case) -> None:
 
 
 def check_single_images(case: Case) -> None:
-    """Single images, among batches of other sizes, give what they give in a batch."""
+    """Check that logits do not depend on the batch size, also when sizes alternate."""
     engine = case.open()
     runner = engine.staged_runner()
     for size, start in ((1, 0), (8, 0), (1, 5), (2, 3), (1, 9)):
@@ -246,7 +256,7 @@ def check_single_images(case: Case) -> None:
 
 
 def check_compaction(case: Case) -> None:
-    """Survivors keep their rows, whatever they are padded to, before the first stage and after each exit."""
+    """Check compaction before each stage: survivors keep their rows, whatever size they are padded to."""
     runner = case.open().staged_runner()
     for after in range(case.count):
         for survivors, size in (([0, 2, 3, 7], 4), ([1, 6], 4), ([7], 1), ([0, 1, 2], 4), ([4, 5, 6], 3)):
@@ -265,7 +275,7 @@ def check_compaction(case: Case) -> None:
 
 
 def check_repeated_compaction(case: Case) -> None:
-    """A batch can be compacted after every exit, and an early end leaves nothing behind."""
+    """Check compaction after every exit of one batch, and that a run which ends early does not affect the next."""
     runner, keep = case.open().staged_runner(), [np.array([1, 2, 4, 7]), np.array([0, 3]), np.array([1])]
     for _ in range(2):
         rows = np.arange(8)
@@ -280,7 +290,7 @@ def check_repeated_compaction(case: Case) -> None:
 
 
 def check_inputs_and_outputs(case: Case) -> None:
-    """Read-only and strided inputs work and stay as they are; outputs belong to the caller."""
+    """Check that read-only and strided inputs work and are not changed, and that outputs belong to the caller."""
     engine = case.open()
     first = engine.monolithic(case.images[:1])
     kept = [x.copy() for x in first]
@@ -298,13 +308,13 @@ def check_inputs_and_outputs(case: Case) -> None:
 
 
 def check_threads(case: Case) -> None:
-    """Engines with one and with two CPU threads agree."""
+    """Check that engines with one and with two CPU threads agree."""
     found = case.open(threads=2).logits(case.images, batch_size=max(BATCH_SIZES))
     case.expect(found, case.logits, what="two threads", tolerance=case.tolerance)
 
 
 def check_concurrent_use(case: Case) -> None:
-    """Threads can share an engine, also while its graphs are loaded for the first time."""
+    """Check that threads can share an engine, also while its graphs are loaded for the first time."""
     engine, expected = case.open(), case.logits
 
     def one(i: int) -> tuple[float, float]:
@@ -320,7 +330,7 @@ def check_concurrent_use(case: Case) -> None:
 
 
 def check_reading(case: Case) -> None:
-    """`load` reads each file once, by the function it is given, and the runner opens none."""
+    """Check that `load` reads each file once, through `read` only, and that the runner opens none."""
     contents = {path: path.read_bytes() for path in case.folder.iterdir()}
     reads: list[str] = []
 
@@ -341,7 +351,7 @@ def check_reading(case: Case) -> None:
 
 
 def check_damaged_files(case: Case) -> None:
-    """A file that is empty, cut short or of another kind is an EdgekdError when loaded or first run."""
+    """Check that an empty, truncated or foreign file raises EdgekdError when loaded or first run."""
     for suffix in case.backend.suffixes(case.recipe):
         whole = case.path("stage_1").with_suffix(suffix).read_bytes()
         for name, data in (("empty", b""), ("half of a", whole[: len(whole) // 2]), ("foreign", b"\x93NUMPY" * 100)):
@@ -358,7 +368,7 @@ def check_damaged_files(case: Case) -> None:
 
 
 def check_precision_read_back(case: Case) -> None:
-    """`precisions` reports fractions of the layers, and the precision of the recipe among them."""
+    """Check that `precisions` reports fractions of the layers, including the precision of the recipe."""
     found = read_back(case.folder, case.backend, recipe=case.recipe)
     total = sum(found.values())
     assert abs(total - 1) < 1e-6, f"fractions add up to {total:.3f}: {found}"
@@ -379,4 +389,4 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     check_damaged_files,
     check_precision_read_back,
 )
-"""Every check of one precision; each raises an error that says what is wrong."""
+"""Every check of one precision; each raises an error that describes the fault."""

@@ -67,14 +67,18 @@ def test_other_keys_and_signatures(student_onnx: Path, tmp_path: Path, keys: tup
     student, odd = tmp_path / "student.onnx", tmp_path / "odd.pem"
     shutil.copy(student_onnx, student)
     sign(student, keys[0]).write_bytes(b"c2lnbmVk\n")
-    with pytest.raises(ArtifactError, match="no signature of"):
+    with pytest.raises(ArtifactError, match="not a signature of"):
         verify(student, keys[1])
     rsa = generate_private_key(65537, 2048)
     encrypted = rsa.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.BestAvailableEncryption(b"secret"))
     open_ = rsa.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
-    for content, said in ((b"", "no plain private"), (encrypted, "no plain private"), (open_, "no Ed25519 key")):
+    for content, said in (
+        (b"", "unencrypted private"),
+        (encrypted, "unencrypted private"),
+        (open_, "not an Ed25519 key"),
+    ):
         odd.write_bytes(content)
         with pytest.raises(ConfigError, match=said):
             sign(student, odd)
-    with pytest.raises(ConfigError, match="no plain public"):
+    with pytest.raises(ConfigError, match="unencrypted public"):
         verify(student, keys[0])

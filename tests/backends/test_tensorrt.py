@@ -219,7 +219,7 @@ def test_version_and_hardware_compatible_engines(box: Callable[..., Box], small_
     box("11.4", cuda=cuda)
     assert open_engine(out).logits(IMAGES) == pytest.approx(want, abs=1e-4)
     box("8.6")
-    with pytest.raises(ArtifactError, match=r"10\.3\.0; here is 8\.6\.1"):  # not backwards
+    with pytest.raises(ArtifactError, match=r"10\.3\.0; this machine has 8\.6\.1"):  # not backwards
         open_engine(out)
     cuda = Cuda()
     cuda.sm = (7, 5)
@@ -253,7 +253,7 @@ def test_weights_left_out_and_put_in_again(box: Callable[..., Box], small_studen
 def test_dla(box: Callable[..., Box], family: str, small_student: Path, tmp_path: Path) -> None:
     asked = recipe("int8-fp16", batch_sizes=(1,), options={"tensorrt": {"dla_core": 0}})
     box(family)
-    with pytest.raises(BackendError, match=r"no DLA core 0 here[\s\S]*finds 0[\s\S]*int8-fp16"):
+    with pytest.raises(BackendError, match=r"no DLA core 0: TensorRT[\s\S]*finds 0[\s\S]*int8-fp16"):
         compiled(small_student, tmp_path / "e.engine", asked)
     machine = box(family, dla_cores=2)
     manifest = compiled(small_student, tmp_path / "e.engine", asked)

@@ -36,7 +36,9 @@ def test_no_driver_and_no_gpu_are_found_before_tensorrt_is_touched(
 
 def test_a_driver_older_than_the_bindings(box: Callable[..., Box]) -> None:
     box("10.3", cuda=Cuda(driver=11040))
-    with pytest.raises(BackendError, match=r"knows CUDA 11\.4; the CUDA bindings are for 12\.9[\s\S]*cuda-python<12"):
+    with pytest.raises(
+        BackendError, match=r"supports CUDA 11\.4; the CUDA bindings are for 12\.9[\s\S]*cuda-python<12"
+    ):
         device()
 
 
@@ -44,7 +46,7 @@ def test_a_driver_older_than_the_bindings(box: Callable[..., Box]) -> None:
     ("trouble", "what", "fix"),
     [
         ({"out_of_memory": True}, "cannot build stage_0 as fp16", "workspace_share"),
-        ({"no_reason": True}, "does not say why", "report"),
+        ({"no_reason": True}, "gives no reason", "report"),
         ({"cannot_start": True}, "initialization failure with error: 35", "report"),
         ({"unknown_sm": True}, "SM 53 is not supported", r"Orin \(SM 8\.7\)"),
         (
@@ -95,12 +97,16 @@ def test_engines_of_other_versions_and_gpus(box: Callable[..., Box], small_stude
     box("10.3")
     compiled(small_student, out, recipe())
     box("11.4")
-    with pytest.raises(ArtifactError, match=r"by TensorRT 10\.3\.0; here is 11\.4\.0\.106[\s\S]*edgekd compile"):
+    with pytest.raises(
+        ArtifactError, match=r"by TensorRT 10\.3\.0; this machine has 11\.4\.0\.106[\s\S]*edgekd compile"
+    ):
         open_engine(out)
     cuda = Cuda()
     cuda.name, cuda.sm = "T4", (7, 5)
     box("10.3", cuda=cuda)
-    with pytest.raises(ArtifactError, match=r"for Orin \(SM 8\.7\); here is T4 \(SM 7\.5\)[\s\S]*--recipe fp32"):
+    with pytest.raises(
+        ArtifactError, match=r"for Orin \(SM 8\.7\); this machine has T4 \(SM 7\.5\)[\s\S]*--recipe fp32"
+    ):
         open_engine(out)
 
 
@@ -119,7 +125,7 @@ def test_another_gpu_of_the_same_kind_is_said(
     machine.cuda.name = "Orin NX"
     find.cache_clear()
     open_engine(tmp_path / "student.engine")
-    assert "built on Orin; here is Orin NX" in caplog.text
+    assert "built on Orin, this machine has Orin NX" in caplog.text
 
 
 def test_timing_cache_that_cannot_be_written(
@@ -157,7 +163,7 @@ def test_auto_goes_on_without_a_gpu(box: Callable[..., Box], small_student: Path
         validation=None,
     )
     said = {a.backend: a.note for a in attempts if not a.ok}
-    assert said == {"tensorrt": "there is no NVIDIA driver here"}
+    assert said == {"tensorrt": "no NVIDIA driver was found"}
 
 
 def test_sixteen_bit_floats_beside_int8_where_there_are_none(small_student: Path, tmp_path: Path) -> None:

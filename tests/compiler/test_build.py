@@ -240,7 +240,7 @@ def test_int8_without_images(student_onnx: Path, tmp_path: Path, calibration: np
 
 def test_other_folders_are_not_replaced(student_onnx: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="is no engine"):
+    with pytest.raises(ConfigError, match="is not an engine"):
         compile_engine(read_student(student_onnx), tmp_path, recipe=recipe("fp32"), validation=None)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 CHOICE = "EDGEKD_CUDA"
 """Environment variable that names the bindings to use: cuda-python or pycuda."""
 NO_DRIVER, NO_DEVICE = 35, 100
-"""cudaErrorInsufficientDriver, which also stands for none at all, and cudaErrorNoDevice: what they have always been."""
+"""Values of cudaErrorInsufficientDriver, which is also returned without any driver, and of cudaErrorNoDevice."""
 GET_DRIVER = "install NVIDIA's driver; a container needs --gpus all, on a Jetson --runtime nvidia"
 
 
@@ -55,10 +55,16 @@ class Graph:
 class CudaDevice(ABC):
     """The first GPU that CUDA lists (see CUDA_VISIBLE_DEVICES), and a stream that runs everything in order.
 
-    `with device:` gives the GPU to the calling thread alone; whatever takes a Device expects to be inside. What is
-    enqueued has happened once `synchronize` returns: until then, host arrays that take part must be left alone.
+    `with device:` gives the calling thread exclusive use of the GPU; every function that uses a device must be called
+    inside. Enqueued work is complete once `synchronize` returns: until then, its host arrays must not be changed.
 
-    name, sm: the GPU's, sm as "8.7". cuda: versions of CUDA, the runtime's and the driver's. stream: its handle.
+    Attributes:
+        bindings: Package of the bindings.
+        can_capture: True if the bindings support CUDA graphs.
+        name: Name of the GPU.
+        sm: Compute capability, such as "8.7".
+        cuda: CUDA versions of the `runtime` and of the `driver`.
+        stream: Handle of the stream.
     """
 
     bindings: str
@@ -86,15 +92,15 @@ class CudaDevice(ABC):
 
     @abstractmethod
     def allocate(self, size: int) -> Memory:
-        """Zeroed device memory of so many bytes.
+        """Allocate `size` bytes of zeroed device memory.
 
         Raises:
-            BackendError: there is no more.
+            BackendError: Out of memory.
         """
 
     @abstractmethod
     def pinned(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array in page-locked memory, which copies to and from the GPU need to be asynchronous."""
+        """Allocate an array in page-locked memory, which asynchronous copies to and from the GPU require."""
 
     @abstractmethod
     def upload(self, address: int, array: npt.NDArray[Any]) -> None:
@@ -106,18 +112,24 @@ class CudaDevice(ABC):
 
     @abstractmethod
     def move(self, to: int, source: int, size: int) -> None:
-        """Enqueue a copy within the device; the two must not overlap."""
+        """Enqueue a copy within the device.
+
+        Args:
+            to: Address to write.
+            source: Address to read; the two ranges must not overlap.
+            size: Number of bytes.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until everything enqueued has happened."""
+        """Wait until all enqueued work is complete."""
 
     @abstractmethod
     def capture(self, work: Callable[[], None]) -> Graph:
         """Capture what `work` enqueues, without running it.
 
         Raises:
-            BackendError: something in it cannot be captured.
+            BackendError: `work` cannot be captured.
         """
 
     @abstractmethod
@@ -126,7 +138,7 @@ class CudaDevice(ABC):
 
 
 class CudaPython(CudaDevice):
-    """Through cuda-python."""
+    """CUDA through cuda-python."""
 
     bindings = "cuda-python"
 
@@ -151,22 +163,22 @@ class CudaPython(CudaDevice):
         try:
             error, count = self.runtime.cudaGetDeviceCount()
         except RuntimeError as missing:  # cuda-python up to 12.8 where libcuda.so.1 cannot be loaded
-            raise BackendError(f"there is no NVIDIA driver here: {missing}", fix=GET_DRIVER) from missing
+            raise BackendError(f"no NVIDIA driver was found: {missing}", fix=GET_DRIVER) from missing
         if int(error) == NO_DRIVER and self._driver() == "0.0":
-            raise BackendError("there is no NVIDIA driver here", fix=GET_DRIVER)
+            raise BackendError("no NVIDIA driver was found", fix=GET_DRIVER)
         if int(error) == NO_DRIVER:
             runtime = self._version(self.runtime.cudaRuntimeGetVersion)
-            what = f"NVIDIA's driver knows CUDA {self._driver()}; the CUDA bindings are for {runtime}"
+            what = f"NVIDIA's driver supports CUDA {self._driver()}; the CUDA bindings are for {runtime}"
             raise BackendError(what, fix=f"pip install 'cuda-python<{int(runtime.split('.')[0])}', or a newer driver")
         if int(error) == NO_DEVICE or (not int(error) and count == 0):
-            raise BackendError("CUDA finds no GPU here", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+            raise BackendError("CUDA finds no GPU", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
         self.do((error,))
 
     def _driver(self) -> str:
         return self._version(self.runtime.cudaDriverGetVersion)
 
-    def _version(self, ask: Callable[[], Any]) -> str:
-        number = self.do(ask())
+    def _version(self, query: Callable[[], Any]) -> str:
+        number = self.do(query())
         return f"{number // 1000}.{number % 1000 // 10}"
 
     def do(self, result: Any, *, fix: str = "") -> Any:
@@ -177,9 +189,9 @@ class CudaPython(CudaDevice):
         """
         error, *values = result
         if int(error):
-            of_driver = error.name.startswith("CUDA_")  # the runtime describes its own errors alone
+            of_driver = error.name.startswith("CUDA_")  # the runtime describes only its own errors
             text = "" if of_driver else f": {self.runtime.cudaGetErrorString(error)[1].decode()}"
-            raise BackendError(f"CUDA says {error.name}{text}", fix=fix)
+            raise BackendError(f"CUDA reports {error.name}{text}", fix=fix)
         return values[0] if values else None
 
     def free_bytes(self) -> int:
@@ -226,7 +238,7 @@ class CudaPython(CudaDevice):
         finally:  # also ends a capture that failed: the stream is unusable otherwise
             error, template = self.runtime.cudaStreamEndCapture(self.stream)
             if int(error):
-                self.runtime.cudaGetLastError()  # or TensorRT would find it later and take it for its own
+                self.runtime.cudaGetLastError()  # or TensorRT would read it later as an error of its own
         self.do((error,))
         return template
 
@@ -250,7 +262,7 @@ def device() -> CudaDevice:
         BackendError: There are no bindings, no driver or no GPU.
         ConfigError: EDGEKD_CUDA names something else.
     """
-    with _finding:  # else two threads at once would get two
+    with _finding:  # else two concurrent threads would create two
         return find()
 
 
@@ -264,8 +276,8 @@ def find() -> CudaDevice:
     for name in [requested] if requested else makers:
         if found := makers[name]():
             return found
-    missing = requested or "cuda-python (nor pycuda)"
-    raise BackendError(f"there is no {missing} here", fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
+    what = f"{requested} is not installed" if requested else "neither cuda-python nor pycuda is installed"
+    raise BackendError(what, fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
 
 
 def _cuda_python() -> CudaDevice | None:

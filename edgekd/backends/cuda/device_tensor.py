@@ -30,7 +30,17 @@ def moves(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class Tensor:
-    """An input or output: device memory for the largest batch, and pinned host memory to copy through."""
+    """An input or output: device memory for the largest batch, and pinned host memory to copy through.
+
+    Args:
+        shape: Shape of one row.
+        dtype: Type of the elements.
+        rows: Largest batch.
+
+    Attributes:
+        address: Address of the device memory.
+        host: The pinned array, (rows, *shape).
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, rows: int) -> None:
         self.shape = shape

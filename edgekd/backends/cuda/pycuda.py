@@ -28,7 +28,7 @@ class PyCuda(CudaDevice):
         except driver.Error as error:
             raise BackendError(f"CUDA does not start: {error}", fix=GET_DRIVER) from error
         if not count:
-            raise BackendError("CUDA finds no GPU here", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+            raise BackendError("CUDA finds no GPU", fix="look at nvidia-smi and CUDA_VISIBLE_DEVICES")
         gpu = driver.Device(0)
         self._context = gpu.retain_primary_context()
         self.name, (major, minor) = gpu.name(), gpu.compute_capability()
@@ -51,7 +51,7 @@ class PyCuda(CudaDevice):
         self._context.pop()
         super().__exit__(kind, error, trace)
         if isinstance(error, self._cu.Error):
-            raise BackendError(f"CUDA says {error}") from error
+            raise BackendError(f"CUDA reports {error}") from error
 
     def free_bytes(self) -> int:
         return int(self._cu.mem_get_info()[0])
@@ -60,7 +60,7 @@ class PyCuda(CudaDevice):
         try:
             block = self._cu.mem_alloc(size)
         except self._cu.MemoryError as error:
-            raise BackendError(f"CUDA says {error}", fix=out_of_memory_fix(size)) from error
+            raise BackendError(f"CUDA reports {error}", fix=out_of_memory_fix(size)) from error
         self._cu.memset_d8_async(int(block), 0, size, self._stream)
         self.synchronize()
         return Memory(int(block), size, functools.partial(self._free, block))

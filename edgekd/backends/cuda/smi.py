@@ -1,4 +1,4 @@
-"""What nvidia-smi reports of a GPU's power and clocks; on a Jetson `edgekd.host` reads nvpmodel's files."""
+"""Power limit and clocks of a GPU from nvidia-smi; on a Jetson `edgekd.host` reads nvpmodel's files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ QUERIES = {"power_limit": "power.limit", "max_sm_clock": "clocks.max.sm"}
 
 
 def power_and_clocks() -> dict[str, str]:
-    """Return power limit and highest SM clock, without what nvidia-smi does not report.
+    """Return the power limit and the highest SM clock.
 
-    Nothing is returned where nvidia-smi is missing or fails, or where several GPUs differ: CUDA counts them otherwise.
+    Returns:
+        The facts that nvidia-smi reports; empty if nvidia-smi is missing or fails, or if several GPUs differ, because
+        CUDA numbers them differently.
     """
     program = shutil.which("nvidia-smi")
     if not program:

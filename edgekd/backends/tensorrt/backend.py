@@ -127,11 +127,15 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         requested, gpu, there = parse_options(manifest.recipe), device(), manifest.host.backends.get(self.name, {})
         ours, its = str(self.version()), manifest.backend_version
         if ours != its and not (requested.version_compatible and _follows(ours, its)):
-            return f"was built by TensorRT {its}; here is {ours}"
+            return f"was built by TensorRT {its}; this machine has {ours}"
         if there.get("sm") != gpu.sm and not (requested.hardware_compatible and float(gpu.sm) >= 8):
-            return f"was built for {there.get('gpu')} (SM {there.get('sm')}); here is {gpu.name} (SM {gpu.sm})"
+            return f"was built for {there.get('gpu')} (SM {there.get('sm')}); this machine has {gpu.name} (SM {gpu.sm})"
         if there.get("gpu") != gpu.name:
-            log.warning("the engine was built on %s; here is %s: its times do not hold", there.get("gpu"), gpu.name)
+            log.warning(
+                "the engine was built on %s, this machine has %s: its measured times do not apply",
+                there.get("gpu"),
+                gpu.name,
+            )
         return ""
 
     def parse_options(self, recipe: Recipe, *, where: str = "the recipe") -> TensorRTOptions:

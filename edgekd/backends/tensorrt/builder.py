@@ -73,7 +73,7 @@ def _check_able(builder: Any, recipe: Recipe) -> None:
     if recipe.uses_fp16 and hasattr(builder, "platform_has_fast_fp16") and not builder.platform_has_fast_fp16:
         raise BackendError(f"{gpu.name} (SM {gpu.sm}) has no fast fp16", fix="use --recipe int8 or fp32")
     if core is not None and core >= builder.num_DLA_cores:
-        what = f"there is no DLA core {core} here: TensorRT {library().__version__} finds {builder.num_DLA_cores}"
+        what = f"this machine has no DLA core {core}: TensorRT {library().__version__} finds {builder.num_DLA_cores}"
         raise BackendError(what, fix="use --recipe int8-fp16, which runs on the GPU")
 
 

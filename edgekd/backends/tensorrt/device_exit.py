@@ -5,8 +5,9 @@ confidence as `policy.decide` does, and sets the condition of the IF node that h
 host uploads an image, launches, and downloads the prediction. Batches have no such form: their images need different
 depths.
 
-Seen on an H100 with TensorRT 8.6 (benchmarks/results/gpu): the bodies accept what TensorRT enqueues, the answers are
-the host's, and where nobody leaves it takes 0.88 of the time; where most leave at the first exit it gains nothing.
+Measured on an H100 with TensorRT 8.6 (benchmarks/results/gpu): the bodies accept the work that TensorRT enqueues, and
+predictions equal the host's. Without early exit it takes 0.88 of the host's time; where most images take the first
+exit, it gains nothing.
 """
 
 from __future__ import annotations
@@ -188,10 +189,17 @@ def _compiled(gpu: CudaPython, policy: Policy) -> Any:
 
 
 def ptx(source: str, sm: str) -> bytes:
-    """Compile the kernel for a compute capability such as "8.7", which needs no GPU.
+    """Compile the kernel; this needs no GPU.
+
+    Args:
+        source: CUDA source (see `source`).
+        sm: Compute capability, such as "8.7".
+
+    Returns:
+        The PTX.
 
     Raises:
-        BackendError: with the compiler's words.
+        BackendError: NVRTC is missing, or compilation fails; with NVRTC's log.
     """
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     try:

@@ -58,7 +58,7 @@ def library() -> Any:
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """Return major and minor version: "10.16.1.11" -> (10, 16); (0, 0) if it is no version."""
+    """Return major and minor version: "10.16.1.11" -> (10, 16); (0, 0) if it is not a version."""
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
@@ -91,18 +91,18 @@ def logger() -> Any:
 
 
 def forget_messages() -> None:
-    """Leave nothing for the next `failed` of what has passed."""
+    """Discard the messages recorded so far, so that the next `failed` does not report them."""
     logger().errors.clear()
     logger().warnings.clear()
 
 
 def failed(what: str, *, fix: str = "report it with the messages above") -> BackendError:
-    """Return the error to raise when TensorRT has failed, with what it logged and the advice for that."""
+    """Return the error to raise when TensorRT has failed, with its messages and advice on them."""
     logged = logger().errors or logger().warnings  # the reason why CUDA does not start is only a warning
     messages = "\n".join(f"  TensorRT: {message}" for message in logged)
     forget_messages()
     return BackendError(
-        f"{what}\n{messages}" if messages else f"{what}, and TensorRT does not say why", fix=_advice(messages, fix)
+        f"{what}\n{messages}" if messages else f"{what}, and TensorRT gives no reason", fix=_advice(messages, fix)
     )
 
 

@@ -49,5 +49,5 @@ def parse_options(recipe: Recipe, *, where: str = "the recipe") -> TensorRTOptio
     options = from_dict(TensorRTOptions, recipe.options.get("tensorrt", {}), where=where, at="tensorrt.")
     if options.dla_core is not None and not (recipe.uses_fp16 and len(set(recipe.batch_sizes)) == 1):
         what = f"{where}:\n  tensorrt.dla_core: a DLA has no fp32 (set float_layers), and one batch size only"
-        raise ConfigError(what, fix="mend these keys")
+        raise ConfigError(what, fix="correct these keys")
     return options
