@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from edgekd.backends.cuda.device import CudaPython, device
+from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.device_exit import DeviceCascade
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write

@@ -21,8 +21,9 @@ from fakes.machine import IMAGES, Box, engine_of, policies, recipe
 from fakes.tensorrt import FAMILIES
 
 from edgekd.backends.base import find_backend
-from edgekd.backends.cuda import device as cuda_device
-from edgekd.backends.cuda.device import CudaPython, device, find
+from edgekd.backends.cuda import cuda_python
+from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.device import device, find
 from edgekd.backends.tensorrt import device_exit
 from edgekd.backends.tensorrt.library import library, logger
 from edgekd.errors import BackendError, ConfigError
@@ -148,7 +149,7 @@ def test_an_error_of_the_driver_is_named(box: Callable[..., Box]) -> None:
 def test_the_real_bindings_have_every_name() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     driver = pytest.importorskip("cuda.bindings.driver")
-    source = "".join(Path(module.__file__).read_text() for module in (cuda_device, device_exit))
+    source = "".join(Path(module.__file__).read_text() for module in (cuda_python, device_exit))
     found = set(re.findall(r"\bruntime\.(cuda\w+(?:\.cuda\w+)?)", source))
     assert len(found) > 25
     for name in found:

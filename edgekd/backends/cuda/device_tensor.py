@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.backends.cuda.device import Memory, device
+from edgekd.backends.cuda.base import Memory
+from edgekd.backends.cuda.device import device
 
 
 def moves(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:

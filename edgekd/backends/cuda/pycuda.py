@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from edgekd.backends.cuda.device import GET_DRIVER, CudaDevice, Graph, Memory, out_of_memory_fix
+from edgekd.backends.cuda.base import GET_DRIVER, CudaDevice, Graph, Memory, out_of_memory_fix
 from edgekd.errors import BackendError
 
 

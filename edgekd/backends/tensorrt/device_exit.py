@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.backends.cuda.device import CudaPython, Graph, device
+from edgekd.backends.cuda.base import Graph
+from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.library import parse_version
 from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
 from edgekd.confidence import CONFIDENCE_MEASURES

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import ReadFile
-from edgekd.backends.cuda.device import Graph, Memory, device
+from edgekd.backends.cuda.base import Graph, Memory
+from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.device_tensor import Tensor
 from edgekd.backends.tensorrt.graph_passes import is_boundary
 from edgekd.backends.tensorrt.library import failed, forget_messages, library, make
