@@ -26,7 +26,8 @@ def test_printed_commands_run_one_after_another(tmp_path: Path, monkeypatch: pyt
     while words:
         ran.append(words)
         said = edgekd(*words, *shlex.split(SMALLER.get(words[0], ""))).splitlines()
-        words = shlex.split(said[-1])[2:] if said[-1].startswith("next: edgekd ") else []
+        following = [line for line in said if line.startswith("next: edgekd ")]
+        words = shlex.split(following[0])[2:] if following else []
     names = [words[0] for words in ran]
     assert names == ["data", "train", "distill", "export", "compile", "tune", "bench", "predict"]
     distill = shlex.join(ran[2])

@@ -74,7 +74,7 @@ def numbers(tree: Any) -> list[Any]:
 
 
 def stray(path: str) -> bool:
-    return path.startswith("/") or ".." in Path(path).subsets or path in ("", ".") or "\0" in path
+    return path.startswith("/") or ".." in Path(path).parts or path in ("", ".") or "\0" in path
 
 
 def resealed(data: bytes, digest: bytes) -> bytes:
@@ -364,7 +364,7 @@ class SplitBytes(Reader):
             {
                 "label outside the classes": any(not 0 <= i.label < len(split.classes) for i in items),
                 "path leads out of the data folder": any(stray(i.path) for i in items),
-                "an image in two parts or twice": max(seen.values()) > 1,
+                "an image in two subsets or twice": max(seen.values()) > 1,
                 "classes not unique": len(set(split.classes)) != len(split.classes),
                 "unknown subset": bool(split.subsets.keys() - {"train", "val", "test"}),
             }
@@ -746,7 +746,7 @@ class Zips(Reader):
                 archive.writestr(info, rng.choice([b"x", b"/etc/passwd"]))
 
     def read(self) -> Outcome:
-        from edgekd.data.download import unzip
+        from edgekd.data.archives import unzip
         from edgekd.errors import DataError
 
         out = self.work / "in" / "unpacked"
@@ -880,8 +880,8 @@ def run(base: Path, name: str, count: int, seed: int, sink: Any, until: float) -
                 os.kill(pid, 9)
                 ended = bool(os.waitpid(pid, 0))
             with contextlib.suppress(BlockingIOError):
-                while subset := os.read(read_end, 1 << 16):
-                    pending += subset
+                while part := os.read(read_end, 1 << 16):
+                    pending += part
             *lines, pending = pending.split(b"\n")
             tally(lines, found, sink)
             time.sleep(0.01)

@@ -39,7 +39,7 @@ def test_students_script(cells: Path, tmp_path: Path) -> None:
     ]
     assert all(len(r["samples_ms"]) == 2 and min(map(len, r["samples_ms"])) >= 10 for r in run["results"])
     rows = [line.split("|")[1:-1] for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("|")]
-    right = np.array(run["results"][0]["answers"]) == np.array(run["labels"])
+    right = np.array(run["results"][0]["predictions"]) == np.array(run["labels"])
     assert rows[2][8].strip() == f"{100 * right.mean():.2f}"
     assert rows[4][8].strip() == "–"
     again = subprocess.run([*command, "--out", tmp_path / "t"], capture_output=True, text=True, check=False)
