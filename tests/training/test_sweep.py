@@ -59,7 +59,7 @@ def test_members() -> None:
     assert sweep.sweep_members("0,7", "all", protocol) == [SweepMember(s, f) for s in (0, 7) for f in (0, 1, 2)]
     assert sweep.sweep_members(None, "2", protocol) == [SweepMember(4, 2)]
     assert sweep.sweep_members("1", None, replace(protocol, split="ratio:3,1,1")) == [SweepMember(1, 0)]
-    for seeds, folds, said in (("0,0", None, "different"), ("a", None, "0,1,2"), ("0", "3", "no fold 3")):
+    for seeds, folds, said in (("0,0", None, "distinct"), ("a", None, "0,1,2"), ("0", "3", "no fold 3")):
         with pytest.raises(ConfigError, match=said):
             sweep.sweep_members(seeds, folds, protocol)
     with pytest.raises(ConfigError, match="has no folds"):
