@@ -13,12 +13,11 @@ import onnx
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.artifacts.partition import with_shapes
 from edgekd.files import temporary_folder
-from edgekd.quantization.calibration import check_inputs
+from edgekd.quantization.calibration import BATCH, check_inputs
 from edgekd.quantization.fold_batchnorm import fold_batchnorm
 from edgekd.quantization.qdq import head_nodes
 from edgekd.types import Array, Progress
 
-BATCH = 8
 _PREPROCESSED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Metadata key that marks shapes as inferred; without it, ONNX Runtime logs advice to infer them."""
 

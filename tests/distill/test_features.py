@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.multi_exit_outputs import one_exit, training_batch
+from helpers.tiny_protocol import TINY
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgekd import config
-from edgekd.data.preprocess import Preprocess
 from edgekd.distill.ab import ActivationBoundaries, BoundaryOptions, boundary_loss
 from edgekd.distill.at import attention_loss
 from edgekd.distill.base import FeatureShapes, InitOptions, LossContext, Options, TrainingBatch
@@ -213,24 +213,13 @@ def test_first_stages() -> None:
         config.load(Protocol, "protocols", "demo", overrides={"ab.init_epochs": 0})
 
 
-TINY = Protocol(
-    network="test_resnet",
-    method="ce",
-    weights="none",
-    precision="32-true",
-    preprocess=Preprocess(32),
-    epochs=2,
-    batch_size=8,
-    lr=0.01,
-    milestones=(1,),
-    workers=0,
-)
+SHORT = replace(TINY, epochs=2, milestones=(1,))
 
 
 @pytest.fixture(scope="module")
 def teacher(cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
-    train(cells, folder, protocol=replace(TINY, epochs=1))
+    train(cells, folder, protocol=replace(SHORT, epochs=1))
     return folder
 
 
@@ -250,7 +239,7 @@ def test_training(cells: Path, teacher: Path, tmp_path: Path, monkeypatch: pytes
     held: list[nn.Module] = []
     freeze = loop.freeze
     monkeypatch.setattr(loop, "freeze", lambda net: held.append(freeze(net)) or held[-1])
-    protocol = replace(TINY, method=name, split=str(teacher / run_folder.SPLIT))
+    protocol = replace(SHORT, method=name, split=str(teacher / run_folder.SPLIT))
     if name in METHODS:
         protocol = replace(protocol, student_points=("layer1", "layer2"), teacher_points=("layer2", "layer3"))
     if name == "ab":
@@ -295,7 +284,7 @@ def test_first_stage_in_two_processes(cells: Path, teacher: Path, tmp_path: Path
 
 
 def test_impossible_training(cells: Path, teacher: Path, tmp_path: Path) -> None:
-    protocol = replace(TINY, method="ab", split=str(teacher / run_folder.SPLIT))
+    protocol = replace(SHORT, method="ab", split=str(teacher / run_folder.SPLIT))
     with pytest.raises(ConfigError, match="needs 30 epochs for its initial stage, and the run has 2"):
         train(cells, tmp_path / "short", protocol=protocol, teacher=teacher)
     with pytest.raises(ConfigError, match=r"layer1, the teacher .*layer3.*: not as many"):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers.multi_exit_outputs import one_exit, training_batch
 from helpers.resume import resumes_exactly
+from helpers.tiny_protocol import TINY
 from torch import Tensor
 
 from edgekd import config
-from edgekd.data.preprocess import Preprocess
 from edgekd.distill.criterion import Criterion, LossSettings
 from edgekd.distill.hybrid import HybridOptions, batch_all, batch_hard, distances
 from edgekd.errors import ConfigError
@@ -111,20 +111,14 @@ def test_settings_from_the_command_line(tmp_path: Path) -> None:
 
 def test_training_on_batches_of_classes(cells: Path, tmp_path: Path) -> None:
     """A plain network without a teacher: its pooled feature is what goes into the classifier."""
-    protocol = Protocol(
-        network="test_resnet",
+    protocol = replace(
+        TINY,
         method="hybrid",
-        weights="none",
-        precision="32-true",
-        preprocess=Preprocess(32),
         options={"hybrid": HybridOptions(squared=False)},
         label_smoothing=0.1,
         sampler="pxk",
         per_class=2,
         epochs=2,
-        batch_size=8,
-        lr=0.01,
-        workers=0,
     )
     whole = resumes_exactly(cells, tmp_path, protocol)
     rows = (whole / run_folder.METRICS).read_text().splitlines()
