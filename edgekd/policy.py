@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -60,6 +61,22 @@ class Policy:
     def is_tuned(self) -> bool:
         """True if every exit but the last has a threshold (a single exit needs none)."""
         return len(self.thresholds) == len(self.temperatures) - 1
+
+    @property
+    def never_exits(self) -> bool:
+        """True if every image takes the last exit, because no exit has a threshold that can be reached."""
+        return self.is_tuned and all(t >= NEVER_EXIT for t in self.thresholds)
+
+    def of_exits(self, keep: Sequence[int]) -> Policy:
+        """Return the policy of some of the exits, as if the network had no others.
+
+        Args:
+            keep: Indices of the exits, rising; the last exit, which has no threshold, is one of them.
+        """
+        temperatures = tuple(self.temperatures[k] for k in keep)
+        return replace(
+            self, temperatures=temperatures, thresholds=tuple(self.thresholds[k] for k in keep[:-1] if self.thresholds)
+        )
 
 
 @dataclass(frozen=True, eq=False)
