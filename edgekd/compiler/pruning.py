@@ -113,6 +113,7 @@ def write_pruned(
         stage_ms={},
         curve=(),
         tuning=None,
+        certificate=None,
         edgekd=__version__,
     )
     after = built_engine(out, built, threads=before.threads)

@@ -87,6 +87,11 @@ def test_the_policy_of_some_exits() -> None:
     assert policy.of_exits((0, 2)) == Policy((1.0, 3.0), (0.5,), "margin", "mean")
     assert policy.of_exits((2,)) == Policy((3.0,), (), "margin", "mean")
     assert Policy((1.0, 2.0, 3.0)).of_exits((1, 2)) == Policy((2.0, 3.0))
+    rows = ((1.0,), (0.2, 0.8), (0.0, 0.0, 1.0))
+    pooled = Policy((1.0, 2.0, 3.0), (0.5, 0.6), average="geometric", pooling=rows)
+    assert pooled.of_exits((1, 2)).pooling == ((0.8,), (0.0, 1.0))
+    assert pooled.of_exits((0, 2)).pooling == ((1.0,), (0.0, 1.0))
+    assert pooled.of_exits((2,)).pooling == ((1.0,),)
 
 
 @pytest.mark.parametrize("keep", [(), (0, 1), (2, 0), (0, 0, 2), (0, 3), (-1, 2)])
