@@ -40,6 +40,7 @@ class Prediction:
         probabilities: Probability of each class.
         path: The image file, if the image was given as one. Ignored in comparisons.
         classes: Names of the classes. Ignored in comparisons.
+        deferred: True if the confidence is too low for an answer (`Policy.defer_below`): a person should look at it.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Prediction:
     probabilities: tuple[float, ...]
     path: Path | None = field(default=None, compare=False)
     classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    deferred: bool = False
 
     def row(self) -> dict[str, str | float | None]:
         """Return path, label, confidence, exit and the probability of each class (see `class_columns`) as a flat row.
@@ -80,7 +82,8 @@ class Classifier:
         engine: Path of student.engine/ or student.onnx, or an opened engine.
         strategy: `cascade` runs stage by stage, and each image takes the first exit whose threshold it reaches; `full`
             averages the probabilities of all exits at temperature 1; `final` runs the last exit alone, at its
-            temperature. Default: `cascade` if the engine was tuned, else `full`.
+            temperature, and so does a cascade in which no image can exit early and the last exit answers by itself.
+            Default: `cascade` if the engine was tuned, else `full`.
         policy: Replaces the engine's own policy.
         threads: CPU threads of the engine, when a path is given.
         device_side_exit: Experimental: the GPU itself ends the cascade, one image at a time (TensorRT, CUDA 12.4 or
@@ -115,7 +118,8 @@ class Classifier:
         if device_side_exit and self.strategy != "cascade":
             raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
         self._decider = engine.device_cascade(self.policy) if device_side_exit else None
-        if self.strategy == "cascade":
+        self._runs_stages = self.strategy == "cascade" and not _is_last_exit(self.policy)
+        if self._runs_stages:
             self._staged_runner = engine.staged_runner()
         else:
             self._graph = engine.monolithic if self.strategy == "full" else engine.final
@@ -206,10 +210,10 @@ class Classifier:
         decision = self.run(images)
         paths = [Path(s) if isinstance(s, (str, Path)) else None for s in sources]
         indices = decision.probabilities.argmax(axis=1).tolist()
-        confidences, exits = decision.confidence.tolist(), decision.exits.tolist()
-        rows = zip(indices, confidences, exits, decision.probabilities.tolist(), paths)
+        confidences, exits, deferred = decision.confidence.tolist(), decision.exits.tolist(), decision.deferred.tolist()
+        rows = zip(indices, confidences, exits, decision.probabilities.tolist(), paths, deferred)
         names = self.metadata.classes
-        return [Prediction(names[i], i, c, exit, tuple(p), path, names) for i, c, exit, p, path in rows]
+        return [Prediction(names[i], i, c, exit, tuple(p), path, names, d) for i, c, exit, p, path, d in rows]
 
     def run(self, images: Array) -> Decision:
         """Classify preprocessed images.
@@ -231,7 +235,7 @@ class Classifier:
             )
         if 0 < len(images) <= self.batch_size:
             return self._decision(images)
-        decision = Decision.empty(len(images), len(self.metadata.classes))
+        decision = Decision.empty(len(images), len(self.metadata.classes), self.policy.defer_below)
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             decided = self._decision(images[batch])
@@ -243,7 +247,7 @@ class Classifier:
         """Classify one batch by the chosen strategy."""
         if self._decider:
             decision = self._on_device(images)
-        elif self.strategy != "cascade":
+        elif not self._runs_stages:
             decision = self._at_once(images)
         elif len(images) == 1 and len(self.metadata.classes) <= FEW_CLASSES:
             decision = self._cascade_of_one(images)
@@ -263,30 +267,33 @@ class Classifier:
         else:
             probabilities = softmax(logits[0], self.policy.temperatures[-1])[:count]
         last = np.full(count, len(self.metadata.exits) - 1, np.int64)
-        return Decision(probabilities, last, confidence(probabilities, self.policy.confidence))
+        confidences = confidence(probabilities, self.policy.confidence)
+        return Decision(probabilities, last, confidences, self.policy.defer_below)
 
     def _on_device(self, images: Array) -> Decision:
         assert self._decider is not None  # otherwise this is not called
         decided = [self._decider(images[i : i + 1]) for i in range(len(images))]
         probabilities, confidences, exits = zip(*decided)
-        return Decision(np.stack(probabilities), np.array(exits, np.int64), np.array(confidences, np.float32))
+        taken, confidence = np.array(exits, np.int64), np.array(confidences, np.float32)
+        return Decision(np.stack(probabilities), taken, confidence, self.policy.defer_below)
 
     def _cascade_of_one(self, image: Array) -> Decision:
         """Run `_cascade` for one image, without the overhead that only a batch needs."""
-        total = [0.0] * len(self.metadata.classes)
+        state: list[Any] = [0.0] * len(self.metadata.classes)
         with self._staged_runner(image) as run:
             for exit in range(len(self.metadata.exits)):
                 logits = run.run_stage()[0].tolist()
-                probabilities, confidence, exited, total = decide_one(self.policy, exit, logits, total)
+                probabilities, confidence, exited, state = decide_one(self.policy, exit, logits, state)
                 if exited:  # always true at the last exit
                     break
-        return Decision(np.array([probabilities], np.float32), np.array([exit]), np.array([confidence], np.float32))
+        rows = np.array([probabilities], np.float32), np.array([exit]), np.array([confidence], np.float32)
+        return Decision(*rows, self.policy.defer_below)
 
     def _cascade(self, images: Array) -> Decision:
         """Run stage by stage, compacting the batch to the images that have not exited where that is faster."""
         count, classes = len(images), len(self.metadata.classes)
-        decision = Decision.empty(count, classes)
-        total = np.zeros((count, classes), np.float32)
+        decision = Decision.empty(count, classes, self.policy.defer_below)
+        state = np.zeros((count, classes), np.float32)
         rows = np.arange(count)  # image of each row of the batch
         active, survivors = np.ones(count, bool), count
         with self._staged_runner(images) as run:
@@ -296,11 +303,11 @@ class Classifier:
                     kept = np.flatnonzero(active)
                     run.compact(kept, size)
                     kept = resized(kept, size)
-                    total, rows, active = total[kept], rows[kept], np.arange(size) < survivors
-                decided = decide(self.policy, exit, run.run_stage(), total)
+                    state, rows, active = state[kept], rows[kept], np.arange(size) < survivors
+                decided = decide(self.policy, exit, run.run_stage(), state)
                 exited = active & decided.exited
                 decision.put(rows[exited], exited, exit, decided)
-                active, total = active & ~exited, decided.total
+                active, state = active & ~exited, decided.state
                 survivors = int(np.count_nonzero(active))
                 if not survivors:
                     break
@@ -309,6 +316,11 @@ class Classifier:
     def _next_size(self, exit: int, survivors: int, current: int) -> int:
         size = _padded(survivors, self._buckets)
         return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
+
+
+def _is_last_exit(policy: Policy) -> bool:
+    """Return True if a policy's answers are those of the last exit alone."""
+    return policy.never_exits and (policy.average != "mean" or len(policy.temperatures) == 1)
 
 
 def _reopen(path: Path, options: dict[str, Any], digest: str) -> Classifier:
