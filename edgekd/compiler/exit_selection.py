@@ -94,12 +94,12 @@ def tune_exits(
     with temporary_folder("pruned") as temporary:
         while len(names) > 1:
             gain = measure_gain(engine, tuned.policy, images)
-            if not gain.is_clear:
-                messages.append("the machine is too busy to tell whether the exits pay: tune again when it is idle")
-                break
             times = _times(engine, images)
-            keep = worthwhile_exits(times, logits, tuned.policy, gain)
+            choose = worthwhile_exits if gain.is_clear else used_exits
+            keep = choose(times, logits, tuned.policy, gain)
             if len(keep) == len(names):
+                if not gain.is_clear:
+                    messages.append("the machine is too busy to tell whether the exits pay: tune again when it is idle")
                 break
             if keep_exits:
                 messages += _reasons("kept as requested", names, keep, times, logits, tuned.policy, gain)
@@ -221,6 +221,12 @@ def worthwhile_exits(
     if not gain.pays:
         sets = sets[1:]
     return min(sets, key=lambda keep: ratio(keep) + LEAST_GAIN * len(keep))
+
+
+def used_exits(stages: dict[int, tuple[float, ...]], logits: Array, policy: Policy, gain: Gain) -> tuple[int, ...]:
+    """Choose the exits that images take, and the last one: for want of a clear measurement; see `worthwhile_exits`."""
+    taken = set(simulate(logits, policy).exits.tolist())
+    return tuple(k for k in range(len(logits)) if k in taken or k == len(logits) - 1)
 
 
 def _logits(engine: Engine, images: Array, span: Span, *, batch: int = 32) -> Array:
