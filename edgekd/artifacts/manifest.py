@@ -142,13 +142,15 @@ class Tuning:
 
     Attributes:
         accuracy: Accuracy of the cascade on the validation images, 0..1.
-        accuracy_error: Standard error of its difference from the ensemble's.
+        accuracy_error: Standard error of its difference from `reference_accuracy`.
         ensemble_accuracy: Accuracy of the ensemble of all exits, 0..1.
         latency_ms: Mean latency of an image at batch size 1, from the stages' times.
         shares: Share of the images that take each exit, 0..1.
         goal: The requested bound: `max_accuracy_drop` (points) or `latency_ms`.
         images: Number of validation images.
         fingerprint: Fingerprint of the images.
+        reference_accuracy: Accuracy without early exit, of the last exit or the ensemble, whichever is higher; None if an
+            earlier edgekd tuned it, for which the ensemble was the reference.
     """
 
     accuracy: float
@@ -159,6 +161,7 @@ class Tuning:
     goal: dict[str, float] = field(default_factory=dict)
     images: int = 0
     fingerprint: str = ""
+    reference_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,8 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json with its own digest."""
-    atomic_write(folder / MANIFEST, to_json(dataclasses.replace(manifest, digest=_digest(manifest))))
+    digest = _digest(to_json(dataclasses.replace(manifest, digest="")), "")
+    atomic_write(folder / MANIFEST, to_json(dataclasses.replace(manifest, digest=digest)))
 
 
 def read_metadata(path: Path) -> ModelMetadata:
@@ -264,15 +268,19 @@ def _manifest(folder: Path) -> Manifest:
             raise ArtifactError(
                 f"{folder / MANIFEST}: '{name}' is not the name of a file beside it", fix="compile again"
             )
-    if manifest.digest != _digest(manifest):
+    if manifest.digest != _digest((folder / MANIFEST).read_bytes(), manifest.digest):
         raise ArtifactError(
             f"{folder / MANIFEST} was edited", fix="change thresholds with edgekd tune, or compile again"
         )
     return manifest
 
 
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(to_json(dataclasses.replace(manifest, digest=""))).hexdigest()
+def _digest(data: bytes, written: str) -> str:
+    """Compute the SHA-256 of a manifest's bytes without the digest in them.
+
+    Bytes, not fields: an earlier edgekd's manifest has fewer fields, and its digest holds.
+    """
+    return hashlib.sha256(data.replace(b'"digest": "%b"' % written.encode(), b'"digest": ""')).hexdigest()
 
 
 def _listed(path: Path, manifest: Manifest) -> str:
