@@ -39,7 +39,7 @@ def tune(
     average: Annotated[
         str,
         typer.Option(
-            help="own: the exit's probabilities; mean, geometric: averaged with those of the exits before; auto: the best."
+            help="own: the exit's probabilities; mean, geometric: averaged over the exits so far; auto: the best."
         ),
     ] = "auto",
     threads: ThreadsOption = None,
@@ -97,9 +97,9 @@ def _curve(tuned: Tuned) -> str:
     lost, policy = 100 * (tuned.reference_accuracy - tuned.accuracy), tuned.policy
     return (
         aligned(rows)
-        + f"\nchosen: the last line, by {policy.confidence} with the average '{policy.average}'; {lost:+.2f} points lost "
-        + f"to {tuned.reference_accuracy:.2%} without early exit (standard error {100 * tuned.accuracy_error:.2f}) on the "
-        + "validation images"
+        + f"\nchosen: the last line, with {policy.confidence} and the average {policy.average}; {lost:+.2f} points "
+        + f"lost to the {tuned.reference_accuracy:.2%} without early exit "
+        + f"(standard error {100 * tuned.accuracy_error:.2f}) on the validation images"
     )
 
 

@@ -1,11 +1,11 @@
 """Temperatures, pooling weights and exit thresholds, fitted to recorded logits; no engine is needed.
 
-Every exit gets a logistic model of the loss of an image that leaves there, given its confidence: linear in the log-odds
-of the confidence (Platt 1999). One number δ then sets all thresholds: an image leaves where its modelled loss is at most
-δ times the time that it saves. So the thresholds of an engine form one curve from "never" to "at the first exit", and
-choosing a point of it owes little to luck; the larger the set of combinations, the worse the best of them does on new
-images. PCEE (arXiv 2412.19325) has one δ as well, from a histogram of the accuracy and regardless of time.
-`benchmarks/exit_policies.py` compares this with a grid of thresholds, isotonic regression and coordinate descent.
+Every exit gets a logistic model of the loss of an image that leaves there, given its confidence: linear in the
+log-odds of the confidence (Platt 1999). One number δ then sets all thresholds: an image leaves where its modelled loss
+is at most δ times the time that it saves. So the thresholds of an engine form one curve from "never" to "always at the
+first exit", and a point of it owes little to luck: of many free combinations, the best on some images is often not the
+best on others. PCEE (arXiv 2412.19325) has one δ as well, from the accuracy at similar confidences and regardless of
+time. `benchmarks/exit_policies.py` compares this with a grid of thresholds, isotonic regression and coordinate descent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fit_temperature(logits: Array, labels: Labels) -> float:
 
 def _rows(logits: Array) -> int:
     """Return the number of images to fit few parameters to."""
-    return max(FIT_ELEMENTS // logits.shape[1], 200)
+    return int(max(FIT_ELEMENTS // logits.shape[1], 200))
 
 
 def fit_pooling(logits: Array, targets: Labels, temperatures: Sequence[float]) -> tuple[tuple[float, ...], ...]:
@@ -145,7 +145,7 @@ def candidate_thresholds(confidences: Array, losses: Floats, stages: Sequence[fl
             needed = 1 / (1 + np.exp((intercept - np.log(allowed / (1 - allowed))) / slope))
         thresholds[:, exit] = np.where(needed > _LARGEST, NEVER_EXIT, needed)
     thresholds[0], thresholds[-1] = NEVER_EXIT, 0
-    return thresholds.astype(np.float32)
+    return np.asarray(thresholds, np.float32)
 
 
 def _log_odds(confidences: Array) -> Floats:

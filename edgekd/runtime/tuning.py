@@ -106,8 +106,15 @@ def tune(
         raise ConfigError("exactly one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
     logits = _logits(engine, images, progress)
     stages = stage_ms(engine, images[:1])
-    words = {"confidence": confidence, "average": average}
-    return choose(logits, labels, stages, **words, max_accuracy_drop=max_accuracy_drop, latency_ms=latency_ms)
+    return choose(
+        logits,
+        labels,
+        stages,
+        confidence=confidence,
+        average=average,
+        max_accuracy_drop=max_accuracy_drop,
+        latency_ms=latency_ms,
+    )
 
 
 def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: int = 32) -> Array:
@@ -137,7 +144,8 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
     facts = {k: v for k, v in vars(tuned).items() if k not in ("policy", "curve")}
     metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
     tuning = Tuning(**facts, **provenance)
-    write_manifest(folder, dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuning=tuning))
+    kept = dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuning=tuning, certificate=None)
+    write_manifest(folder, kept)
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:
@@ -223,12 +231,11 @@ def threshold_path(
         paths.append((_mean_latency_ms(losses, family.latency_ms, len(reference)), family, losses))
     _, family, losses = min(paths, key=lambda path: path[0])
     faster = np.flatnonzero(np.diff(family.latency_ms, prepend=np.inf) < 0)
-    even = np.linspace(*family.latency_ms[faster[[0, -1]]], min(len(faster), points))
-    kept = np.unique(np.abs(family.latency_ms[faster] - even[:, None]).argmin(axis=1))
+    times = family.latency_ms[faster]
+    even = np.linspace(times[0], times[-1], min(len(faster), points))
+    kept = np.unique(np.abs(times - even[:, None]).argmin(axis=1))
     return tuple(
-        PathPoint(
-            family.policy_of(i), float(family.latency_ms[i]), float(losses[i]), tuple(family.shares[i].tolist())
-        )
+        PathPoint(family.policy_of(i), float(family.latency_ms[i]), float(losses[i]), tuple(family.shares[i].tolist()))
         for i in faster[kept]
     )
 
