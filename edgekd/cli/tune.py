@@ -42,20 +42,24 @@ def tune(
             help="own: the exit's probabilities; mean, geometric: averaged over the exits so far; auto: the best."
         ),
     ] = "auto",
+    keep_exits: Annotated[
+        bool, typer.Option("--keep-exits", help="Keep exits that do not pay on this machine, for comparison.")
+    ] = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
+    """Fit temperatures and exit thresholds on the compiled engine itself, and cut out exits that do not pay."""
     from edgekd.artifacts.manifest import MANIFEST
+    from edgekd.compiler.exit_selection import tune_engine
     from edgekd.confidence import CONFIDENCE_MEASURES
     from edgekd.data.images import load_subset
     from edgekd.files import recover
     from edgekd.policy import Average
     from edgekd.runtime.engine import open_engine
-    from edgekd.runtime.tuning import AUTO, save_tuned
-    from edgekd.runtime.tuning import tune as search
+    from edgekd.runtime.tuning import AUTO, check_goal, save_tuned
 
     check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
     check_known("--average", average, (AUTO, *get_args(Average)))
+    check_goal(max_accuracy_drop, latency_ms)
     recover(engine)
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is not an engine folder", fix="thresholds are part of an engine: compile it first")
@@ -66,22 +70,27 @@ def tune(
         images, labels = load_subset(
             images_split, "val", data=data, preprocess=opened.metadata.preprocess, progress=progress
         )
+    opened.close()
     with bar("tune") as progress:
-        tuned = search(
-            opened,
+        selection = tune_engine(
+            engine,
             images,
             labels,
             max_accuracy_drop=max_accuracy_drop,
             latency_ms=latency_ms,
             confidence=confidence,
             average=average,
+            threads=threads,
+            keep_exits=keep_exits,
             progress=progress,
         )
     goals = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     goal = {name: value for name, value in goals.items() if value is not None}
     provenance = {"goal": goal, "images": len(labels), "fingerprint": images_split.fingerprint}
-    save_tuned(engine, tuned, provenance, digest=opened.manifest.digest if opened.manifest else "")
-    echo(_curve(tuned))
+    save_tuned(engine, selection.tuned, provenance, digest=selection.engine.digest)
+    echo(_curve(selection.tuned))
+    for message in selection.messages:
+        echo(message)
     record = engine.parent / f"{engine.stem}-record.json"
     next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
 
