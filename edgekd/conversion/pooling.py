@@ -19,8 +19,8 @@ def pooled_size(cut: CutPoint) -> int:
 def add_pooling(graph: onnx.GraphProto, cut: CutPoint, *, prefix: str, opset: int) -> str:
     """Append nodes that pool the tensors of a cut point.
 
-    Of maps and tokens, the mean, the maximum and the Euclidean norm over all places, in each channel: with the mean, the
-    norm holds the deviation, and no small difference of large numbers is computed. Of tokens, the class token as well,
+    Of maps and tokens, the mean, the maximum and the Euclidean norm over all places, in each channel: the norm holds the
+    deviation, with the mean, and no small difference of large numbers is computed. Of tokens, the class token as well,
     if there is one. Vectors are taken as they are.
 
     Args:
@@ -54,9 +54,7 @@ def add_pooling(graph: onnx.GraphProto, cut: CutPoint, *, prefix: str, opset: in
     return features
 
 
-def _add_reduction(
-    graph: onnx.GraphProto, op: str, tensor: str, out: str, axes: tuple[int, ...], opset: int
-) -> None:
+def _add_reduction(graph: onnx.GraphProto, op: str, tensor: str, out: str, axes: tuple[int, ...], opset: int) -> None:
     if opset < 18:
         graph.node.append(helper.make_node(op, [tensor], [out], name=out, axes=axes, keepdims=0))
         return
