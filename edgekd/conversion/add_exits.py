@@ -17,7 +17,7 @@ from edgekd.artifacts.partition import extract, with_shapes
 from edgekd.artifacts.training_images import Seen, TrainingImages
 from edgekd.conversion.attach import attach
 from edgekd.conversion.cut_points import CutPoint, candidates, find_cut_points
-from edgekd.conversion.features import features, session
+from edgekd.conversion.features import features, opened_graph
 from edgekd.conversion.heads import Head, Lesson, train_heads
 from edgekd.conversion.placement import LIMIT, MAX_EXITS, Placement, Times, answered, measure_times, place_exits
 from edgekd.conversion.source import TrainedClassifier
@@ -73,7 +73,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ExitsReport:
-    """What `add_exits` found and did.
+    """The candidates and the chosen exits.
 
     Attributes:
         candidates: All candidates, in order.
@@ -253,13 +253,13 @@ def final_difference(network: onnx.ModelProto, student: onnx.ModelProto, images:
     """
     final = student.graph.output[-1].name
     alone = extract(with_shapes(student), ["images"], [final])
-    expected = session(network).run(None, {"images": images})[0]
+    expected = opened_graph(network)(images)[0]
     worst = 0.0
     for model in (student, alone):
-        logits = session(model).run([final], {"images": images})[0]
+        logits = opened_graph(model)(images)[-1]
         if not (logits.argmax(axis=1) == expected.argmax(axis=1)).all():
             raise GateError("the student's final answers differ from the network's", fix="please report this network")
-        worst = max(worst, float(np.abs(logits - expected).max()))
+        worst = max(worst, float(np.abs(np.subtract(logits, expected)).max()))
     return worst
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from edgekd.conversion import graph_rewriting
 from edgekd.errors import ConfigError
 from edgekd.types import Array
 
@@ -94,7 +95,7 @@ def find_cut_points(model: onnx.ModelProto) -> tuple[CutPoint, ...]:
         if kept is None or (len(cut.tensors), cut.bytes) <= (len(kept.tensors), kept.bytes):
             best[before] = cut
     if not any(SHARES[0] <= cut.share <= SHARES[1] for cut in best.values()):
-        raise _no_cut_point(alive, macs / total)
+        raise _no_cut_point(alive, (macs / total).tolist())
     return tuple(best.values())
 
 
@@ -119,8 +120,8 @@ def candidates(cuts: Sequence[CutPoint], limit: int = MAX_CANDIDATES) -> tuple[C
     return tuple(best.values())
 
 
-def _no_cut_point(alive: Sequence[tuple[str, ...]], shares: Array) -> ConfigError:
-    inner = [(len(names), share) for names, share in zip(alive, shares.tolist()) if SHARES[0] <= share <= SHARES[1]]
+def _no_cut_point(alive: Sequence[tuple[str, ...]], shares: Sequence[float]) -> ConfigError:
+    inner = [(len(names), share) for names, share in zip(alive, shares) if SHARES[0] <= share <= SHARES[1]]
     if not inner:
         where = "it has a single layer with weights"
     else:
@@ -160,14 +161,9 @@ def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
 
 
 def _run(model: onnx.ModelProto, names: Sequence[str], images: Array) -> dict[str, Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    data = with_outputs(model, names).SerializeToString()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return dict(zip(names, session.run(list(names), {"images": images})))
+    """Return inner tensors, computed by the operators as they are."""
+    opened = graph_rewriting.session(model, outputs=names, optimise=False)
+    return dict(zip(names, opened.run(list(names), {"images": images})))
 
 
 def _conv_macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
+from edgekd.backends.onnxruntime import OnnxRuntimeRunner, open_graph
 from edgekd.conversion.cut_points import CutPoint, with_outputs
 from edgekd.conversion.pooling import add_pooling, pooled_size
 from edgekd.data.preprocess import Preprocess, opened
@@ -101,14 +101,9 @@ def opset_of(model: onnx.ModelProto) -> int:
     return next(int(one.version) for one in model.opset_import if one.domain in ("", "ai.onnx"))
 
 
-def session(model: onnx.ModelProto) -> Any:
+def opened_graph(model: onnx.ModelProto) -> OnnxRuntimeRunner:
     """Open a graph in ONNX Runtime on the CPU, with all threads that the process may use."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = default_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return open_graph(model.SerializeToString(), threads=default_threads())
 
 
 def _compute(
@@ -126,7 +121,7 @@ def _compute(
         np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=np.float32, shape=shape)
         for k, shape in enumerate(shapes)
     ]
-    views, network, done = shapes[0][1], session(graph), 0
+    views, network, done = shapes[0][1], opened_graph(graph), 0
     with ThreadPoolExecutor(default_threads()) as pool:
         read = partial(pool.map, partial(_views, preprocess=preprocess, views=views, seed=seed))
         starts = range(0, len(paths), BATCH)
@@ -135,7 +130,7 @@ def _compute(
             images = np.stack(list(coming))  # (n, views, 3, H, W)
             coming = read(range(start + BATCH, start + 2 * BATCH), paths[start + BATCH : start + 2 * BATCH])
             for view in range(views):
-                for file, rows in zip(files, network.run(None, {"images": np.ascontiguousarray(images[:, view])})):
+                for file, rows in zip(files, network(np.ascontiguousarray(images[:, view]))):
                     file[start : start + len(images), view] = rows
             done += len(images)
             if progress:

@@ -53,7 +53,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What heads learn: pictures by row of the features, and the network's answers.
+    """The pictures that heads learn from, by row of the features, and the network's answers.
 
     Attributes:
         learned: Rows of the pictures to learn from.

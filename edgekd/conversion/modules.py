@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from edgekd.conversion.source import TrainedClassifier
 from edgekd.data.preprocess import Preprocess
-from edgekd.export import check_parity, export, model_metadata, to_onnx
 from edgekd.errors import ConfigError
+from edgekd.export import check_parity, export, model_metadata, to_onnx
 from edgekd.models.base import MultiExitNetwork, Outputs
 from edgekd.types import Array
 

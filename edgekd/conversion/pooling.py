@@ -19,9 +19,9 @@ def pooled_size(cut: CutPoint) -> int:
 def add_pooling(graph: onnx.GraphProto, cut: CutPoint, *, prefix: str, opset: int) -> str:
     """Append nodes that pool the tensors of a cut point.
 
-    Of maps and tokens, the mean, the maximum and the Euclidean norm over all places, in each channel: the norm holds the
-    deviation, with the mean, and no small difference of large numbers is computed. Of tokens, the class token as well,
-    if there is one. Vectors are taken as they are.
+    Of maps and tokens, the mean, the maximum and the Euclidean norm over all places, in each channel: mean and norm
+    hold the deviation, without a small difference of large numbers. Of tokens, the class token as well, if there is
+    one. Vectors are taken as they are.
 
     Args:
         graph: Changed in place.
