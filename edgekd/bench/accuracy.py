@@ -228,6 +228,40 @@ def exit_accuracies(
     return found
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Images that are not passed on to a person (`Policy.defer_below`).
+
+    Attributes:
+        images: Their number.
+        coverage: Their share of all images.
+        coverage_interval: Its interval.
+        error: Share of them that is classified incorrectly; None without any.
+        error_interval: Its interval.
+    """
+
+    images: int
+    coverage: float
+    coverage_interval: Interval
+    error: float | None
+    error_interval: Interval | None
+
+
+def answered(deferred: npt.NDArray[np.bool_], correct: npt.NDArray[np.bool_], groups: Labels | None = None) -> Answered:
+    """Measure a classifier that passes some images on to a person.
+
+    Args:
+        deferred: True for images that are passed on (N,).
+        correct: True for images that are classified correctly (N,).
+        groups: Group of each image (N,); None if all are independent.
+    """
+    kept = ~deferred
+    wrong, some = ~correct[kept], bool(kept.any())
+    interval = proportion_interval(wrong, None if groups is None else groups[kept]) if some else None
+    error = float(wrong.mean()) if some else None
+    return Answered(int(kept.sum()), float(kept.mean()), proportion_interval(kept, groups), error, interval)
+
+
 def cohen_kappa(confusion: npt.NDArray[np.int64]) -> float | None:
     """Return Cohen's kappa of a confusion matrix (C, C); None if truth and answers are all of one class."""
     n = confusion.sum()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from edgekd.bench.accuracy import ExitAccuracy, Metrics
+from edgekd.bench.accuracy import Answered, ExitAccuracy, Metrics
 from edgekd.bench.intervals import Interval
 from edgekd.bench.paired import ALPHA, Paired, holm, p_text
 from edgekd.bench.roc import Discrimination
@@ -22,7 +22,7 @@ def text_table(results: Mapping[str, Metrics]) -> str:
     Accuracy, rates, F1 and calibration error are in percent; kappa and areas are not. Of many classes, those with the
     lowest sensitivity are shown.
     """
-    rows = [["", "accuracy [95 %]", "balanced", "F1", "kappa", "ROC-AUC", "confidence AUC", "calibration error"]]
+    rows = [["", "accuracy [95 %]", "balanced", "F1", "kappa", "ROC-AUC", "confidence AUC", "ECE"]]
     for name, result in results.items():
         shares = [percent(v) for v in (result.balanced_accuracy, result.macro.f1)]
         areas = [_decimal(v) for v in (result.kappa, result.roc_auc, result.confidence_auc)]
@@ -41,6 +41,13 @@ def exits_text(exits: Mapping[str, ExitAccuracy]) -> str:
     for name, e in exits.items():
         rows.append([name, str(e.images), percent(e.share), with_interval(e.accuracy, e.accuracy_interval)])
     return aligned(rows)
+
+
+def answered_text(answered: Answered) -> str:
+    """Format coverage, and error among the images that are answered."""
+    coverage = with_interval(answered.coverage, answered.coverage_interval)
+    error = with_interval(answered.error, answered.error_interval)
+    return f"{coverage} % of the images are answered, {error} % of these wrongly; the others are deferred to a person"
 
 
 def classes_text(classes: Mapping[str, Paired], first: Metrics, second: Metrics, names: tuple[str, str]) -> str:
@@ -73,12 +80,12 @@ def _shown(result: Metrics) -> list[str]:
 
 
 def _rates(name: str, result: Metrics, shown: list[str]) -> list[list[str]]:
-    rows = [[f"class ({name})", "images", "sensitivity [95 %]", "specificity [95 %]", "precision", "F1"]]
+    rows = [[f"class ({name})", "images", "sensitivity [95 %]", "specificity [95 %]", "precision"]]
     for class_ in shown:
         r = result.per_class[class_]
         sensitivity = with_interval(r.sensitivity, r.sensitivity_interval)
         specificity = with_interval(r.specificity, r.specificity_interval)
-        rows.append([class_, str(r.images), sensitivity, specificity, percent(r.precision), percent(r.f1)])
+        rows.append([class_, str(r.images), sensitivity, specificity, percent(r.precision)])
     return rows
 
 
@@ -106,8 +113,9 @@ def interval_method(result: Metrics) -> str:
     """Describe how the intervals were computed."""
     unit = "images" if result.groups is None else f"{result.groups} groups of images"
     return (
-        f"95 % intervals, of independent {unit}: Clopper-Pearson for rates, DeLong for ROC-AUC, bootstrap for PR-AUC "
-        "and for sensitivity at a fixed specificity."
+        f"95 % intervals, of independent {unit}: Clopper-Pearson for rates, DeLong for ROC-AUC,\n"
+        "bootstrap for PR-AUC and for sensitivity at a fixed specificity. Confidence AUC: ROC-AUC of the\n"
+        "confidence against whether the answer is right. ECE: expected calibration error."
     )
 
 

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, cast, get_args
 
@@ -65,7 +65,9 @@ def evaluate(
     For a tuned engine, its cascade has a row, too, and is compared with the same network without early exit.
     """
     from edgekd.backends.report import describe_host
-    from edgekd.bench import accuracy, paired, plots, text_tables
+    from edgekd.bench import plots
+    from edgekd.bench.accuracy import gap
+    from edgekd.bench.evaluation import evaluate_decisions
     from edgekd.bench.intervals import group_numbers
     from edgekd.data.images import load_subset
     from edgekd.files import MEASURES, PLOT, atomic_write
@@ -97,61 +99,24 @@ def evaluate(
             )
         return _decisions(of, images), truth
 
-    def measure(decisions: Mapping[str, Decision]) -> dict[str, accuracy.Metrics]:
-        return {
-            name: accuracy.metrics(
-                d.probabilities, truth, own.classes, groups=groups, confidences=d.confidence, specificity=specificity
-            )
-            for name, d in decisions.items()
-        }
-
-    groups = group_numbers(chosen.subset(cast(Subset, subset)))
     decisions, truth = decide(own)
-    rows, answers = measure(decisions), {name: d.probabilities.argmax(axis=1) for name, d in decisions.items()}
-    name, last = list(rows.items())[-1]
+    found = evaluate_decisions(
+        decisions,
+        truth,
+        own.classes,
+        groups=group_numbers(chosen.subset(cast(Subset, subset))),
+        specificity=specificity,
+        against=decide(other)[0] if other else None,
+        name=against.name if against else "",
+    )
+    last = list(found.rows.values())[-1]
     known = _validated(target)
-    if subset == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):
+    if subset == "test" and known and (note := gap(found.rows[known[0]], accuracy=known[1], images=known[2])):
         say(f"note: {note}")
-    plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
-    text = [text_tables.text_table(rows), text_tables.interval_method(last), "", text_tables.confusion_text(last)]
-    if name == "cascade":
-        exits = accuracy.exit_accuracies(
-            decisions[name].exits, answers[name] == truth, len(own.policy.temperatures), groups
-        )
-        plain[name]["exits"] = {exit: dataclasses.asdict(e) for exit, e in exits.items()}
-        text += ["", text_tables.exits_text(exits)]
-        early = paired.compare_answers(truth, answers[name], answers["no-early-exit"], groups=groups)
-        plain[name]["no_early_exit"] = dataclasses.asdict(early)
-        text += ["", f"cascade against no-early-exit: {paired.verdict(early, early.p_value)}"]
-        text += [paired.method(early.groups, 1)]
-    if other:
-        theirs = decide(other)[0]
-        their_answers = {row: d.probabilities.argmax(axis=1) for row, d in theirs.items()}
-        default = list(theirs)[-1]
-        pairs = {row: row if row in theirs else default for row in rows}
-        found = {
-            f"{row} against {their} of {against}": paired.compare_answers(
-                truth, answers[row], their_answers[their], groups=groups
-            )
-            for row, their in pairs.items()
-        }
-        for (row, their), comparison in zip(pairs.items(), found.values()):
-            plain[row]["against"] = {"path": str(against), "row": their, **dataclasses.asdict(comparison)}
-        text += ["", *(f"{pair}: {verdict}" for pair, verdict in paired.verdicts(found).items())]
-        text += [paired.method(last.groups, len(found)), ""]
-        their = pairs[name]
-        classes = paired.compare_classes(truth, answers[name], their_answers[their], own.classes, groups=groups)
-        plain[name]["against"]["classes"] = {c: dataclasses.asdict(p) for c, p in classes.items()}
-        names = (f"{their}: {other.name}", f"{name}: {own.name}")
-        text += [text_tables.classes_text(classes, measure({their: theirs[their]})[their], last, names)]
     if out:
         environment = {"device": own.device, "host": dataclasses.asdict(describe_host())}
-        atomic_write(out, to_json({"subset": subset, "metrics": plain, **environment}))
-    if as_json:
-        echo(json.dumps(plain, indent=1))
-    else:
-        for line in text:
-            echo(line)
+        atomic_write(out, to_json({"subset": subset, "metrics": found.table(), **environment}))
+    echo(json.dumps(found.table(), indent=1) if as_json else found.text())
     if plot:
         plots.write_confusion(last, plot)
     if plot_calibration:
