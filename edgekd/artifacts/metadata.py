@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from edgekd.artifacts import onnx_checks
+from edgekd.artifacts.training_images import TrainingImages
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import check_classes
 from edgekd.errors import ArtifactError
@@ -46,6 +47,7 @@ class ModelMetadata:
         exits: Exits, from shallow to deep.
         policy: Exit policy.
         provenance: How the network was trained.
+        training_images: The images that weights were fitted to or chosen by, if they are known.
         sha256: SHA-256 of the file with `BLANK` in this place; `put_metadata` sets it.
         schema: Version of this format.
     """
@@ -56,6 +58,7 @@ class ModelMetadata:
     exits: tuple[Exit, ...]
     policy: Policy
     provenance: dict[str, Any] = field(default_factory=dict)
+    training_images: TrainingImages | None = None
     sha256: str = ""
     schema: int = SCHEMA
 
@@ -76,12 +79,15 @@ class ModelMetadata:
 def plain_metadata(metadata: ModelMetadata) -> dict[str, str]:
     """Return metadata keys and their text for running student.onnx without edgekd."""
     of = metadata.preprocess
+    planes = {"rgb": "RGB planes", "bgr": "BGR planes", "grey": "luminance in all three planes"}[of.channels]
+    small = {} if of.resize_size is None else {"resize_size": str(of.resize_size)}
     return {
-        "input": "images: float32 (n, 3, image_size, image_size), RGB planes",
+        "input": f"images: float32 (n, 3, image_size, image_size), {planes}",
         "image_size": str(of.image_size),
         "resize": of.resize,
-        "interpolation": "bilinear, antialiased (Pillow)",
-        "scale": "1/255",
+        **small,
+        "interpolation": f"{of.interpolation}, {'antialiased' if of.antialias else 'not antialiased'} (Pillow)",
+        "scale": "1/255" if of.scale == 1 / 255 else repr(of.scale),
         "mean": ",".join(map(str, of.mean)),
         "std": ",".join(map(str, of.std)),
         "output": "exit_0, exit_1, …: float32 (n, classes), logits before the softmax, shallow to deep",
