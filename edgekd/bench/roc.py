@@ -18,6 +18,8 @@ RESAMPLES = 400
 """Bootstrap samples."""
 BOOTSTRAP_LIMIT = 1_000_000
 """Images times classes up to which bootstrap intervals are computed: seconds."""
+CHUNK = 4_000_000
+"""Largest number of weights that are handled at a time: 32 MB."""
 Flags = npt.NDArray[np.bool_]
 Scores = npt.NDArray[np.floating[Any]]
 
@@ -132,18 +134,18 @@ def _at_thresholds(
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # images with equal scores go together
     precisions, sensitivities = [], []
-    for row in weights:
-        named = np.cumsum(row[order], dtype=np.float64)[ends]
-        hits = np.cumsum(row[order] * positive[order], dtype=np.float64)[ends]
-        images, negatives = hits[-1], named[-1] - hits[-1]
-        if not (images and negatives):
-            precisions.append(float("nan"))
-            sensitivities.append(float("nan"))
-            continue
-        precision = np.divide(hits, named, out=np.zeros_like(hits), where=named > 0)
-        precisions.append(float((np.diff(hits, prepend=0) * precision).sum() / images))
-        allowed = named - hits <= (1 - specificity) * negatives * (1 + 1e-9)
-        sensitivities.append(float(np.max(hits, initial=0, where=allowed) / images))
+    for rows in np.array_split(weights, -(-weights.size // CHUNK)):
+        sorted_ = rows[:, order].astype(np.float64)
+        named = sorted_.cumsum(axis=1)[:, ends]
+        hits = (sorted_ * positive[order]).cumsum(axis=1)[:, ends]
+        images, negatives = hits[:, -1:], named[:, -1:] - hits[:, -1:]
+        with np.errstate(invalid="ignore"):
+            shares = hits / images  # NaN without images
+            precision = np.divide(hits, named, out=np.zeros_like(hits), where=named > 0)
+            precisions += (np.diff(shares, prepend=0, axis=1) * precision).sum(axis=1).tolist()
+            allowed = named - hits <= (1 - specificity) * negatives * (1 + 1e-9)
+            best = np.max(shares, axis=1, initial=0, where=allowed)
+            sensitivities += np.where((images * negatives)[:, 0] > 0, best, np.nan).tolist()
     return precisions, sensitivities
 
 
