@@ -27,7 +27,7 @@ def test_a_residual_network_is_cut_between_blocks() -> None:
 
 def test_tokens_are_cut_between_blocks() -> None:
     useful = candidates(find_cut_points(exported(Tokens())))
-    assert [cut.shapes for cut in useful][0] == ((16, 12),)  # the patches
+    assert useful[0].shapes == ((16, 12),)  # the patches
     assert {cut.shapes for cut in useful[1:]} == {((17, 12),)}
 
 
