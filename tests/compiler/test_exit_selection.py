@@ -1,4 +1,4 @@
-"""Exits that do not pay are cut out of an engine while it is tuned; times are given, so that no test depends on them."""
+"""Exits that do not pay are cut out of an engine while it is tuned; times are given, so no test depends on them."""
 
 from __future__ import annotations
 
