@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from edgekd import extras, signals
 from edgekd.cli.bench import bench
+from edgekd.cli.certify import certify
 from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.compare import compare
 from edgekd.cli.compile import compile_
@@ -149,6 +150,7 @@ for command in (
     export,
     compile_,
     tune,
+    certify,
     predict,
     bench,
     compare,
