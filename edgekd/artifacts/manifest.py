@@ -19,6 +19,9 @@ from edgekd.policy import Policy
 from edgekd.serialization import SCHEMA, from_table, read_bytes, read_table, to_json
 
 MANIFEST = "manifest.json"
+NETWORK = "network"
+"""`EngineFile.graph` of the network that the graphs were built from, kept so that exits can be removed."""
+NETWORK_FILE = f"{NETWORK}.onnx"
 MAX_MS = 1e12
 """Milliseconds (30 years) that no measured time exceeds."""
 
@@ -28,7 +31,7 @@ class EngineFile:
     """One file of an engine.
 
     Attributes:
-        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`.
+        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`; or `network`, which is not run.
         sha256: SHA-256 of its content.
         bytes: Its size.
     """
@@ -242,12 +245,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Read an engine's manifest and check every file against its hash.
 
     Raises:
-        ArtifactError: The folder is not an engine, or a file is missing, cut short or edited; it is named.
+        ArtifactError: The folder is not an engine, or a file other than `NETWORK_FILE` is missing, or any is cut short
+            or edited; it is named.
     """
     recover(folder)
     manifest = _manifest(folder)
-    for name in manifest.files:
+    for name, file in manifest.files.items():
         path = folder / name
+        if file.graph == NETWORK and not path.exists():  # no device needs it, so copies may leave it out
+            continue
         if _listed(path, manifest) != sha256(path):
             raise _edited(path)
     return manifest
