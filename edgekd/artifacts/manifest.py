@@ -310,6 +310,14 @@ def _edited(path: Path) -> ArtifactError:
     return ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
 
 
+def has_certificate(folder: Path) -> bool:
+    """Return True if a folder is a readable engine with a certificate."""
+    try:
+        return _manifest(folder).certificate is not None
+    except ArtifactError:
+        return False
+
+
 def engine_digest(manifest: Manifest) -> str:
     """Return a digest of the engine's files."""
     return _digest_of({name: file.sha256 for name, file in sorted(manifest.files.items())})

@@ -15,11 +15,12 @@ from edgekd.errors import ConfigError, check_known
 if TYPE_CHECKING:
     from edgekd.artifacts.certificate import Certificate, Evidence, Loss, Promise
     from edgekd.certification.losses import Floats
-    from edgekd.runtime.certificate_images import CertificateImages
-    from edgekd.runtime.certify import Certified, Request
+    from edgekd.runtime.certify import Certified
     from edgekd.runtime.tuning import PathPoint
 
 _PANEL = "Promises"
+SHOWN = 10
+"""Largest number of certified settings that are printed beside the chosen one."""
 MaxChangeOption = Annotated[
     float | None,
     typer.Option(metavar="%", help="Answers that may differ from the reference; no labels.", rich_help_panel=_PANEL),
@@ -160,45 +161,31 @@ def needs_labels(promises: Sequence[Promise]) -> bool:
 
 
 def certified_table(found: Certified) -> str:
-    """Format the certified settings, fastest last."""
+    """Format certified settings from slow to fast, the chosen one marked, and the setting that failed."""
     from edgekd.text import aligned
 
-    rows = [("expected ms", "exit share %", "thresholds", "losses", "upper bound %"), *map(_row, found.points)]
+    others = [tested for tested in found.points if tested[0].policy != found.policy]
+    shown = others[:: max(1, math.ceil(len(others) / SHOWN))]
+    chosen = [tested for tested in found.points if tested[0].policy == found.policy]
+    marked = [("", tested) for tested in shown] + [("chosen", tested) for tested in chosen]
+    marked.sort(key=lambda row: -row[1][0].latency_ms)
     if found.failed:
-        rows += [("", "", "", "", ""), _row(found.failed)]
-    return aligned(rows) + ("\nnot certified: the last line, and what would be faster" if found.failed else "")
+        marked.append(("not certified", found.failed))
+    head = ("expected ms", "exit share %", "thresholds", "losses", "upper bound %", "")
+    return aligned([head, *(_row(*row) for row in marked)])
 
 
-def _row(tested: tuple[PathPoint, tuple[Evidence, ...]]) -> tuple[str, str, str, str, str]:
+def _row(mark: str, tested: tuple[PathPoint, tuple[Evidence, ...]]) -> tuple[str, str, str, str, str, str]:
     point, evidence = tested
+    thresholds = " ".join("never" if t > 1 else f"{t:.4f}" for t in point.policy.thresholds)
     return (
         f"{point.latency_ms:.3f}",
         " / ".join(f"{100 * share:.0f}" for share in point.shares),
-        " ".join("never" if t > 1 else f"{t:.4f}" for t in point.policy.thresholds),
+        thresholds + (f", defer below {point.policy.defer_below:.4f}" if point.policy.defer_below else ""),
         ", ".join(f"{one.losses:.4g} of {one.units}" for one in evidence),
         ", ".join(f"{100 * one.upper_bound:.2f}" for one in evidence),
+        mark,
     )
-
-
-def smallest_text(found: Certified, request: Request, images: CertificateImages) -> str:
-    """Return which bounds the images can certify at best, and how many would certify the requested ones."""
-    from edgekd.runtime.certificate_images import PATH_SHARE
-
-    share = 1 if images.are_apart else 1 - PATH_SHARE
-    lines = []
-    for i, promise in enumerate(request.promises):
-        design, needed = found.result.designs[i], found.result.needed[i]
-        units = max(one[i].units for one in found.result.evidence.values())
-        of = "images" if design.unit == "image" else "groups"
-        name = " ".join(filter(None, (promise.loss, promise.class_name)))
-        text = f"{name}: {units} {of} certify {100 * found.result.smallest[i]:.2f} % at best"
-        if needed is None:
-            text += f"; for {100 * promise.limit:g} %, faster settings lose too much, however many {of} there are"
-        elif needed > units:
-            more = math.ceil((needed - units) / share)
-            text += f"; for {100 * promise.limit:g} %, about {more} more {of} are needed"
-        lines.append(text)
-    return "\n".join(lines)
 
 
 def certificate_lines(certificate: Certificate) -> list[str]:

@@ -34,7 +34,6 @@ from edgekd.cli.promises import (
     certified_table,
     needs_labels,
     promises_of,
-    smallest_text,
 )
 from edgekd.errors import ConfigError, check_known
 
@@ -140,6 +139,8 @@ def tune(
     provenance = {"goal": goal, "images": len(labels), "fingerprint": images_split.fingerprint}
     save_tuned(engine, tuned, provenance, digest=opened.manifest.digest if opened.manifest else "")
     echo(_curve(tuned))
+    if opened.manifest and opened.manifest.certificate:
+        echo("the certificate is void: it was for another exit policy")
     if max_accuracy_drop is not None:
         echo("no promise: new images may lose more; with --max-drop and --certainty it is tested, and certified")
     record = engine.parent / f"{engine.stem}-record.json"
@@ -176,13 +177,11 @@ def _certify(
     digest = opened.manifest.digest if opened.manifest else ""
     save_certified(engine, found.policy, found.certificate, found.attempt, digest=digest)
     echo(certified_table(found))
-    echo(smallest_text(found, request, images))
-    if found.certificate is None:
-        echo("nothing is certified, not even the engine without early exit: it now answers without early exit")
-        return
+    for line in found.limits:
+        echo(line)
     if not can_exit_early(found.policy):
         echo("no early exit is certified: the engine now answers without early exit")
-    for line in certificate_lines(found.certificate):
+    for line in certificate_lines(found.certificate) if found.certificate else ():
         echo(line)
     if split is not None:
         record = engine.parent / f"{engine.stem}-record.json"

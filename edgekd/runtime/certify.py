@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.certificate import Attempt, Certificate, Evidence, Loss, Promise
+from edgekd.artifacts.certificate import (
+    ABSOLUTE,
+    Attempt,
+    Certificate,
+    Evidence,
+    Loss,
+    Promise,
+    short_text,
+)
 from edgekd.artifacts.manifest import (
     Manifest,
     engine_digest,
@@ -22,11 +31,11 @@ from edgekd.artifacts.manifest import (
 )
 from edgekd.certification import drift
 from edgekd.certification.fixed_sequence import CertificationResult, Design, certify_path, evidence_of
-from edgekd.certification.losses import Floats, Outcome, Sample, eligible, losses
+from edgekd.certification.losses import Floats, Outcome, Sample, can_exit_early, eligible, losses
 from edgekd.data.images import load_batches
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.policy import Decision, Policy, decide, simulate
-from edgekd.runtime.certificate_images import CertificateImages, Image, digest_of, groups_of, labels_of
+from edgekd.runtime.certificate_images import PATH_SHARE, CertificateImages, Image, digest_of, groups_of, labels_of
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import Engine
 from edgekd.runtime.tuning import AUTO, PathPoint, stage_ms, threshold_path
@@ -72,8 +81,8 @@ class Certified:
         latency_ms: Its mean latency of an image at batch size 1, from the stages' times.
         certificate: None if nothing is certified.
         points: Certified settings, each with its tests, slow to fast.
-        result: All tests.
         failed: Setting that failed and ended the tests, with its tests.
+        limits: For each promise, which bound these images can certify at best, and how many the requested one needs.
         attempt: Entry of the manifest's list of attempts.
     """
 
@@ -81,8 +90,8 @@ class Certified:
     latency_ms: float
     certificate: Certificate | None
     points: tuple[tuple[PathPoint, tuple[Evidence, ...]], ...]
-    result: CertificationResult
     failed: tuple[PathPoint, tuple[Evidence, ...]] | None
+    limits: tuple[str, ...]
     attempt: Attempt
 
 
@@ -148,17 +157,21 @@ def search_certificate(
         log.info("a setting that passed on recorded logits is not kept: the classifier itself answers otherwise")
     best = points[chosen if chosen is not None else 0]
     policy = best.policy if chosen is not None else best.policy.without_early_exit()
-    attempt = Attempt(images.digest, request.promises, request.certainty, request.seed, policy_digest(policy))
-    certificate = None
-    if chosen is not None and outcome is not None:
+    limits = _limits(result, request, images)
+    is_absolute = request.reference is not None or any(p.loss in ABSOLUTE for p in request.promises)
+    certificate, attempt = None, _attempt(images, request, policy)
+    if chosen is None or outcome is None or not (is_absolute or can_exit_early(policy)):
+        attempt = dataclasses.replace(attempt, result=f"no early exit is certified: {'; '.join(limits)}")
+    else:
         certificate = dataclasses.replace(
             _certificate(engine, images, request, policy, evidence, outcome.exits, test, attempt),
             settings=len(points),
             certified=len(result.certified),
         )
+        attempt = dataclasses.replace(attempt, result=short_text(certificate))
     kept = tuple((points[j], result.evidence[j]) for j in sorted(result.certified, key=lambda j: -points[j].latency_ms))
     failed = None if result.failed is None else (points[result.failed], result.evidence[result.failed])
-    return Certified(policy, best.latency_ms, certificate, kept, result, failed, attempt)
+    return Certified(policy, best.latency_ms, certificate, kept, failed, limits, attempt)
 
 
 def certify_policy(
@@ -176,11 +189,11 @@ def certify_policy(
     test = _sample(logits, images.test, reference)
     outcome = _run(engine, images.folder, images.test, policy, test)
     evidence = _test(policy, test, request, classes, outcome=outcome, designs=None)
-    attempt = Attempt(images.digest, request.promises, request.certainty, request.seed, policy_digest(policy))
+    attempt = _attempt(images, request, policy)
     if max(one.p_value for one in evidence) > 1 - request.certainty:
-        return evidence, None, attempt
+        return evidence, None, dataclasses.replace(attempt, result="not certified")
     certificate = _certificate(engine, images, request, policy, evidence, outcome.exits, test, attempt)
-    return evidence, certificate, attempt
+    return evidence, certificate, dataclasses.replace(attempt, result=short_text(certificate))
 
 
 def check_drift(engine: Engine, images: CertificateImages, *, progress: Progress | None = None) -> drift.Drift:
@@ -324,6 +337,28 @@ def _test(
     )
 
 
+def _attempt(images: CertificateImages, request: Request, policy: Policy) -> Attempt:
+    return Attempt(images.digest, request.promises, request.certainty, request.seed, policy_digest(policy))
+
+
+def _limits(result: CertificationResult, request: Request, images: CertificateImages) -> tuple[str, ...]:
+    """Return for each promise the smallest bound that the images can certify, and the number that it needs."""
+    share = 1 if images.are_apart else 1 - PATH_SHARE
+    lines = []
+    for i, promise in enumerate(request.promises):
+        units, needed = max(one[i].units for one in result.evidence.values()), result.needed[i]
+        of = "images" if result.designs[i].unit == "image" else "groups"
+        name = " ".join(filter(None, (promise.loss, promise.class_name)))
+        text = f"{name}: {units} {of} certify {100 * result.smallest[i]:.2f} % at best"
+        if needed is None:
+            text += f", but the next setting loses too much for {100 * promise.limit:g} %, however many {of} there are"
+        elif needed > units:
+            more = math.ceil((needed - units) / share)
+            text += f"; the next setting needs about {more} more {of} for {100 * promise.limit:g} %"
+        lines.append(text)
+    return tuple(lines)
+
+
 def _certificate(
     engine: Engine,
     images: CertificateImages,
@@ -335,7 +370,8 @@ def _certificate(
     attempt: Attempt,
 ) -> Certificate:
     manifest = _manifest(engine)
-    attempts = len({one for one in (*manifest.attempts, attempt) if one.images == attempt.images})
+    earlier = (dataclasses.replace(one, result="") for one in manifest.attempts if one.images == attempt.images)
+    attempts = len({attempt, *earlier})
     warnings = images.warnings
     if attempts > 1:
         together = 100 * max(0.0, 1 - attempts * (1 - request.certainty))
