@@ -263,18 +263,20 @@ def _sample(logits: Array, images: Sequence[Image], reference: Array | None) -> 
 
 
 def _path_loss(request: Request, path: Sample, classes: tuple[str, ...]) -> PathLoss:
-    """Return the sum of the promised losses, each in units of its limit, of answers against reference answers."""
+    """Return the sum of the promised losses of answers against reference answers, the strictest promise weighing 1."""
     relative: dict[Loss, Loss] = {"sensitivity": "miss", "defer": "lost"}
-    promises = [dataclasses.replace(p, loss=relative.get(p.loss, p.loss), exit=None) for p in request.promises]
+    promises = {dataclasses.replace(p, loss=relative.get(p.loss, p.loss), exit=None) for p in request.promises}
+    concerned = {promise: eligible(promise, path, classes) for promise in promises}
+    limits = {promise: promise.limit * max(float(concerned[promise].mean()), 1 / len(path)) for promise in promises}
+    strictest = min(limits.values())
 
     def loss(answers: Labels, reference: Labels) -> Floats:
         count = len(answers)
         found = Outcome(answers, reference, np.zeros(count, np.int64), np.ones(count, np.float32), np.ones(count, bool))
         total = np.zeros(count)
-        for promise in promises:
-            concerned = eligible(promise, path, classes)
-            share = promise.limit * max(float(concerned.mean()), 1 / count)
-            total += losses(promise, found, path, request.costs).values * concerned / share
+        for promise, limit in limits.items():
+            values = losses(promise, found, path, request.costs).values * concerned[promise]
+            total += values * strictest / limit
         return total
 
     return loss
