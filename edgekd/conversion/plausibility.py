@@ -88,7 +88,9 @@ def _likely_cause(classifier: TrainedClassifier, images: Array, logits: Array, l
     better = [(other.mean() - own.mean(), text, own, other) for text, own, other in candidates]
     _, text, own, other = max(better, key=lambda entry: entry[0])
     gained, lost = int((other & ~own).sum()), int((own & ~other).sum())
-    if gained > lost and binomtest(gained, gained + lost).pvalue * len(candidates) < 1 - CERTAINTY:
+    chance = np.bincount(labels).max() / len(labels)
+    is_clear = gained > lost and binomtest(gained, gained + lost).pvalue * len(candidates) < 1 - CERTAINTY
+    if is_clear and binomtest(int(other.sum()), len(other), chance, "greater").pvalue < 1 - CERTAINTY:
         return f"{text} gives {other.mean():.1%} where this gives {own.mean():.1%} ({len(own)} images)"
     return "neither another preset, the other order of channels nor another order of classes does much better"
 
@@ -121,12 +123,12 @@ def _column(values: tuple[float, float, float]) -> Array:
 
 
 def _ordered(logits: Array, labels: Labels) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Fit an order of classes on every second image; return which of the others it gets right, and their places."""
+    """Fit an order of classes on half of the images; return which of the others it gets right, and their places."""
     count, answers = logits.shape[1], logits.argmax(axis=1)
+    fitted, rows = np.array_split(np.random.default_rng(0).permutation(len(labels)), 2)
     counts = np.zeros((count, count))
-    np.add.at(counts, (answers[::2], labels[::2]), 1)
+    np.add.at(counts, (answers[fitted], labels[fitted]), 1)
     _, order = linear_sum_assignment(counts, maximize=True)
-    rows = np.arange(1, len(labels), 2)
     return order[answers[rows]] == labels[rows], rows
 
 
