@@ -18,7 +18,6 @@ from edgekd.certification.losses import can_exit_early
 from edgekd.data.pictures import find_pictures
 from edgekd.runtime.engine import open_engine
 
-
 TUNE = "tune", "--keep-exits"  # the network is so small that no exit pays
 
 
@@ -40,9 +39,7 @@ def engine(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_certificate_without_labels(folder: Path, engine: Path) -> None:
-    shown = edgekd(
-        "tune", engine, "--keep-exits", "--data", folder / "pictures", "--max-change", "2", "--certainty", "0.9"
-    )
+    shown = edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "2", "--certainty", "0.9")
     manifest = read_manifest(engine)
     found = manifest.certificate
     assert found is not None
@@ -87,9 +84,7 @@ def test_nothing_certified_is_an_answer(folder: Path, engine: Path) -> None:
 
 def test_further_searches_on_the_same_images_are_counted(folder: Path, engine: Path) -> None:
     for seed, said in (("0", False), ("0", False), ("1", True)):
-        shown = edgekd(
-            "tune", engine, "--keep-exits", "--data", folder / "pictures", "--max-change", "4", "--seed", seed
-        )
+        shown = edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "4", "--seed", seed)
         assert ("search 2 on the same images: all of them are right with 80 % certainty only" in shown) == said
     assert len(read_manifest(engine).attempts) == 2
 
@@ -130,9 +125,8 @@ def test_groups_that_were_trained_on_are_left_out(folder: Path, tmp_path: Path) 
     assert found.evidence[0].unit in ("one image a group", "group mean")
     assert not found.warnings
     ends = edgekd(
-        "tune",
+        *TUNE,
         tmp_path / "engine",
-        "--keep-exits",
         "--data",
         folder / "new",
         "--max-change",
