@@ -298,7 +298,7 @@ def quick_table(sets: list[Recorded], count: int) -> str:
                     policy = Policy(
                         (1.0,) * len(logits), average="mean" if average == "mean" else "own"
                     ).without_early_exit()
-                policies[f"logistic, {average}"] = policy, np.float32(policy.thresholds)
+                policies[f"edgekd, average {average}"] = policy, np.float32(policy.thresholds)
             for name, (policy, setting) in policies.items():
                 (confidences,), answers = at_every_exit(data.logits[:, rest], policy, (policy.confidence,))
                 taken = exits_taken(confidences, setting[None])
