@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from helpers.records import HOST, sample
+from helpers.records import CERTIFICATE, HOST, sample
 
 from edgekd.bench.compare import compare
 from edgekd.errors import ConfigError
@@ -20,6 +20,27 @@ def test_alike_records_make_one_table() -> None:
     assert rows["exit_0"][4:] == ["–"] * 4
     assert rows["cascade"][1] == rows["cascade"][5] == "1.00"
     assert rows["cascade"][2:4] == ["87.50", "12.2"]
+
+
+def test_accuracies_on_the_same_images_are_tested() -> None:
+    """Of 8 images, exit_0 has 3 wrong; in the other record it has none, and no 3 images are a difference."""
+    one = sample()
+    right = tuple(dataclasses.replace(v, predictions=one.labels) for v in one.variants)
+    two = dataclasses.replace(one, variants=right)
+    text = compare({"a.json": one, "b.json": two})
+    assert "- accuracy of exit_0 of b.json against a.json: +37.50 points (0 lost, 3 gained)" in text
+    assert "a difference" not in text
+    assert "McNemar's exact test, p adjusted for 5 comparisons" in text
+    other = dataclasses.replace(one, images=one.images[::-1], labels=one.labels[::-1])
+    assert "b.json: other test images than a.json" in compare({"a.json": one, "b.json": other})
+
+
+def test_certificates_are_beside_each_other() -> None:
+    certified = dataclasses.replace(sample(), certificate=CERTIFICATE)
+    text = compare({"a.json": sample(), "b.json": certified})
+    assert "- a.json: nothing is certified" in text
+    assert "- b.json: With 90 % certainty" in text
+    assert "is certified" not in compare({"a.json": sample(), "b.json": sample()})
 
 
 def test_refusal_names_every_difference() -> None:
