@@ -15,7 +15,8 @@ def test_alike_records_make_one_table() -> None:
     variants = tuple(v for v in one.variants if v.name != "exit_0")
     two = dataclasses.replace(one, variants=variants, load_before=(0.0, 0.0, 0.0), created="later", command="other")
     text = compare({"a.json": one, "b.json": two})
-    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()}
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = {line[1].strip(): [c.strip() for c in line[2:-1]] for line in lines}
     assert rows["variant"][0] == "a.json: mean ms"
     assert rows["exit_0"][4:] == ["–"] * 4
     assert rows["cascade"][1] == rows["cascade"][5] == "1.00"

@@ -177,7 +177,11 @@ def test_targets_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(0, "+12.50 points; required ≥ -0.5: met"), (2, "-12.50 points; required ≥ -0.5: NOT")]
+    ("wrong", "said"),
+    [
+        (0, "+12.50 points, within noise (p 1.000); required ≥ -0.5: met"),
+        (2, "-12.50 points, within noise (p 1.000); required ≥ -0.5: NOT"),
+    ],
 )
 def test_a_cascade_above_or_below_all_exits_reads_well(wrong: int, said: str) -> None:
     record = sample()
@@ -240,7 +244,7 @@ def test_warnings() -> None:
 def test_markdown_is_a_table_of_all_variants() -> None:
     text = markdown(sample())
     assert text == markdown(sample())
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [line for line in text.split("\n\n")[1].splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 5 + 1
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
     assert "50 / 25 / 25" in next(row for row in rows if row.startswith("| cascade"))
@@ -270,7 +274,9 @@ def test_every_view_shows_every_metric() -> None:
     record = sample()
     header, page, compared = table(record)[0], notes(record), compare({"a": record, "b": record}).splitlines()[0]
     columns = to_csv(record).splitlines()[0].split(",")
-    assert [m.title for m in METRICS if m.title and not m.is_shown(record)] == ["p99", "energy mJ"]
+    assert [m.title for m in METRICS if m.title and not m.is_shown(record)] == [
+        *("p99", "energy mJ", "answered %", "wrong of these %"),
+    ]
     for metric in METRICS:
         assert set(metric.csv) <= set(columns)
         if metric.is_shown(record):
