@@ -225,7 +225,7 @@ class Record:
         variants: The measured variants.
         targets: Figures derived from the variants.
         warnings: Remarks on the validity of the numbers.
-        certificate: The engine's certificate; None if nothing is certified.
+        certificate: What the policy keeps on images like those of the certificate; None if nothing is certified.
     """
 
     created: str

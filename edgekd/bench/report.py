@@ -9,11 +9,19 @@ from string import Template
 
 from PIL import ImageOps
 
-from edgekd.artifacts.certificate import certificate_sentence
 from edgekd.bench import plots
 from edgekd.bench.comparisons import accuracy_note, accuracy_table
 from edgekd.bench.record import Record, Variant
-from edgekd.bench.tables import Table, class_tables, host_text, main_variant, notes, table, title
+from edgekd.bench.tables import (
+    Table,
+    certificate_notes,
+    class_tables,
+    host_text,
+    main_variant,
+    notes,
+    table,
+    title,
+)
 from edgekd.bench.targets import target_text
 from edgekd.data.preprocess import open_image
 from edgekd.files import atomic_write
@@ -43,12 +51,11 @@ def write_report(record: Record, path: Path, *, data: Path) -> None:
 def html(record: Record, *, data: Path) -> str:
     """Render the page; the same record and images give the same text."""
     shown, compared, classes = main_variant(record), accuracy_table(record), class_tables(record)
+    certificate = certificate_notes(record)
     sections = [
         _section("Results", _table(table(record)), note=notes(record)),
-        _section("Certificate", f"<p>{markup(certificate_sentence(record.certificate))}</p>")
-        if record.certificate
-        else "",
         _section(*_targets(record)) if record.targets else "",
+        _section("Certificate", _list([markup(line) for line in certificate])) if certificate else "",
         _section("Keep in mind", _list([markup(w) for w in record.warnings]), kind="warnings")
         if record.warnings
         else "",

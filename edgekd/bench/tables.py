@@ -22,19 +22,20 @@ def markdown(record: Record) -> str:
         f"## {text.markdown(title(record))}",
         pipe_table(table(record)),
         text.markdown(notes(record)),
-        text.markdown(certificate_text(record)),
         *_accuracies(record),
         *_classes(record),
         "\n".join(f"- {text.markdown(target_text(t))}" for t in record.targets),
+        "\n".join(f"- {text.markdown(line)}" for line in certificate_notes(record)),
         "\n".join(f"- Warning: {text.markdown(line)}" for line in record.warnings),
         text.markdown(f"{host_text(record)} {record.scenario}"),
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def certificate_text(record: Record) -> str:
-    """Return the promise that is certified for the engine; empty without one."""
-    return f"Certificate: {certificate_sentence(record.certificate)}" if record.certificate else ""
+def certificate_notes(record: Record) -> list[str]:
+    """Return the certificate in one sentence and its warnings; empty without one."""
+    found = record.certificate
+    return [f"Certified: {certificate_sentence(found)}", *found.warnings] if found else []
 
 
 def _accuracies(record: Record) -> list[str]:

@@ -54,10 +54,10 @@ def test_classes_certificate_and_deferral_are_on_the_page() -> None:
         dataclasses.replace(v, answered=Answered(6, 0.75, (0.35, 0.97), 0.0, (0.0, 0.46))) for v in sample().variants
     )
     page = markdown(dataclasses.replace(sample(), variants=deferring, certificate=CERTIFICATE))
-    assert "Certificate: With 90 % certainty, for images like those tested" in page
+    assert "Certified: With 90 % certainty, for images like those tested" in page
     assert "75.00 [35.00, 97.00]" in page
     assert "sensitivity at 95 % specificity" in page
-    assert "Certificate" not in markdown(sample())
+    assert "Certified" not in markdown(sample())
     assert "answered %" not in markdown(sample())
 
 
