@@ -118,7 +118,7 @@ class Classifier:
         if device_side_exit and self.strategy != "cascade":
             raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
         self._decider = engine.device_cascade(self.policy) if device_side_exit else None
-        self._runs_stages = self.strategy == "cascade" and not _is_last_exit(self.policy)
+        self._runs_stages = self.strategy == "cascade" and not self.policy.is_last_exit
         if self._runs_stages:
             self._staged_runner = engine.staged_runner()
         else:
@@ -316,11 +316,6 @@ class Classifier:
     def _next_size(self, exit: int, survivors: int, current: int) -> int:
         size = _padded(survivors, self._buckets)
         return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
-
-
-def _is_last_exit(policy: Policy) -> bool:
-    """Return True if a policy's answers are those of the last exit alone."""
-    return policy.never_exits and (policy.average != "mean" or len(policy.temperatures) == 1)
 
 
 def _reopen(path: Path, options: dict[str, Any], digest: str) -> Classifier:
