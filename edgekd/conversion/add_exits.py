@@ -168,9 +168,7 @@ def add_exits(
     held_out = answers[lesson.held_out]
     times = measure_times(classifier.model, cuts, heads)
     placement = _placed(exits, times, heads, held_out)
-    model, metadata, (difference, staged_difference) = _student(
-        classifier, found, cuts, heads, placement, pictures, data
-    )
+    model, metadata, differences = _student(classifier, found, cuts, heads, placement, pictures, data)
     report = ExitsReport(
         _table(cuts, heads, times, placement, held_out),
         placement,

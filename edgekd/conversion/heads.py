@@ -107,9 +107,14 @@ def _train(pooled: Array, lesson: Lesson, kind: Kind, decay: float, seed: int) -
     """Train one head with AdamW and a one-cycle rate, on batches that are read from the file of the features."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _trained(pooled, lesson, kind, decay, np.random.default_rng(seed))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for such small products, threads wait for each other longer than they work
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _trained(pooled, lesson, kind, decay, np.random.default_rng(seed))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _trained(pooled: Array, lesson: Lesson, kind: Kind, decay: float, rng: np.random.Generator) -> Head:
