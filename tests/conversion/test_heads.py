@@ -8,7 +8,7 @@ import pytest
 from edgekd.conversion.attach import head_graph
 from edgekd.conversion.cut_points import CutPoint
 from edgekd.conversion.features import opened_graph
-from edgekd.conversion.heads import Lesson, train_heads
+from edgekd.conversion.heads import Head, Lesson, train_heads
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,16 @@ def lesson() -> tuple[list[np.ndarray], Lesson]:
     return [noise, scaled], Lesson(rows[:300], rows[300:], answers)
 
 
-def test_heads_learn_the_answers_of_the_network(lesson: tuple[list[np.ndarray], Lesson]) -> None:
+@pytest.fixture(scope="module")
+def heads(lesson: tuple[list[np.ndarray], Lesson]) -> tuple[Head, ...]:
+    return train_heads(*lesson)
+
+
+def test_heads_learn_the_answers_of_the_network(
+    lesson: tuple[list[np.ndarray], Lesson], heads: tuple[Head, ...]
+) -> None:
     pooled, of = lesson
-    useless, useful = train_heads(pooled, of)
+    useless, useful = heads
     answers = of.answers[of.held_out, 0].argmax(axis=1)
     assert (useful.logits.argmax(axis=1) == answers).mean() > 0.9
     assert (useless.logits.argmax(axis=1) == answers).mean() < 0.6
@@ -35,8 +42,8 @@ def test_heads_learn_the_answers_of_the_network(lesson: tuple[list[np.ndarray], 
     np.testing.assert_array_equal(again.logits, useful.logits)
 
 
-def test_the_head_in_onnx_computes_the_same(lesson: tuple[list[np.ndarray], Lesson]) -> None:
+def test_the_head_in_onnx_computes_the_same(lesson: tuple[list[np.ndarray], Lesson], heads: tuple[Head, ...]) -> None:
     pooled, of = lesson
-    for features, head in zip(pooled, train_heads(pooled, of)):
+    for features, head in zip(pooled, heads):
         graph = opened_graph(head_graph(CutPoint(("features",), ((6,),), 0.5), head))
         np.testing.assert_allclose(graph(features[of.held_out, 0])[0], head.logits, rtol=1e-3, atol=1e-3)
