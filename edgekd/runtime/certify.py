@@ -401,10 +401,12 @@ def _limits(result: CertificationResult, request: Request, images: CertificateIm
         name = " ".join(filter(None, (promise.loss, promise.class_name)))
         text = f"{name}: {units} {of} certify {100 * result.smallest[i]:.2f} % at best"
         if needed is None:
-            text += f", but the next setting loses too much for {100 * promise.limit:g} %, however many {of} there are"
+            text += f", but the next setting loses more than {100 * promise.limit:g} %, however many {of} there are"
         elif needed > units:
             more = math.ceil((needed - units) / share)
             text += f"; the next setting needs about {more} more {of} for {100 * promise.limit:g} %"
+        if result.failed is not None and (bound := result.evidence[result.failed][i].upper_bound) > promise.limit:
+            text += f"; its upper bound is {100 * bound:.2f} %"
         lines.append(text)
     return tuple(lines)
 
