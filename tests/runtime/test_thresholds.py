@@ -1,4 +1,4 @@
-"""Fits to recorded logits: each is compared with `simulate`, with numbers worked by hand, or with what made the data."""
+"""Fits to recorded logits, compared with `simulate`, with numbers worked by hand, or with what made the data."""
 
 from __future__ import annotations
 
