@@ -22,7 +22,7 @@ export {out}/teacher --out {out}/teacher.onnx
 export {out}/student --out {out}/student.onnx
 compile {out}/student.onnx --recipe int8 --data {out}/cells --split {out}/student/split.json \
 --out {out}/student.engine
-tune {out}/student.engine --data {out}/cells --split {out}/student/split.json --max-accuracy-drop 1
+tune {out}/student.engine --data {out}/cells --split {out}/student/split.json --max-change 3 --certainty 0.9
 bench {out}/student.engine --data {out}/cells --split {out}/student/split.json \
 --against plain-resnet18={out}/teacher.onnx --out {out}/record.json
 """
