@@ -215,8 +215,10 @@ def _print(report: ExitsReport, out: Path) -> None:
         f"{len(placed.chosen)} early exits: of {report.held_out} held-out pictures, {shares} leave there and at the "
         f"end, {placed.changed:.1%} with another answer, in {placed.time_ms:.2f} of {report.network_ms:.2f} ms"
     )
-    same = "are the network's to the bit" if report.difference == 0 else f"differ by {report.difference:.1e} at most"
-    echo(f"{out}: heads learned from {report.learned} pictures; the final logits {same}")
+    same = "are the network's to the bit" if report.difference == 0 else f"differ by at most {report.difference:.1e}"
+    staged = report.staged_difference
+    in_stages = f" (in stages, they differ by at most {staged:.1e})" if staged > report.difference else ""
+    echo(f"{out}: heads learned from {report.learned} pictures; the final logits {same}{in_stages}")
 
 
 def _options(source: str | None, given: dict[str, Any]) -> PreprocessOptions | None:

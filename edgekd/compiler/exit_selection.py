@@ -118,6 +118,7 @@ def tune_exits(
             engine, path, logits, tuned = pruned, out, found, retuned
             names, gain = [names[k] for k in keep], None
         if path != folder:
+            messages.append("compile again to have the exits back that were cut out, for example for another goal")
             replace_engine(folder, path, digest=first.digest)
             engine.close()
             first.close()

@@ -24,7 +24,7 @@ Strategy: TypeAlias = Literal["cascade", "full", "final"]
 One = TypeVar("One", bound=Source)
 BATCH = 32
 """Largest batch of an engine whose stages were not timed."""
-COLUMNS = ("path", "file", "label", "confidence", "exit", "error")
+COLUMNS = ("path", "file", "label", "confidence", "exit", "deferred", "error")
 """Columns beside the probabilities in `Prediction.row` and in the output of `edgekd predict`."""
 
 
@@ -53,13 +53,17 @@ class Prediction:
     deferred: bool = False
 
     def row(self) -> dict[str, str | float | None]:
-        """Return path, label, confidence, exit and the probability of each class (see `class_columns`) as a flat row.
+        """Return path, label, confidence, exit, deferred and each class's probability (see `class_columns`) as a row.
 
         `pandas.DataFrame([p.row() for p in predictions])` makes a table of predictions.
         """
         path = None if self.path is None else str(self.path)
-        row = {"path": path, "label": self.label, "confidence": self.confidence, "exit": self.exit}
-        return row | dict(zip(class_columns(self.classes), self.probabilities))
+        row: dict[str, str | float | None] = {"path": path, "label": self.label, "confidence": self.confidence}
+        return (
+            row
+            | {"exit": self.exit, "deferred": self.deferred}
+            | dict(zip(class_columns(self.classes), self.probabilities))
+        )
 
 
 def class_columns(classes: Sequence[str]) -> list[str]:
