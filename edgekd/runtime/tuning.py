@@ -32,6 +32,7 @@ from edgekd.runtime.thresholds import (
     exits_taken,
     fit_pooling,
     fit_temperature,
+    threshold_grid,
 )
 from edgekd.types import Array, Labels, Progress
 
@@ -42,8 +43,8 @@ Loss: TypeAlias = Callable[[Labels, Labels], npt.NDArray[Any]]
 PATH_POINTS = 60
 """Largest number of settings in a path."""
 CURVE_POINTS = 25
-MEASURES = ("max_probability", "margin", "entropy")
-"""Confidence measures that `auto` chooses from."""
+MEASURES = ("max_probability", "margin")
+"""Confidence measures that `auto` chooses from; entropy was best nowhere (benchmarks/results/exit-policies.md)."""
 AUTO = "auto"
 """As a confidence measure or average: choose it on the images."""
 
@@ -284,9 +285,15 @@ class _Family:
 
 
 def _families(
-    logits: Array, targets: Labels, stages: tuple[float, ...], averages: Sequence[str], confidence: str
+    logits: Array,
+    targets: Labels,
+    stages: tuple[float, ...],
+    averages: Sequence[str],
+    confidence: str,
+    *,
+    combine: bool = False,
 ) -> Iterator[_Family]:
-    """Yield the settings of each average and confidence measure."""
+    """Yield the settings of each average and confidence measure, with `combine` those of `threshold_grid` too."""
     check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
     measures = MEASURES if confidence == AUTO else (confidence,)
     temperatures = tuple(fit_temperature(exit_logits, targets) for exit_logits in logits)
@@ -298,6 +305,8 @@ def _families(
         losses = (answers != answers[-1]).astype(np.float64)
         for measure, confidences in zip(measures, every):
             thresholds = candidate_thresholds(confidences, losses, stages)
+            if combine:
+                thresholds = np.concatenate([thresholds, threshold_grid(confidences)])
             taken = exits_taken(confidences, thresholds)
             shares = np.stack([(taken == exit).mean(axis=1) for exit in range(len(logits))], axis=1)
             named = dataclasses.replace(policy, confidence=measure)
@@ -332,8 +341,8 @@ def choose(
     """
     if reference is None:
         reference = right_without_early_exit(logits, labels)
-    averages = get_args(Average) if average == AUTO else (average,)
-    families = list(_families(logits, labels, stages, averages, confidence))
+    averages = _averages(logits, labels) if average == AUTO else (average,)
+    families = list(_families(logits, labels, stages, averages, confidence, combine=True))
     right = [family.answers == labels for family in families]
     count = len(labels)
     grid = _Grid(
@@ -360,6 +369,19 @@ def choose(
         shares=chosen.shares,
         curve=_curve(family, accuracy),
     )
+
+
+def _averages(logits: Array, labels: Labels) -> tuple[str, ...]:
+    """Return the averages to compare: those with the more accurate answers where no image exits early.
+
+    The ensemble and the last exit have to differ by more than one standard error. Otherwise the worse of them would be
+    chosen where it has luck.
+    """
+    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    gain = np.count_nonzero(ensemble_right) - np.count_nonzero(final_right)
+    if gain**2 <= np.count_nonzero(ensemble_right != final_right):
+        return get_args(Average)
+    return ("mean",) if gain > 0 else ("own", "geometric")
 
 
 def right_without_early_exit(logits: Array, labels: Labels) -> npt.NDArray[np.bool_]:
