@@ -48,7 +48,8 @@ images differ from the last exit's (own, geometric) or from the mean's; – wher
 the mean latency under a fixed-sequence test on as many further images (certainty 0.9, exact binomial); 100 means that
 nothing could be certified."""
 QUICK = """`edgekd tune --max-accuracy-drop`; the reference is the last exit or the ensemble, whichever has more of the
-images right. *Above what was asked*: the share of draws in which new images lose more."""
+images right. *Above what was asked*: the share of draws in which new images lose more. Where edgekd refuses because
+no setting keeps the bound, the draw counts as the last exit (with the average mean: the mean) without early exit."""
 MEASURES = ("max_probability", "margin", "entropy")
 
 

@@ -185,7 +185,7 @@ def _images(
     from edgekd.runtime.certificate_images import images_of_folder, images_of_split
 
     if split is not None:
-        return images_of_split(data, read_or_scan(data, split, metadata.classes), seed=request.seed)
+        return images_of_split(data, read_or_scan(data, split, metadata.classes), group=group, seed=request.seed)
     labelled = needs_labels(request.promises)
     with bar("check images") as progress:
         return images_of_folder(data, metadata, group=group, with_labels=labelled, seed=request.seed, progress=progress)

@@ -19,6 +19,7 @@ from edgekd.conversion.cut_points import CutPoint, candidates, find_cut_points
 from edgekd.conversion.features import features, opened_graph
 from edgekd.conversion.heads import Head, Lesson, train_heads
 from edgekd.conversion.placement import LIMIT, MAX_EXITS, Placement, Times, answered, measure_times, place_exits
+from edgekd.conversion.plausibility import check_answers
 from edgekd.conversion.source import TrainedClassifier
 from edgekd.data.images import load_batch
 from edgekd.data.splitting import divide
@@ -164,6 +165,8 @@ def add_exits(
                 f"{classifier.classes[int(answers[0])]}",
                 fix="check the preprocessing, and that these are pictures of the kind that it was trained on",
             )
+        if warning := check_answers(np.asarray(computed.logits[:, 0])):
+            log.warning("%s", warning)
         heads = train_heads(computed.pooled, lesson, seed=seed, progress=span.part(0.25))
     held_out = answers[lesson.held_out]
     times = measure_times(classifier.model, cuts, heads)

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 from helpers.cli import edgekd
-from helpers.two_lights import write_network, write_pictures
+from helpers.two_lights import CLASSES, write_network, write_pictures
 
 from edgekd.artifacts.certificate import Promise
 from edgekd.artifacts.manifest import MANIFEST, read_manifest, void_reason, write_manifest
 from edgekd.artifacts.training_images import TrainingImages
 from edgekd.bench.measure import engine_facts
 from edgekd.certification.losses import can_exit_early
+from edgekd.data.folders import check, scan
 from edgekd.data.pictures import find_pictures
+from edgekd.data.splitting import make_split
 from edgekd.runtime.engine import open_engine
+from edgekd.serialization import to_json
 
 TUNE = "tune", "--keep-exits"  # the network is so small that no exit pays
 
@@ -136,6 +139,29 @@ def test_groups_that_were_trained_on_are_left_out(folder: Path, tmp_path: Path) 
         code=1,
     )
     assert "have no groups" in ends
+
+
+def test_the_subsets_of_a_split(folder: Path, engine: Path, tmp_path: Path) -> None:
+    """400 pictures, 200 groups: 80 of a subset `certify`, without one 3 in 5 of the validation pictures."""
+    checked = check(scan(folder / "pictures", classes=CLASSES))
+    for name, method, counts, warned in (
+        ("apart", "ratio:1,2,1,1", (160, 80, 40), False),
+        ("spent", "ratio:1,3,1", (96, 144, 72), True),
+    ):
+        path = tmp_path / f"{name}.json"
+        split = make_split(checked, method=method, group=r"-(g\d+x\d+)\.")
+        path.write_bytes(to_json(split))
+        words = (*TUNE, engine, "--data", folder / "pictures", "--split", path, "--max-drop", "8")
+        shown = edgekd(*words)
+        found = read_manifest(engine).certificate
+        assert found is not None
+        assert (found.path_images, found.images, found.groups) == counts
+        assert ("also chose the epoch" in shown) == warned
+        shown = edgekd(*words, "--group", "none")
+        found = read_manifest(engine).certificate
+        assert found is not None
+        assert (found.groups, found.evidence[0].unit) == (0, "image")
+        assert "images of one picture count as independent" in shown
 
 
 def test_the_float_network_as_the_reference(folder: Path, engine: Path) -> None:

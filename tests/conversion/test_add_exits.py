@@ -150,6 +150,11 @@ def read_student_cut(path: Path) -> str:
     return [cut for cut in find_cut_points(read_classifier(path).model) if len(cut.tensors) == 1][1].name
 
 
+def test_labels_are_not_expected_without_a_split(trained: Trained, tmp_path: Path) -> None:
+    words = ["add-exits", trained.onnx, *_options(trained), "--expect", "95", "--out", tmp_path / "student.onnx"]
+    assert "--expect needs labels" in edgekd(*words, code=1)
+
+
 def test_too_few_pictures_are_refused(trained: Trained, tmp_path: Path) -> None:
     few = tmp_path / "few"
     few.mkdir()
