@@ -203,7 +203,7 @@ def _prune(
     from edgekd.runtime.certify import path_images, path_search
 
     chosen, pixels = path_images(images, opened.metadata.preprocess, seed=request.seed)
-    find = path_search(chosen, len(images.test), request, opened.metadata.classes, **search)
+    find = path_search(chosen, len(images.test), request, opened.metadata, **search)
     with bar("select exits") as progress:
         selection = tune_exits(engine, find, pixels, threads=opened.threads, progress=progress)
     for message in selection.messages:

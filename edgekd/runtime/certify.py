@@ -30,6 +30,7 @@ from edgekd.artifacts.manifest import (
     read_manifest,
     write_manifest,
 )
+from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.certification import drift
 from edgekd.certification.fixed_sequence import CertificationResult, Design, certify_path, evidence_of
 from edgekd.certification.losses import Floats, Outcome, Sample, can_exit_early, eligible, losses
@@ -40,7 +41,7 @@ from edgekd.policy import Decision, Policy, decide, simulate
 from edgekd.runtime.certificate_images import PATH_SHARE, CertificateImages, Image, digest_of, groups_of, labels_of
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import Engine
-from edgekd.runtime.tuning import AUTO, PathPoint, stage_ms, threshold_path
+from edgekd.runtime.tuning import AUTO, PathPoint, is_mean_better, stage_ms, threshold_path
 from edgekd.runtime.tuning import Loss as PathLoss
 from edgekd.types import Array, Labels, Progress
 
@@ -122,7 +123,7 @@ def search_certificate(
         images: The images.
         request: What to certify.
         confidence: See `threshold_path`.
-        average: See `threshold_path`.
+        average: See `threshold_path`; `auto` also takes `mean` where that is clearly more accurate without early exit.
         progress: Called with the images done and their number.
     """
     both = (*images.path, *images.test)
@@ -138,7 +139,7 @@ def search_certificate(
         stages,
         loss=_path_loss(request, path, classes)[0],
         confidence=confidence,
-        average=average,
+        average=_average(average, path, engine.metadata),
     )
     if any(promise.loss == "defer" for promise in request.promises):
         points = _with_deferral(points, path.logits)
@@ -284,7 +285,13 @@ def without_early_exit(found: Certified) -> Certified:
 
 
 def path_search(
-    images: Sequence[Image], tests: int, request: Request, classes: tuple[str, ...], *, confidence: str, average: str
+    images: Sequence[Image],
+    tests: int,
+    request: Request,
+    metadata: ModelMetadata,
+    *,
+    confidence: str,
+    average: str,
 ) -> Callable[[Array, tuple[float, ...]], PathPoint]:
     """Return a search for the fastest setting that is likely to be certified, for `exit_selection.tune_exits`.
 
@@ -292,19 +299,31 @@ def path_search(
         images: Path images whose logits are searched.
         tests: Number of test images, by which a loss must be below its limit with some margin.
         request: What to certify.
-        classes: Names of the classes.
+        metadata: Metadata of the engine.
         confidence: See `threshold_path`.
-        average: See `threshold_path`.
+        average: See `search_certificate`.
     """
-    labels, groups = labels_of(images), groups_of(images)
+    labels, groups, classes = labels_of(images), groups_of(images), metadata.classes
 
     def search(logits: Array, stages: tuple[float, ...]) -> PathPoint:
-        loss, limit = _path_loss(request, Sample(logits, labels, groups, None), classes)
-        points = threshold_path(logits, labels, stages, loss=loss, confidence=confidence, average=average)
+        sample = Sample(logits, labels, groups, None)
+        loss, limit = _path_loss(request, sample, classes)
+        mean = _average(average, sample, metadata)
+        points = threshold_path(logits, labels, stages, loss=loss, confidence=confidence, average=mean)
         margin = NormalDist().inv_cdf(request.certainty)
         return [p for p in points if p.loss + margin * math.sqrt(p.loss / max(tests, 1)) <= limit][-1]
 
     return search
+
+
+def _average(average: str, path: Sample, metadata: ModelMetadata) -> str:
+    """Return `mean` for `auto` if the mean of the exits is clearly more accurate than the last exit on path images.
+
+    Not where exits were added to a frozen network: its own answers are the reference.
+    """
+    if average != AUTO or path.labels is None or "added_exits" in metadata.provenance:
+        return average
+    return "mean" if is_mean_better(path.logits, path.labels) else average
 
 
 def _path_loss(request: Request, path: Sample, classes: tuple[str, ...]) -> tuple[PathLoss, float]:

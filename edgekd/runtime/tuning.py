@@ -386,6 +386,13 @@ def _averages(logits: Array, labels: Labels) -> tuple[str, ...]:
     return ("mean",) if gain > 0 else ("own", "geometric")
 
 
+def is_mean_better(logits: Array, labels: Labels) -> bool:
+    """Return True if the mean of the exits has more correct answers than the last exit, by two standard errors."""
+    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    gain = np.count_nonzero(ensemble_right) - np.count_nonzero(final_right)
+    return bool(gain > 2 * np.sqrt(np.count_nonzero(ensemble_right != final_right)) > 0)
+
+
 def right_without_early_exit(logits: Array, labels: Labels) -> npt.NDArray[np.bool_]:
     """Return the mask (N,) of correct answers of the last exit or of the ensemble, whichever has more."""
     ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels

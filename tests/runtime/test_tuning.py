@@ -16,7 +16,7 @@ from edgekd.host import host_info
 from edgekd.policy import Average, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
 from edgekd.runtime.thresholds import fit_temperature
-from edgekd.runtime.tuning import CURVE_POINTS, choose, save_tuned, threshold_path, tune
+from edgekd.runtime.tuning import CURVE_POINTS, choose, is_mean_better, save_tuned, threshold_path, tune
 from edgekd.types import Array, Labels
 
 OWN = {"confidence": "max_probability", "average": "own"}
@@ -127,10 +127,11 @@ def test_the_average_is_chosen_by_the_accuracy_without_early_exit() -> None:
     labels = rng.integers(0, 4, 600)
     signal = 2 * np.eye(4)[labels]
     alike = np.float32(signal + rng.normal(size=(3, 600, 4)))
-    assert choose(alike, labels, MS, max_accuracy_drop=1).policy.average == "mean"
+    assert choose(alike, labels, MS, max_accuracy_drop=1).policy.average == "mean" and is_mean_better(alike, labels)
     alike[2] += np.float32(6 * np.eye(4)[labels])
     alike[:2] *= 9  # early exits that are sure and often wrong
     assert choose(alike, labels, MS, max_accuracy_drop=1).policy.average in ("own", "geometric")
+    assert not is_mean_better(alike, labels)
 
 
 def test_too_few_images_for_the_margin(caplog: pytest.LogCaptureFixture) -> None:
