@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import nearest
 from edgekd.types import Array
 
-Average: TypeAlias = Literal["own", "mean"]
+Average: TypeAlias = Literal["own", "mean", "geometric"]
 
 NEVER_EXIT = 2.0
 """A threshold above every confidence."""
@@ -21,6 +22,8 @@ TEMPERATURES = (1e-3, 1e3)
 """Bounds of temperatures: beyond them, float32 probabilities are all 0 or 1, or all equal."""
 FEW_CLASSES = 32
 """Up to this number of classes, `decide_one` is faster than `decide`."""
+MAX_WEIGHT = 1e3
+"""Bound of the pooling weights' magnitude."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,20 @@ class Policy:
         thresholds: Confidence threshold of each exit but the last, above 1 to disable the exit; empty before
             `edgekd tune`.
         confidence: Name of a confidence measure in `CONFIDENCE_MEASURES`.
-        average: `own` predicts from the exit's own probabilities, `mean` from the mean over all exits so far.
+        average: `own` predicts from the exit's own probabilities, `mean` from the mean over all exits so far,
+            `geometric` from their weighted geometric mean: log p = sum over j of w_j log p_j + constant (Wolczyk et
+            al. 2021, "Zero Time Waste"; a bias that is the same for all classes cancels out).
+        pooling: With `geometric`, the weights of exits 0 to k for each exit k. The last exit's are 0, …, 0, 1: where no
+            image exits early, the predictions are the last exit's own.
+        defer_below: An image whose confidence at the exit it took is lower is passed on to a person; 0 for none.
     """
 
     temperatures: tuple[float, ...]
     thresholds: tuple[float, ...] = ()
     confidence: str = "max_probability"
     average: Average = "own"
+    pooling: tuple[tuple[float, ...], ...] = ()
+    defer_below: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = TEMPERATURES
@@ -55,11 +65,31 @@ class Policy:
             raise ValueError(f"confidence: no measure '{self.confidence}' in edgekd or an installed package; {known}")
         if self.average not in get_args(Average):
             raise ValueError(f"average: '{self.average}'; {nearest(self.average, get_args(Average))}")
+        if not 0 <= self.defer_below < math.inf:
+            raise ValueError("defer_below: must be finite and not negative")
+        self._check_pooling()
+
+    def _check_pooling(self) -> None:
+        if self.average != "geometric":
+            if self.pooling:
+                raise ValueError(f"pooling: belongs to the average 'geometric', not to '{self.average}'")
+            return
+        exits = len(self.temperatures)
+        if [len(row) for row in self.pooling] != list(range(1, exits + 1)):
+            raise ValueError(f"pooling: rows of 1 to {exits} weights are required, one row per exit")
+        if not all(abs(weight) <= MAX_WEIGHT for row in self.pooling for weight in row):
+            raise ValueError(f"pooling: weights must be from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+        if self.pooling[-1] != (0.0,) * (exits - 1) + (1.0,):
+            raise ValueError("pooling: the last exit's weights must be 0, …, 0, 1")
 
     @property
     def is_tuned(self) -> bool:
         """True if every exit but the last has a threshold (a single exit needs none)."""
         return len(self.thresholds) == len(self.temperatures) - 1
+
+    def without_early_exit(self) -> Policy:
+        """Return the same policy with thresholds above any confidence: the reference for what an early exit changes."""
+        return dataclasses.replace(self, thresholds=(NEVER_EXIT,) * (len(self.temperatures) - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +100,24 @@ class Decision:
         probabilities: Probabilities (N, C).
         exits: Index (N,) of the exit that each image took, from 0.
         confidence: Confidence (N,) at that exit.
+        defer_below: See `Policy.defer_below`.
     """
 
     probabilities: Array
     exits: npt.NDArray[np.int64]
     confidence: Array
+    defer_below: float = 0.0
+
+    @property
+    def deferred(self) -> npt.NDArray[np.bool_]:
+        """Mask (N,) of the images that are passed on to a person."""
+        return np.asarray(self.confidence < np.float32(self.defer_below))
 
     @classmethod
-    def empty(cls, count: int, classes: int) -> Decision:
+    def empty(cls, count: int, classes: int, defer_below: float = 0.0) -> Decision:
         """Allocate a decision for `count` images, to be filled by `put`."""
-        return cls(np.empty((count, classes), np.float32), np.empty(count, np.int64), np.empty(count, np.float32))
+        probabilities, confidence = np.empty((count, classes), np.float32), np.empty(count, np.float32)
+        return cls(probabilities, np.empty(count, np.int64), confidence, defer_below)
 
     def put(self, images: npt.NDArray[np.int64], rows: npt.NDArray[np.bool_], exit: int, decided: ExitDecision) -> None:
         """Store the predictions of images that take an exit.
@@ -102,13 +140,14 @@ class ExitDecision(NamedTuple):
         probabilities: Predicted probabilities (B, C).
         confidence: Confidence (B,).
         exited: Mask (B,) of the images that exit here.
-        total: Sum (B, C) of the probabilities of all exits so far, for the next exit.
+        state: What the next exit needs of the exits so far: with `mean` the sum (B, C) of their probabilities, with
+            `geometric` their logits (B, K, C).
     """
 
     probabilities: Array
     confidence: Array
     exited: npt.NDArray[np.bool_]
-    total: Array
+    state: Array
 
 
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
@@ -125,31 +164,35 @@ def confidence(probabilities: Array, measure: str) -> Array:
     return CONFIDENCE_MEASURES[measure].of_batch(probabilities)
 
 
-def decide(policy: Policy, exit: int, logits: Array, total: Array) -> ExitDecision:
+def decide(policy: Policy, exit: int, logits: Array, state: Array) -> ExitDecision:
     """Decide which images of a batch exit here.
 
     Args:
         policy: The policy, with thresholds.
         exit: Index of the exit.
         logits: Logits (B, C) of this exit.
-        total: Sum (B, C) of the probabilities of the earlier exits; zeros at the first exit.
+        state: `ExitDecision.state` of the exit before; zeros (B, C) at the first exit.
 
     Returns:
-        The decision, with the updated sum for the next exit.
+        The decision, with the state for the next exit.
     """
-    probabilities = softmax(logits, policy.temperatures[exit])
+    if policy.average == "geometric":
+        state = np.concatenate([state, logits[:, None]], axis=1) if exit else logits[:, None]
+        probabilities = softmax(np.einsum("k,bkc->bc", np.array(_logit_weights(policy, exit), np.float32), state))
+    else:
+        probabilities = softmax(logits, policy.temperatures[exit])
     if policy.average == "mean":
-        total = total + probabilities
-        probabilities = total / np.float32(exit + 1)
+        state = state + probabilities
+        probabilities = state / np.float32(exit + 1)
     confidences = confidence(probabilities, policy.confidence)
     if exit == len(policy.temperatures) - 1:
-        return ExitDecision(probabilities, confidences, np.ones(len(confidences), bool), total)
-    return ExitDecision(probabilities, confidences, confidences >= policy.thresholds[exit], total)
+        return ExitDecision(probabilities, confidences, np.ones(len(confidences), bool), state)
+    return ExitDecision(probabilities, confidences, confidences >= policy.thresholds[exit], state)
 
 
 def decide_one(
-    policy: Policy, exit: int, logits: list[float], total: list[float]
-) -> tuple[list[float], float, bool, list[float]]:
+    policy: Policy, exit: int, logits: list[float], state: list[Any]
+) -> tuple[list[float], float, bool, list[Any]]:
     """Decide for one image of few classes, in plain floats.
 
     A dozen NumPy calls cost more than the arithmetic, most of all right after an engine has evicted the caches.
@@ -158,21 +201,31 @@ def decide_one(
         policy: The policy, with thresholds.
         exit: Index of the exit.
         logits: Logits (C) of this exit.
-        total: Sum (C) of the probabilities of the earlier exits; zeros at the first exit.
+        state: State (C or K, C) of the exit before, as in `decide`; zeros (C) at the first exit.
 
     Returns:
-        Probabilities (C), confidence, True if the image exits, and the updated sum (C).
+        Probabilities (C), confidence, True if the image exits, and the state for the next exit.
     """
-    top, temperature = max(logits), policy.temperatures[exit]
+    temperature = policy.temperatures[exit]
+    if policy.average == "geometric":
+        state = [*state, logits] if exit else [logits]
+        weights, temperature = _logit_weights(policy, exit), 1.0
+        logits = [sum(w * x for w, x in zip(weights, of_class)) for of_class in zip(*state)]
+    top = max(logits)
     powers = [math.exp((x - top) / temperature) for x in logits]
     norm = sum(powers)
     probabilities = [p / norm for p in powers]
     if policy.average == "mean":
-        total = [t + p for t, p in zip(total, probabilities)]
-        probabilities = [t / (exit + 1) for t in total]
+        state = [t + p for t, p in zip(state, probabilities)]
+        probabilities = [t / (exit + 1) for t in state]
     confidence = CONFIDENCE_MEASURES[policy.confidence].one(probabilities)
     is_last = exit == len(policy.temperatures) - 1
-    return probabilities, confidence, is_last or bool(np.float32(confidence) >= policy.thresholds[exit]), total
+    return probabilities, confidence, is_last or bool(np.float32(confidence) >= policy.thresholds[exit]), state
+
+
+def _logit_weights(policy: Policy, exit: int) -> list[float]:
+    """Return the weights of the logits of exits 0 to `exit`, whose sum has the pooled probabilities as its softmax."""
+    return [weight / temperature for weight, temperature in zip(policy.pooling[exit], policy.temperatures)]
 
 
 def simulate(logits: Array, policy: Policy) -> Decision:
@@ -183,14 +236,14 @@ def simulate(logits: Array, policy: Policy) -> Decision:
         policy: The policy, with thresholds.
     """
     _, count, classes = logits.shape
-    decision = Decision.empty(count, classes)
-    total, active = np.zeros((count, classes), np.float32), np.ones(count, bool)
+    decision = Decision.empty(count, classes, policy.defer_below)
+    state, active = np.zeros((count, classes), np.float32), np.ones(count, bool)
     for exit, exit_logits in enumerate(logits):
-        decided = decide(policy, exit, exit_logits, total)
+        decided = decide(policy, exit, exit_logits, state)
         exited = active & decided.exited
         decision.put(np.flatnonzero(exited), exited, exit, decided)
         active &= ~exited
-        total = decided.total
+        state = decided.state
     return decision
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from edgekd.confidence import CONFIDENCE_MEASURES
@@ -64,6 +66,52 @@ def test_three_images_take_three_exits() -> None:
     assert mean.probabilities == pytest.approx(np.array([[0.9, 0.1], [0.4, 0.6], [0.65, 0.35]]), abs=1e-6)
 
 
+def pooled(weights: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    """Weights (E, E) as a policy's rows; the last exit's are its own."""
+    rows = [tuple(row[: k + 1].tolist()) for k, row in enumerate(weights[:-1])]
+    return (*rows, (0.0,) * (len(weights) - 1) + (1.0,))
+
+
+def test_a_weighted_geometric_mean_by_hand() -> None:
+    logits = logs([[0.5, 0.5], [0.8, 0.2]], [[0.8, 0.2], [0.5, 0.5]], [[0.3, 0.7], [0.3, 0.7]])
+    policy = Policy((1.0, 2.0, 1.0), (0.8, 0.6), average="geometric", pooling=((1.0,), (0.5, 2.0), (0.0, 0.0, 1.0)))
+    found = simulate(logits, policy)  # exit 1: p0^0.5 p1^(2/2), so 8:2, and 2:1 (sqrt 4) for the image that left
+    assert found.exits.tolist() == [1, 0]
+    assert found.probabilities == pytest.approx(np.array([[0.8, 0.2], [0.8, 0.2]]), abs=1e-6)
+    late = simulate(logits, dataclasses.replace(policy, thresholds=(NEVER_EXIT, 0.6)))
+    assert late.exits.tolist() == [1, 1]
+    assert late.probabilities[1] == pytest.approx([2 / 3, 1 / 3])
+    last = simulate(logits, policy.without_early_exit())
+    assert last.exits.tolist() == [2, 2]
+    assert last.probabilities == pytest.approx(softmax(logits[2]))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "problem"),
+    [
+        ((), "rows of 1 to 2 weights"),
+        (((1.0,), (1.0,)), "rows of 1 to 2 weights"),
+        (((1.0,), (0.5, 0.5)), "last exit's weights must be 0, …, 0, 1"),
+        (((float("nan"),), (0.0, 1.0)), "weights must be from"),
+    ],
+)
+def test_pooling_weights_that_do_not_fit_are_refused(pooling: tuple[tuple[float, ...], ...], problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^pooling: .*{problem}"):
+        Policy((1.0, 1.0), average="geometric", pooling=pooling)
+    with pytest.raises(ValueError, match="belongs to the average 'geometric', not to 'own'"):
+        Policy((1.0, 1.0), pooling=((1.0,), (0.0, 1.0)))
+
+
+def test_an_unsure_image_is_deferred() -> None:
+    logits = logs([[0.9, 0.1], [0.6, 0.4], [0.6, 0.4]], [[0.5, 0.5], [0.3, 0.7], [0.4, 0.6]])
+    found = simulate(logits, Policy((1.0, 1.0), (0.85,), defer_below=0.65))
+    assert found.exits.tolist() == [0, 1, 1]
+    assert found.deferred.tolist() == [False, False, True]
+    assert not simulate(logits, Policy((1.0, 1.0), (0.85,))).deferred.any()
+    with pytest.raises(ValueError, match="defer_below: must be finite"):
+        Policy((1.0,), defer_below=float("inf"))
+
+
 def test_a_temperature_keeps_an_overconfident_exit_from_answering() -> None:
     logits = logs([[0.9, 0.1]], [[0.2, 0.8]])  # at temperature 2 the first is 3/4, 1/4
     assert simulate(logits, Policy((1.0, 1.0), (0.8,))).exits.tolist() == [0]
@@ -88,9 +136,9 @@ def one_by_one(logits: Array, policy: Policy) -> Decision:
     exits, count, classes = logits.shape
     decision = Decision.empty(count, classes)
     for i in range(count):
-        total = [0.0] * classes
+        state: list[Any] = [0.0] * classes
         for exit in range(exits):
-            answer, sure, exited, total = decide_one(policy, exit, logits[exit, i].tolist(), total)
+            answer, sure, exited, state = decide_one(policy, exit, logits[exit, i].tolist(), state)
             if exited:
                 decision.probabilities[i], decision.confidence[i], decision.exits[i] = answer, sure, exit
                 break
@@ -102,7 +150,8 @@ def test_online_equals_offline(measure: str, average: Average, rng: np.random.Ge
     for exits, classes in [(1, 2), (2, 3), (4, 5), (5, 2)]:
         logits = np.float32(rng.normal(size=(exits, 40, classes)) * rng.choice([3, 300], (40, 1)))  # some are certain
         temperatures = tuple(rng.uniform(0.3, 4, exits).tolist())
-        policy = Policy(temperatures, tuple(rng.uniform(0.2, 0.9, exits - 1).tolist()), measure, average)
+        pooling = pooled(rng.uniform(-0.2, 1.2, (exits, exits))) if average == "geometric" else ()
+        policy = Policy(temperatures, tuple(rng.uniform(0.2, 0.9, exits - 1).tolist()), measure, average, pooling)
         offline, online = simulate(logits, policy), one_by_one(logits, policy)
         assert offline.exits.tolist() == online.exits.tolist()
         assert offline.probabilities == pytest.approx(online.probabilities, abs=1e-6)

@@ -421,7 +421,7 @@ def cascade(args: argparse.Namespace) -> dict[str, Any]:
             total = np.zeros((1, CLASSES), np.float32)
             for k in range(STAGES):
                 seen = decide(policy, k, logits[k : k + 1], total)
-                total = seen.total
+                total = seen.state
                 if seen.exited[0]:
                     break
             exits.append((exit, k))

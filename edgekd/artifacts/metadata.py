@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from edgekd.artifacts import onnx_checks
+from edgekd.artifacts.training_images import TrainingImages
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import check_classes
 from edgekd.errors import ArtifactError
@@ -46,6 +47,7 @@ class ModelMetadata:
         exits: Exits, from shallow to deep.
         policy: Exit policy.
         provenance: How the network was trained.
+        training_images: The images that weights were fitted to or chosen by, if they are known.
         sha256: SHA-256 of the file with `BLANK` in this place; `put_metadata` sets it.
         schema: Version of this format.
     """
@@ -56,6 +58,7 @@ class ModelMetadata:
     exits: tuple[Exit, ...]
     policy: Policy
     provenance: dict[str, Any] = field(default_factory=dict)
+    training_images: TrainingImages | None = None
     sha256: str = ""
     schema: int = SCHEMA
 

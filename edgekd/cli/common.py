@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 DataFolder = Annotated[
     Path | None, typer.Option("--data", help="Data folder; default: the one recorded in the run folder.")
 ]
-DataOption = Annotated[Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Folder of class folders, with or without train/ val/ test/ certify/.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Output path.")]
 SplitFile = Annotated[Path | None, typer.Option("--split", help="split.json, or the run folder that contains it.")]
 LabelsOption = Annotated[
@@ -167,7 +169,7 @@ def next_command(*words: object) -> None:
 
 def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, labels: Path | None = None) -> Split:
     """Read the given split; without one, put the images of `data` (or those in `labels`) into the test subset."""
-    from edgekd.data.split import Item, read_split
+    from edgekd.data.split import Item, Subset, read_split
     from edgekd.data.split import Split as SplitType
 
     if split is not None:
@@ -187,7 +189,7 @@ def read_or_scan(data: Path, split: Path | None, classes: tuple[str, ...], *, la
         subset: tuple(
             Item(f.path, f.label, digest=f.digest) for f in checked.folder.items if (f.subset or "test") == subset
         )
-        for subset in ("train", "val", "test")
+        for subset in get_args(Subset)
     }
     return SplitType(classes, subsets, "whole folder", 0, "none", 0, 0, checked.fingerprint)
 

@@ -39,7 +39,9 @@ def evaluate(
     data: DataFolder = None,
     split: SplitFile = None,
     labels: LabelsOption = None,
-    subset: Annotated[str, typer.Option(help="train, val or test.", callback=one_of(*get_args(Subset)))] = "test",
+    subset: Annotated[
+        str, typer.Option(help="train, val, test or certify.", callback=one_of(*get_args(Subset)))
+    ] = "test",
     plot: Annotated[Path | None, typer.Option(help="Write the confusion matrix: .png, .svg or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the metrics as JSON, with the device and host.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ def export(
     """Export a run folder to student.onnx (opset 17, dynamic batch), checked against torch on real images."""
     import torch
 
+    from edgekd.artifacts.training_images import TrainingImages
     from edgekd.data.images import load_subset
     from edgekd.data.split import read_split
     from edgekd.export import export, model_metadata
@@ -41,6 +43,8 @@ def export(
     metadata = model_metadata(
         trained.network, trained.classes, trained.preprocess, outputs, provenance=trained.provenance
     )
+    seen = [*split.subset("train"), *split.subset("val")]
+    metadata = dataclasses.replace(metadata, training_images=TrainingImages.of(seen, split.group))
     worst = export(network, metadata, out=out, images=batch, names=[i.path for i in split.subset("val")])
     echo(f"{out}: {len(metadata.exits)} exits, largest difference from torch {worst:.1e} on {len(batch)} images")
     files: tuple[object, ...] = ("--data", data, "--split", run / "split.json", "--out", out.with_suffix(".engine"))

@@ -1,8 +1,9 @@
-"""Finding the labelled images in a folder, and checking every one before training."""
+"""Finding the images in a folder, labelled or not, and checking every one before training."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -10,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -32,6 +32,8 @@ SUBSETS: dict[str, Subset] = {
     "validation": "val",
     "test": "test",
     "testing": "test",
+    "certify": "certify",
+    "certification": "certify",
 }
 """Subset by the name (in any case) of a folder above the class folders."""
 IGNORED_FOLDERS = frozenset(
@@ -65,11 +67,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Folder:
-    """Labelled images.
+    """Images, labelled except for those of `scan_pictures`.
 
     Attributes:
         root: The data folder.
-        classes: Class names.
+        classes: Class names; none without labels.
         items: The images.
         bad: Reasons by path of the unusable files.
         ignored: Number of ignored files.
@@ -100,7 +102,7 @@ class Checked:
 
 
 def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
-    """Find the images in class folders, with or without train/, val/ and test/ above those.
+    """Find the images in class folders, with or without train/, val/, test/ and certify/ above those.
 
     Class folders are searched recursively. Folders with one of the data layouts contribute the class and the images
     that the layout gives.
@@ -124,6 +126,29 @@ def scan(data: Path, *, classes: Sequence[str] | None = None) -> Folder:
     for top in dict.fromkeys((data, *(top for _, top in tops))):
         found.add_stray(top)
     return Folder(data, names, tuple(found.items), found.bad, found.ignored)
+
+
+def scan_pictures(data: Path) -> Folder:
+    """Find the images anywhere below a folder, whatever its folders are called: all have the label 0.
+
+    Of a folder with one of the data layouts, only the images that the layout gives are taken.
+
+    Args:
+        data: The data folder.
+
+    Raises:
+        DataError: No folder, a folder without images, or one that cannot be read.
+    """
+    if not data.is_dir():
+        raise DataError(f"no folder at {data}", fix="give --data a folder of images")
+    found = _Collector(data)
+    images_folder = functools.cache(lambda folder: class_folder(folder)[1])
+    for file in _files(data):
+        if all(file.is_relative_to(images_folder(data / above)) for above in file.relative_to(data).parents):
+            found.add_file(file, 0, None)
+    if not found.items:
+        raise DataError(f"no images in {data}", fix="give --data a folder of images")
+    return Folder(data, (), tuple(found.items), found.bad, found.ignored)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -175,7 +200,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _tops(data: Path) -> list[tuple[Subset | None, Path]]:
-    """Return the folders of class folders, with their subset: train/, val/ and test/, or else `data` itself."""
+    """Return the folders of class folders, with their subset: train/, val/, … or else `data` itself."""
     folders = [p for p in _visible(data) if p.is_dir()]
     subsets = [p for p in folders if p.name.lower() in SUBSETS and any(c.is_dir() for c in _visible(p))]
     if not subsets:
@@ -183,7 +208,7 @@ def _tops(data: Path) -> list[tuple[Subset | None, Path]]:
     if others := [p.name for p in folders if p not in subsets]:
         raise DataError(
             f"{data} has {join_limited(others)} beside {join_limited(p.name for p in subsets)}",
-            fix="keep only train/, val/ and test/ there, or only class folders",
+            fix="keep only train/, val/, test/ and certify/ there, or only class folders",
         )
     return [(SUBSETS[p.name.lower()], p) for p in subsets]
 
@@ -223,10 +248,10 @@ class _Collector:
         """Add everything under a class folder; return the number of images."""
         before = len(self.items)
         for file in _files(folder):
-            self._add_file(file, label, subset)
+            self.add_file(file, label, subset)
         return len(self.items) - before
 
-    def _add_file(self, path: Path, label: int, subset: Subset | None) -> None:
+    def add_file(self, path: Path, label: int, subset: Subset | None) -> None:
         kind = path.suffix.lower()
         if _is_image(path):
             self.items.append(Found(_name(path, self.data), label, subset))
@@ -268,7 +293,7 @@ def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | Non
     labels are all unusable.
 
     Args:
-        folder: Result of `scan` or `read_labels`.
+        folder: Result of `scan`, `scan_pictures` or `read_labels`.
         exclude_bad: Exclude unusable files.
         progress: Called with the images checked and their number.
 
@@ -286,6 +311,8 @@ def check(folder: Folder, *, exclude_bad: bool = False, progress: Progress | Non
             fix="repair or remove them, or exclude them with --exclude-bad",
         )
     items = tuple(dataclasses.replace(i, digest=hashes[i.path].file) for i in folder.items if i.path not in bad)
+    if not items:
+        raise DataError(f"no usable image is left in {folder.root}", fix="repair the files, or give another folder")
     if gone := {i.label for i in folder.items} - {i.label for i in items}:
         classes = join_limited(folder.classes[label] for label in sorted(gone))
         raise DataError(f"no usable image is left of {classes}", fix="repair the files, or remove the class folder")
@@ -306,7 +333,7 @@ def _decode(folder: Folder, progress: Progress | None) -> tuple[dict[str, _Diges
     """Return the digests by path of all images that can be decoded, and the reasons for the others."""
     hashes, bad = {}, {}
     with ThreadPoolExecutor(default_threads()) as pool:
-        results = pool.map(partial(_digests, folder.root), folder.items)
+        results = pool.map(functools.partial(_digests, folder.root), folder.items)
         for done, (item, digests) in enumerate(zip(folder.items, results), 1):
             if digests.reason:
                 bad[item.path] = digests.reason
@@ -333,7 +360,7 @@ def _digests(root: Path, item: Found) -> _Digests:
 
 def _duplicates(folder: Folder, hashes: Mapping[str, str]) -> dict[str, str]:
     same: dict[str, list[Found]] = defaultdict(list)
-    order: list[Subset | None] = ["test", "val", "train", None]
+    order: list[Subset | None] = ["test", "certify", "val", "train", None]
     for item in sorted(folder.items, key=lambda i: order.index(i.subset)):
         if item.path in hashes:
             same[hashes[item.path]].append(item)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,33 @@ def load_batch(paths: Sequence[Source], preprocess: Preprocess, *, progress: Pro
             if progress:
                 progress(done, len(paths))
     return batch
+
+
+def load_batches(
+    paths: Sequence[Source], preprocess: Preprocess, *, batch: int = 32, progress: Progress | None = None
+) -> Iterator[Array]:
+    """Load images as batches (`batch`, 3, H, W), in their order; the next one is decoded while one is used.
+
+    Memory does not grow with the number of images.
+
+    Args:
+        paths: Sources as for `load`.
+        preprocess: The network's preprocessing.
+        batch: Number of images in each batch but the last.
+        progress: Called with the images loaded and their number.
+
+    Raises:
+        DataError: An unusable image, which is named.
+    """
+    with ThreadPoolExecutor(default_threads()) as pool:
+        decoding = [pool.submit(load, path, preprocess) for path in paths[:batch]]
+        for done in range(0, len(paths), batch):
+            ahead = [pool.submit(load, path, preprocess) for path in paths[done + batch : done + 2 * batch]]
+            images = np.stack([future.result() for future in decoding])
+            if progress:
+                progress(done + len(decoding), len(paths))
+            yield images
+            decoding = ahead
 
 
 def load_subset(

@@ -24,7 +24,7 @@ def read_labels(data: Path, file: Path, *, classes: Sequence[str] | None = None)
     - `path`: path of the image relative to `data`, with slashes.
     - `label`: name of its class.
     - `group`: picture (patient, slide) that it was cut from; for all images or none.
-    - `subset`: train, val, test, or another name of a subset's folder; for all images or none.
+    - `subset`: train, val, test, certify, or another name of a subset's folder; for all images or none.
 
     Args:
         data: The data folder.

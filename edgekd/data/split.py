@@ -1,4 +1,4 @@
-"""split.json: the division into training, validation and test images, and its validated reading."""
+"""split.json: the division into training, validation, test and certification images, and its validated reading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Literal, get_args
 from edgekd.errors import ArtifactError
 from edgekd.serialization import SCHEMA, read_json
 
-Subset = Literal["train", "val", "test"]
+Subset = Literal["train", "val", "test", "certify"]
+"""`certify`: images that choose nothing, neither weights nor settings; a certificate is measured on them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def check_relative(path: str) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """A division of images into train, val and test.
+    """A division of images into train, val, test and, optionally, certify.
 
     Attributes:
         classes: Class names.
@@ -82,7 +83,7 @@ class Split:
     def __post_init__(self) -> None:
         check_classes(self.classes)
         if unknown := self.subsets.keys() - set(get_args(Subset)):
-            raise ValueError(f"subsets: {min(unknown)!r} is not train, val or test")
+            raise ValueError(f"subsets: {min(unknown)!r} is not train, val, test or certify")
         if not 0 <= self.leaking <= self.groups:
             raise ValueError(f"leaking: {self.leaking} of {self.groups} groups is impossible")
         seen: dict[str, str] = {}
@@ -102,7 +103,10 @@ class Split:
             ArtifactError: The subset is empty or missing.
         """
         if not self.subsets.get(name):
-            raise ArtifactError(f"the split has no {name} images", fix="create another split with --split ratio:3,1,1")
+            ratio = "3,1,1,1" if name == "certify" else "3,1,1"
+            raise ArtifactError(
+                f"the split has no {name} images", fix=f"create another split with --split ratio:{ratio}"
+            )
         return self.subsets[name]
 
 

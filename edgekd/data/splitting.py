@@ -1,4 +1,4 @@
-"""Dividing images into training, validation and test subsets, and counting leaks between them."""
+"""Dividing images into training, validation, test and certification subsets, and counting leaks between them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from edgekd.data.layouts import group_names, group_patterns
 from edgekd.data.split import Item, Split, Subset, leaks, read_split
 from edgekd.errors import ConfigError, DataError, nearest
 
-SUBSETS: tuple[Subset, ...] = ("train", "val", "test")
+SUBSETS: tuple[Subset, ...] = ("train", "val", "test", "certify")
 TRIES = 20
 """Random orders of assigning groups, of which the best is taken."""
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -47,14 +47,14 @@ def images_of(data: Path, *, labels: Path | None = None, method: str = "") -> Fo
 def make_split(
     checked: Checked, *, method: str = "ratio:3,1,1", fold: int = 0, group: str = "none", seed: int = 0
 ) -> Split:
-    """Divide the images into train, val and test, each class in the same proportion.
+    """Divide the images into train, val, test and, optionally, certify, each class in the same proportion.
 
     Args:
         checked: The images.
-        method: `ratio:3,1,1` (train, val, test; 0 leaves a subset empty), `kfold:5` (of 5 equal folds, number `fold` is
-            the test subset, the next one the validation subset, the rest training), or the path of a split.json.
-            Existing train/, val/ and test/ folders are preserved; a missing subset gets a fifth of the training
-            images.
+        method: `ratio:3,1,1` (train, val, test; 0 leaves a subset empty), `ratio:3,1,1,1` (the same and certify),
+            `kfold:5` (of 5 equal folds, number `fold` is the test subset, the next one the validation subset, the rest
+            training), or the path of a split.json. Existing train/, val/, test/ and certify/ folders are preserved; a
+            missing subset gets a fifth of the training images, certify only with a ratio that names it.
         fold: Index of the test fold, from 0.
         group: `none`; a data layout or its group name, such as `cluster` (SIPaKMeD) or `slide` (Kather 2016); or a
             regular expression, searched in each relative path, whose captured text (the whole match without captures)
@@ -78,14 +78,14 @@ def make_split(
     existing = {i.subset for i in items} - {None}
     weights, names = _plan(method, fold) if existing <= {"train"} else _missing(existing, method)
     assigned = _assign(checked.folder, weights, names, keys if group != "none" else None, seed)
-    subsets: dict[str, list[Item]] = {subset: [] for subset in SUBSETS}
+    subsets: dict[str, list[Item]] = {subset: [] for subset in SUBSETS if subset != "certify" or "certify" in assigned}
     for item, key, subset in zip(items, keys, assigned):
         subsets[subset].append(Item(item.path, item.label, key, item.digest))
     groups, leaking = leaks(subsets)
     return Split(
         classes=checked.folder.classes,
         subsets={subset: tuple(images) for subset, images in subsets.items()},
-        method=_described(method, fold, existing),
+        method=_described(method, fold, existing, names),
         seed=seed,
         group=group_names().get(group, group),
         groups=groups,
@@ -123,34 +123,36 @@ def _plan(method: str, fold: int) -> tuple[list[float], list[Subset]]:
         numbers = [float(n) for n in text.split(",")]
     except ValueError:
         numbers = []
-    if kind == "ratio" and len(numbers) == 3 and all(0 <= n < math.inf for n in numbers) and numbers[0] > 0:
+    if kind == "ratio" and len(numbers) in (3, 4) and all(0 <= n < math.inf for n in numbers) and numbers[0] > 0:
         return [n for n in numbers if n], [subset for subset, n in zip(SUBSETS, numbers) if n]
     if kind == "kfold" and len(numbers) == 1 and numbers[0] in range(3, 1001) and fold in range(int(numbers[0])):
         k = int(numbers[0])
         return [1.0] * k, ["test" if n == fold else "val" if n == (fold + 1) % k else "train" for n in range(k)]
     raise ConfigError(
         f"--split {method} (fold {fold}) is not valid",
-        fix="use ratio:3,1,1 for train, val and test, kfold:5 with a fold from 0 to 4, or the path of a split.json",
+        fix="use ratio:3,1,1 for train, val and test, ratio:3,1,1,1 for certify as well, kfold:5 with a fold from 0 "
+        "to 4, or the path of a split.json",
     )
 
 
 def _missing(existing: set[Subset | None], method: str) -> tuple[list[float], list[Subset]]:
-    """Return the same as `_plan`, with a fifth of train/ for each of val/ and test/ that is missing."""
+    """Return the same as `_plan`, with a fifth of train/ for each other subset that is missing."""
     if "train" not in existing:
         raise DataError("the folder has no train/", fix="add it, or put the class folders at the top")
     if method.startswith("kfold"):
         raise ConfigError(
             f"--split {method} needs a folder without {join_limited(sorted(filter(None, existing)))}",
-            fix="put all class folders at the top, without train/, val/ and test/",
+            fix="put all class folders at the top, without train/, val/, test/ and certify/",
         )
-    names: list[Subset] = ["train", *(subset for subset in SUBSETS if subset not in existing)]
+    wanted = SUBSETS if "certify" in _plan(method, 0)[1] else SUBSETS[:3]
+    names: list[Subset] = ["train", *(subset for subset in wanted if subset not in existing)]
     return [5.0 - len(names[1:]), *(1.0 for _ in names[1:])], names
 
 
-def _described(method: str, fold: int, existing: set[Subset | None]) -> str:
+def _described(method: str, fold: int, existing: set[Subset | None], names: Sequence[Subset]) -> str:
     if existing <= {"train"}:
         return f"{method} fold {fold}" if method.startswith("kfold") else method
-    cut = [subset for subset in SUBSETS if subset not in existing]
+    cut = names[1:]
     kept = f"folder: {', '.join(subset for subset in SUBSETS if subset in existing)}"
     return kept + (f"; {' and '.join(cut)} cut from train, 1/5 each" if cut else "")
 
@@ -253,6 +255,45 @@ def _greedy(table: Floats, target: Floats, rng: np.random.Generator) -> tuple[in
     return int((have == 0).sum()), float(((have - target) ** 2).sum()), parts
 
 
+class Grouped(Protocol):
+    """An image with a path and, if known, the picture that it was cut from: an `Item` or a `Picture`."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def group(self) -> str: ...
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def divide(items: Sequence[G], fraction: float, seed: int) -> tuple[tuple[G, ...], tuple[G, ...]]:
+    """Divide images at random into two parts, those of a group together.
+
+    Groups are drawn, not images, so the number of groups in a part is fixed beforehand and does not depend on the
+    images. An image without a group is one of its own. The order of the images does not matter.
+
+    Args:
+        items: The images.
+        fraction: Share of the groups in the first part, between 0 and 1.
+        seed: Random seed.
+
+    Returns:
+        Both parts, each in the order of `items` and with a group at least.
+
+    Raises:
+        DataError: All images are of one group.
+    """
+    keys, group = np.unique([i.group or f"/{i.path}" for i in items], return_inverse=True)
+    if len(keys) < 2:
+        raise DataError(f"{len(items)} images of {len(keys)} group cannot be divided", fix="add images of other groups")
+    first = np.zeros(len(keys), bool)
+    count = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
+    first[np.random.default_rng(seed).permutation(len(keys))[:count]] = True
+    return tuple(i for i, g in zip(items, group) if first[g]), tuple(i for i, g in zip(items, group) if not first[g])
+
+
 _FEWER = "use fewer parts (ratio:4,0,1), add images, or split without groups (--group none)"
 
 
@@ -282,12 +323,13 @@ def _given(checked: Checked, path: Path) -> Split:
 def summary(split: Split) -> str:
     """Format a table of the images per class and subset, and the leaks between subsets."""
     wide = max(map(len, [*split.classes, "class"]))
-    rows = [("class", *SUBSETS)]
-    counts = {subset: Counter(i.label for i in split.subsets.get(subset, ())) for subset in SUBSETS}
-    rows += [(name, *(str(counts[subset][k]) for subset in SUBSETS)) for k, name in enumerate(split.classes)]
-    rows += [("all", *(str(counts[subset].total()) for subset in SUBSETS))]
+    subsets = SUBSETS if split.subsets.get("certify") else SUBSETS[:3]
+    rows = [("class", *subsets)]
+    counts = {subset: Counter(i.label for i in split.subsets.get(subset, ())) for subset in subsets}
+    rows += [(name, *(str(counts[subset][k]) for subset in subsets)) for k, name in enumerate(split.classes)]
+    rows += [("all", *(str(counts[subset].total()) for subset in subsets))]
     table = [f"{name:<{wide}}" + "".join(f"{cell:>8}" for cell in cells) for name, *cells in rows]
-    lacking = {subset: [name for k, name in enumerate(split.classes) if not counts[subset][k]] for subset in SUBSETS}
+    lacking = {subset: [name for k, name in enumerate(split.classes) if not counts[subset][k]] for subset in subsets}
     notes = [f"{subset} has no {join_limited(names)}" for subset, names in lacking.items() if names and counts[subset]]
     title = f"split {split.method}, seed {split.seed}, groups: {split.group}"
     return "\n".join([title, *table, *notes, _leak_text(split)])

@@ -40,6 +40,7 @@ class Prediction:
         probabilities: Probability of each class.
         path: The image file, if the image was given as one. Ignored in comparisons.
         classes: Names of the classes. Ignored in comparisons.
+        deferred: True if the confidence is too low for an answer (`Policy.defer_below`): a person should look at it.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Prediction:
     probabilities: tuple[float, ...]
     path: Path | None = field(default=None, compare=False)
     classes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    deferred: bool = False
 
     def row(self) -> dict[str, str | float | None]:
         """Return path, label, confidence, exit and the probability of each class (see `class_columns`) as a flat row.
@@ -206,10 +208,10 @@ class Classifier:
         decision = self.run(images)
         paths = [Path(s) if isinstance(s, (str, Path)) else None for s in sources]
         indices = decision.probabilities.argmax(axis=1).tolist()
-        confidences, exits = decision.confidence.tolist(), decision.exits.tolist()
-        rows = zip(indices, confidences, exits, decision.probabilities.tolist(), paths)
+        confidences, exits, deferred = decision.confidence.tolist(), decision.exits.tolist(), decision.deferred.tolist()
+        rows = zip(indices, confidences, exits, decision.probabilities.tolist(), paths, deferred)
         names = self.metadata.classes
-        return [Prediction(names[i], i, c, exit, tuple(p), path, names) for i, c, exit, p, path in rows]
+        return [Prediction(names[i], i, c, exit, tuple(p), path, names, d) for i, c, exit, p, path, d in rows]
 
     def run(self, images: Array) -> Decision:
         """Classify preprocessed images.
@@ -231,7 +233,7 @@ class Classifier:
             )
         if 0 < len(images) <= self.batch_size:
             return self._decision(images)
-        decision = Decision.empty(len(images), len(self.metadata.classes))
+        decision = Decision.empty(len(images), len(self.metadata.classes), self.policy.defer_below)
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             decided = self._decision(images[batch])
@@ -263,30 +265,33 @@ class Classifier:
         else:
             probabilities = softmax(logits[0], self.policy.temperatures[-1])[:count]
         last = np.full(count, len(self.metadata.exits) - 1, np.int64)
-        return Decision(probabilities, last, confidence(probabilities, self.policy.confidence))
+        confidences = confidence(probabilities, self.policy.confidence)
+        return Decision(probabilities, last, confidences, self.policy.defer_below)
 
     def _on_device(self, images: Array) -> Decision:
         assert self._decider is not None  # otherwise this is not called
         decided = [self._decider(images[i : i + 1]) for i in range(len(images))]
         probabilities, confidences, exits = zip(*decided)
-        return Decision(np.stack(probabilities), np.array(exits, np.int64), np.array(confidences, np.float32))
+        taken, confidence = np.array(exits, np.int64), np.array(confidences, np.float32)
+        return Decision(np.stack(probabilities), taken, confidence, self.policy.defer_below)
 
     def _cascade_of_one(self, image: Array) -> Decision:
         """Run `_cascade` for one image, without the overhead that only a batch needs."""
-        total = [0.0] * len(self.metadata.classes)
+        state: list[Any] = [0.0] * len(self.metadata.classes)
         with self._staged_runner(image) as run:
             for exit in range(len(self.metadata.exits)):
                 logits = run.run_stage()[0].tolist()
-                probabilities, confidence, exited, total = decide_one(self.policy, exit, logits, total)
+                probabilities, confidence, exited, state = decide_one(self.policy, exit, logits, state)
                 if exited:  # always true at the last exit
                     break
-        return Decision(np.array([probabilities], np.float32), np.array([exit]), np.array([confidence], np.float32))
+        rows = np.array([probabilities], np.float32), np.array([exit]), np.array([confidence], np.float32)
+        return Decision(*rows, self.policy.defer_below)
 
     def _cascade(self, images: Array) -> Decision:
         """Run stage by stage, compacting the batch to the images that have not exited where that is faster."""
         count, classes = len(images), len(self.metadata.classes)
-        decision = Decision.empty(count, classes)
-        total = np.zeros((count, classes), np.float32)
+        decision = Decision.empty(count, classes, self.policy.defer_below)
+        state = np.zeros((count, classes), np.float32)
         rows = np.arange(count)  # image of each row of the batch
         active, survivors = np.ones(count, bool), count
         with self._staged_runner(images) as run:
@@ -296,11 +301,11 @@ class Classifier:
                     kept = np.flatnonzero(active)
                     run.compact(kept, size)
                     kept = resized(kept, size)
-                    total, rows, active = total[kept], rows[kept], np.arange(size) < survivors
-                decided = decide(self.policy, exit, run.run_stage(), total)
+                    state, rows, active = state[kept], rows[kept], np.arange(size) < survivors
+                decided = decide(self.policy, exit, run.run_stage(), state)
                 exited = active & decided.exited
                 decision.put(rows[exited], exited, exit, decided)
-                active, total = active & ~exited, decided.total
+                active, state = active & ~exited, decided.state
                 survivors = int(np.count_nonzero(active))
                 if not survivors:
                     break

@@ -13,10 +13,10 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,22 @@ import numpy.typing as npt
 from edgekd.artifacts.manifest import CurvePoint, Tuning, read_manifest, write_manifest
 from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import ArtifactError, ConfigError, check_known
-from edgekd.policy import NEVER_EXIT, Average, Policy, decide, ensemble
+from edgekd.policy import NEVER_EXIT, Average, Policy, decide, ensemble, simulate
 from edgekd.runtime.engine import Engine
 from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
+Loss: TypeAlias = Callable[[Labels, Labels], npt.NDArray[Any]]
+"""Maps answers (N,) and reference answers (N,) to the loss of each image (N,), 0 where they are the same."""
+PATH_POINTS = 60
+"""Largest number of settings in a path."""
 COMBINATIONS = 2000
 """Largest number of threshold combinations tried (exceeded with more than eleven exits: two thresholds for each)."""
 CURVE_POINTS = 25
+AUTO = "auto"
+"""As a confidence measure or average: choose it on the images."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,80 @@ def fit_temperature(logits: Array, labels: Labels) -> float:
 
 
 @dataclass(frozen=True)
+class PathPoint:
+    """One setting of a path, and its result on the path images.
+
+    Attributes:
+        policy: The policy.
+        latency_ms: Mean latency of an image at batch size 1, from the stages' times.
+        loss: Mean loss against the same policy without early exit.
+        shares: Share of the images that take each exit, 0..1.
+    """
+
+    policy: Policy
+    latency_ms: float
+    loss: float
+    shares: tuple[float, ...]
+
+
+def changed(answers: Labels, reference: Labels) -> npt.NDArray[np.bool_]:
+    """Return the loss 1 of each image (N,) whose answer is not the reference's."""
+    return np.not_equal(answers, reference)
+
+
+def threshold_path(
+    logits: Array,
+    labels: Labels | None,
+    stages: tuple[float, ...],
+    *,
+    loss: Loss = changed,
+    confidence: str = AUTO,
+    average: str = AUTO,
+    points: int = PATH_POINTS,
+) -> tuple[PathPoint, ...]:
+    """Find settings from the safest to the fastest, to be tested in this order on other images.
+
+    All of them have the same answers without early exit.
+
+    Args:
+        logits: Logits (E, N, C) of all exits for the path images.
+        labels: Their class indices (N,), for the temperatures and pooling weights; None to fit the last exit's answers.
+        stages: Milliseconds of each stage at batch size 1.
+        loss: The loss to keep low.
+        confidence: Name of a confidence measure, or `auto` to choose on these images.
+        average: See `Policy.average`; `auto` chooses between `own` and `geometric`, whose answers without early exit
+            are the last exit's.
+        points: Largest number of settings.
+
+    Returns:
+        The settings, slowest first. The first never exits early, and its loss is 0; of the others each is faster than
+        the one before.
+    """
+    target = logits[-1].argmax(axis=1) if labels is None else labels
+    temperatures = tuple(fit_temperature(exit_logits, target) for exit_logits in logits)
+    measure: str = "max_probability" if confidence == AUTO else confidence
+    policy = Policy(temperatures, confidence=measure, average="own" if average == AUTO else average)  # type: ignore[arg-type]
+    policy = policy.without_early_exit()
+    reference = simulate(logits, policy).probabilities.argmax(axis=1)
+    settings = [policy]
+    grid = _grid(logits, reference, stages, policy, np.ones(len(reference), bool))
+    best = -1.0
+    for i in np.lexsort([-grid.correct, grid.latency_ms]).tolist():
+        if grid.correct[i] > best and grid.latency_ms[i] < sum(stages):
+            best = grid.correct[i]
+            settings.insert(1, dataclasses.replace(policy, thresholds=tuple(grid.thresholds[i].tolist())))
+    spread = np.linspace(0, len(settings) - 1, min(len(settings), points)).round().astype(int)
+    return tuple(_path_point(logits, settings[i], stages, reference, loss) for i in spread)
+
+
+def _path_point(logits: Array, policy: Policy, stages: tuple[float, ...], reference: Labels, loss: Loss) -> PathPoint:
+    decision = simulate(logits, policy)
+    shares = np.bincount(decision.exits, minlength=len(stages)) / len(reference)
+    mean = float(np.mean(loss(decision.probabilities.argmax(axis=1), reference)))
+    return PathPoint(policy, float(shares @ np.cumsum(stages)), mean, tuple(shares.tolist()))
+
+
+@dataclass(frozen=True)
 class Grid:
     """Results of S combinations of thresholds for E exits.
 
@@ -262,10 +342,10 @@ def _grid(
 def _at_every_exit(logits: Array, labels: Labels, policy: Policy) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Return the confidence (E, N) and correctness (E, N) of every image at every exit, as if none had exited."""
     policy = dataclasses.replace(policy, thresholds=(NEVER_EXIT,) * (len(logits) - 1))
-    total, decisions = np.zeros_like(logits[0]), []
+    state, decisions = np.zeros_like(logits[0]), []
     for exit, exit_logits in enumerate(logits):
-        decisions.append(decide(policy, exit, exit_logits, total))
-        total = decisions[-1].total
+        decisions.append(decide(policy, exit, exit_logits, state))
+        state = decisions[-1].state
     correct = [decision.probabilities.argmax(axis=1) == labels for decision in decisions]
     return np.stack([decision.confidence for decision in decisions]), np.stack(correct)
 

@@ -156,18 +156,19 @@ def _split(
 
 
 def _refuse_test_images(folder: Path | None, split: Split) -> None:
-    """Refuse a teacher, or initial weights, trained on images that test the student; file names may differ.
+    """Refuse a teacher, or initial weights, trained on images that test or certify the student; file names may differ.
 
     Raises:
-        ConfigError: The run folder's training images include test images.
+        ConfigError: The run folder's training images include test images or those for certification.
     """
     if folder is not None and (folder / run_folder.SPLIT).is_file():
         seen = {i.digest for i in read_split(folder).subsets.get("train", ())}
-        if common := [i.path for i in split.subsets.get("test", ()) if i.digest in seen]:
-            raise ConfigError(
-                f"{folder} was trained on {len(common)} of the test images, for example {min(common)}",
-                fix=f"use its split: --split {folder / run_folder.SPLIT}",
-            )
+        for subset in ("test", "certify"):
+            if common := [i.path for i in split.subsets.get(subset, ()) if i.digest in seen]:
+                raise ConfigError(
+                    f"{folder} was trained on {len(common)} of the {subset} images, for example {min(common)}",
+                    fix=f"use its split: --split {folder / run_folder.SPLIT}",
+                )
 
 
 def _task(

@@ -59,7 +59,7 @@ def test_the_kernel_decides_as_the_policy_does(
             assert said[1] == exit
             if exit < 2:
                 assert kernel.conditions[77] == (not seen.exited[0])
-            total = seen.total
+            total = seen.state
 
 
 def test_the_gpu_ends_the_cascade(

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from edgekd.data.folders import Checked, Folder, Found, scan
-from edgekd.data.split import Split, read_split
-from edgekd.data.splitting import SUBSETS, group_keys, make_split, summary
+from edgekd.data.split import Item, Split, leaks, read_split
+from edgekd.data.splitting import SUBSETS, divide, group_keys, make_split, summary
 from edgekd.errors import ArtifactError, ConfigError, DataError
 from edgekd.files import atomic_write
 from edgekd.serialization import to_json
@@ -214,7 +214,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "label above": (edit("label", 2), r"a/1\.png has the label 2 of 2"),
     "label below": (edit("label", -1), r"a/1\.png has the label -1 of 2"),
     "label no number": (edit("label", "a"), r"train\[0\]\.label: expected int"),
-    "unknown subset": (lambda t: t["subsets"].update(training=[]), "'training' is not train, val or test"),
+    "unknown subset": (lambda t: t["subsets"].update(training=[]), "'training' is not train, val, test or certify"),
     "absolute": (edit("path", "/etc/passwd.png"), "not a normalised path"),
     "upwards": (edit("path", "a/../../b.png"), "not a normalised path"),
     "same file otherwise": (edit("path", "./a/1x.png"), "not a normalised path"),
@@ -245,6 +245,83 @@ def test_an_invalid_split_is_refused_when_it_is_read(kind: str, tmp_path: Path) 
         with pytest.raises(ArtifactError, match=message) as caught:
             read()
         assert str(path) in caught.value.what
+
+
+def test_a_fourth_weight_gives_images_for_certification() -> None:
+    # 12 and 6 images of weights 3:1:1:1
+    checked = made_up({"a": 12, "b": 6})
+    split = make_split(checked, method="ratio:3,1,1,1", seed=2)
+    assert sizes(split) == {"train": [6, 3], "val": [2, 1], "test": [2, 1], "certify": [2, 1]}
+    assert summary(split).splitlines()[1:3] == [
+        "class   train     val    test certify",
+        "a           6       2       2       2",
+    ]
+    three = make_split(checked, seed=2)
+    assert "certify" not in three.subsets
+    assert make_split(checked, method="ratio:3,1,1,0", seed=2).subsets == three.subsets
+    with pytest.raises(ArtifactError, match=r"(?s)no certify images.*ratio:3,1,1,1"):
+        three.subset("certify")
+    with pytest.raises(ConfigError, match="is not valid"):
+        make_split(checked, method="ratio:3,1,1,1,1")
+
+
+def test_groups_leak_into_the_certification_images_as_into_any_other() -> None:
+    items = [Found(f"{c}/{n // 4}-{n}.png", k) for k, c in enumerate("ab") for n in range(80)]
+    checked = Checked(Folder(Path("data"), ("a", "b"), tuple(items), {}, 0), {}, "print")
+    split = make_split(checked, method="ratio:3,1,1,1", group=r"^\w+/\d+")
+    assert split.leaking == 0
+    assert len({i.group for i in split.subset("certify")}) in (6, 7)  # a sixth of 40
+    moved = {**split.subsets, "certify": (*split.subset("certify"), Item("a/x.png", 0, split.subset("train")[0].group))}
+    assert leaks(moved) == (40, 1)
+
+
+def test_an_existing_folder_for_certification_is_preserved() -> None:
+    parts = {
+        subset: made_up({"a": 10, "b": 20}, name=f"{subset}/{{}}/{{}}.png", subset=subset)
+        for subset in ("train", "val", "test", "certify")
+    }
+    split = make_split(joined(*parts.values()))
+    assert sizes(split)["certify"] == [10, 20]
+    assert split.method == "folder: train, val, test, certify"
+    three = joined(*(parts[s] for s in ("train", "val", "test")))
+    assert "certify" not in make_split(three).subsets
+    cut = make_split(three, method="ratio:3,1,1,1")
+    assert sizes(cut) == {"train": [8, 16], "val": [10, 20], "test": [10, 20], "certify": [2, 4]}
+    assert cut.method == "folder: train, val, test; certify cut from train, 1/5 each"
+    with pytest.raises(ConfigError, match="needs a folder without certify, train"):
+        make_split(joined(parts["train"], parts["certify"]), method="kfold:5")
+
+
+def test_three_weights_give_the_split_of_earlier_versions() -> None:
+    split = make_split(made_up({"a": 30, "b": 20}, name="{}/{:03d}_01.png"), seed=7, group="cluster")
+    paths = json.dumps({subset: [i.path for i in items] for subset, items in split.subsets.items()})
+    assert digest(paths)[:12] == "2b8ef847a1e5"  # computed before there were images for certification
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_division_keeps_groups_together_and_is_decided_by_the_seed(grouped: bool) -> None:
+    items = [Item(f"{n}.png", 0, f"g{n // 3}" if grouped else "") for n in range(60)]
+    path, test = divide(items, 0.4, seed=1)
+    assert sorted(path + test, key=items.index) == items
+    assert not grouped or not {i.group for i in path} & {i.group for i in test}
+    assert len(path) == 24  # 0.4 of 20 groups of 3, or of 60 images
+    assert (path, test) == divide(items, 0.4, seed=1) != divide(items, 0.4, seed=2)
+    shuffled = divide(items[::-1], 0.4, seed=1)
+    assert (set(shuffled[0]), shuffled[0][0]) == (set(path), path[-1])
+
+
+def test_every_group_comes_into_each_part_of_a_division_alike() -> None:
+    items = [Item(f"{n}.png", 0, str(n // 2)) for n in range(20)]
+    drawn = Counter(i.group for seed in range(400) for i in divide(items, 0.3, seed)[0])
+    assert len(drawn) == 10
+    assert all(abs(n - 240) < 5 * (2 * 2 * 400 * 0.3 * 0.7) ** 0.5 for n in drawn.values())  # 2 images, 400 draws
+
+
+def test_one_group_cannot_be_divided() -> None:
+    assert divide([Item("1.png", 0), Item("2.png", 0)], 0.01, 0)[0]
+    for items in ([Item("1.png", 0, "g"), Item("2.png", 0, "g")], [Item("1.png", 0)], []):
+        with pytest.raises(DataError, match="cannot be divided"):
+            divide(items, 0.5, 0)
 
 
 def test_summary_by_hand() -> None:

@@ -366,7 +366,7 @@ class SplitBytes(Reader):
                 "path leads out of the data folder": any(stray(i.path) for i in items),
                 "an image in two subsets or twice": max(seen.values()) > 1,
                 "classes not unique": len(set(split.classes)) != len(split.classes),
-                "unknown subset": bool(split.subsets.keys() - {"train", "val", "test"}),
+                "unknown subset": bool(split.subsets.keys() - {"train", "val", "test", "certify"}),
             }
         )
 

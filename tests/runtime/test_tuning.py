@@ -14,7 +14,7 @@ from edgekd.errors import ArtifactError, ConfigError
 from edgekd.host import host_info
 from edgekd.policy import Average, Policy, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
-from edgekd.runtime.tuning import CURVE_POINTS, choose, fit_temperature, save_tuned, tune
+from edgekd.runtime.tuning import CURVE_POINTS, choose, fit_temperature, save_tuned, threshold_path, tune
 from edgekd.types import Array, Labels
 
 OWN = Policy((1.0,) * 3, average="own")
@@ -102,6 +102,22 @@ def test_a_wider_bound_is_never_slower() -> None:
     times = [choose(logits, labels, (1.0,) * 4, policy=base, max_accuracy_drop=d).latency_ms for d in (0.5, 1, 2, 4, 8)]
     assert times == sorted(times, reverse=True)
     assert times[-1] < times[0]
+
+
+def test_a_path_leads_from_never_to_the_fastest() -> None:
+    logits, labels = noisy(4, 300, seed=2)
+    stages = (1.0, 0.5, 0.5, 2.0)
+    path = threshold_path(logits, labels, stages)
+    assert path[0].policy == path[0].policy.without_early_exit()
+    assert (path[0].loss, path[0].latency_ms, path[0].shares) == (0, 4, (0, 0, 0, 1))
+    assert 10 < len(path) <= 60
+    assert (np.diff([point.latency_ms for point in path]) < 0).all()
+    assert path[-1].shares == (1, 0, 0, 0)
+    reference = logits[-1].argmax(axis=1)
+    for point in path:
+        found = simulate(logits, point.policy)
+        assert point.loss == np.mean(found.probabilities.argmax(axis=1) != reference)
+        assert point.latency_ms == pytest.approx(np.cumsum(stages)[found.exits].mean())
 
 
 def test_too_few_images_for_the_margin(caplog: pytest.LogCaptureFixture) -> None:

@@ -106,6 +106,9 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         return runner.staged_runner(stages)
 
     def device_cascade(self, stages: Sequence[TensorRTRunner], policy: Policy) -> DeviceCascadeRunner:
+        if policy.average == "geometric":
+            what = "the GPU cannot pool the exits' answers by a weighted geometric mean"
+            raise BackendError(what, fix="omit --device-side-exit, or tune with --average own")
         return DeviceCascade(stages, policy)
 
     def host_facts(self) -> dict[str, str]:
