@@ -1,0 +1,216 @@
+"""Give each network of make.py early exits with `edgekd add-exits`, compile it, and write one table.
+
+    python benchmarks/networks/measure.py OUT PICTURES NAME ...     # measure: OUT/NAME/result.json
+    python benchmarks/networks/measure.py OUT                       # networks.md from all of them
+
+PICTURES has train/ (the heads learn from these; labels are not used), val/ (thresholds) and test/ (what is reported).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from edgekd.artifacts.manifest import read_manifest
+from edgekd.artifacts.metadata import read_student
+from edgekd.data.folders import image_files
+from edgekd.data.images import load_batch
+from edgekd.files import atomic_write
+from edgekd.runtime.classifier import Classifier
+from edgekd.runtime.engine import open_engine
+from edgekd.runtime.tuning import stage_ms, threshold_path
+
+CHANGED = 0.005
+"""Share of the validation images whose answer may change."""
+
+
+def session(path: Path | bytes) -> ort.InferenceSession:
+    """Open an ONNX file on the CPU."""
+    ort.set_default_logger_severity(3)
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def original_answers(path: Path, images: np.ndarray) -> np.ndarray:
+    """Return the first output of the original file for preprocessed images, in its own layout and type."""
+    run = session(path)
+    of = run.get_inputs()[0]
+    batch = images if of.shape[1] in (1, 3) else images.transpose(0, 2, 3, 1)
+    batch = batch.astype(
+        {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}[of.type]
+    )
+    step = of.shape[0] if isinstance(of.shape[0], int) else 64
+    return np.concatenate([run.run(None, {of.name: batch[k : k + step]})[0] for k in range(0, len(batch), step)])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def edgekd(*words: object) -> tuple[float, str]:
+    """Run a command of edgekd; return its seconds and what it printed.
+
+    Raises:
+        RuntimeError: It failed; the message is what it printed.
+    """
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "edgekd", *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"edgekd {words[0]}: " + (done.stderr or done.stdout).strip())
+    return time.monotonic() - started, done.stdout + done.stderr
+
+
+def compare(folder: Path, student: Path, images: np.ndarray, names: list[str]) -> dict[str, Any]:
+    """Compare the last exit with the original file, and with the framework's own answers to the same pictures."""
+    ours = open_engine(student).logits(images)[-1]
+    original = original_answers(folder / "model.onnx", images).astype(np.float32).reshape(len(images), -1)
+    has_softmax = bool(np.allclose(original.sum(1), 1, atol=2e-3) and (original >= 0).all())
+    last = softmax(ours) if has_softmax else ours
+    facts: dict[str, Any] = {
+        "output": "probabilities" if has_softmax else "logits",
+        "difference": float(np.abs(last - original).max()),
+        "changed": int((ours.argmax(1) != original.argmax(1)).sum()),
+    }
+    if (folder / "framework.npz").exists():
+        theirs = np.load(folder / "framework.npz")
+        assert [Path(p).name for p in theirs["paths"]] == [Path(n).name for n in names]
+        theirs_last = softmax(theirs["answers"]) if has_softmax and theirs["answers"].min() < 0 else theirs["answers"]
+        facts |= {
+            "framework_accuracy": float((theirs["answers"].argmax(1) == theirs["labels"]).mean()),
+            "accuracy": float((ours.argmax(1) == theirs["labels"]).mean()),
+            "framework_changed": int((ours.argmax(1) != theirs["answers"].argmax(1)).sum()),
+            "framework_difference": float(np.abs(last - theirs_last).max()),
+        }
+    return facts
+
+
+def early_exit(path: Path, val: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    """Choose thresholds on validation images; measure changed answers, exit shares and time on test images."""
+    engine = open_engine(path)
+    stages = stage_ms(engine, val[:1])
+    points = threshold_path(engine.logits(val), None, stages)
+    point = min((p for p in points if p.loss <= CHANGED), key=lambda p: p.latency_ms)
+    cascade = Classifier(engine, policy=point.policy, strategy="cascade")
+    plain = Classifier(engine, policy=point.policy, strategy="final")
+    decision, reference = cascade.run(test), plain.run(test)
+    taken = np.bincount(decision.exits, minlength=len(stages)) / len(test)
+    rounds = [(_ms(plain, test[:100]), _ms(cascade, test[:100])) for _ in range(3)]  # in turns, as other programs run
+    plain_ms, cascade_ms = np.median(rounds, axis=0)
+    return {
+        "name": engine.name,
+        "stage_ms": stages,
+        "confidence": point.policy.confidence,
+        "average": point.policy.average,
+        "val_changed": point.loss,
+        "test_changed": float((decision.labels != reference.labels).mean()),
+        "shares": taken.tolist(),
+        "expected_time": float(sum(np.cumsum(stages) * taken) / sum(stages)),
+        "plain_ms": float(plain_ms),
+        "cascade_ms": float(cascade_ms),
+    }
+
+
+def _ms(classifier: Classifier, images: np.ndarray) -> float:
+    """Return the mean milliseconds for an image, one at a time."""
+    started = time.perf_counter()
+    for image in images:
+        classifier.run(image[None])
+    return (time.perf_counter() - started) / len(images) * 1e3
+
+
+def measure(folder: Path, pictures: Path) -> dict[str, Any]:
+    """Run `add-exits`, `compile` and the comparison for one network; a refusal is a result too."""
+    facts = json.loads((folder / "facts.json").read_text())
+    options = [str(folder / o) if o.endswith(".json") else o for o in facts["options"]]
+    student, model = folder / "student.onnx", onnx.load(folder / "model.onnx", load_external_data=False)
+    of = session(folder / "model.onnx").get_inputs()[0]
+    result = {
+        "network": folder.name,
+        "opset": next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
+        "input": f"{of.type[7:-1]} {'×'.join(str(d) if isinstance(d, int) else 'n' for d in of.shape)}",
+        "pictures": len(image_files(pictures / "train")),
+        **facts,
+    }
+    words = ["--data", pictures / "train", "--classes", folder / "classes.txt", *options, "--out", student]
+    try:
+        result["add_exits_s"], log = edgekd("add-exits", folder / "model.onnx", *words)
+        (folder / "add-exits.txt").write_text(log)
+        metadata = read_student(student).metadata
+        paths = {s: sorted(image_files(pictures / s)) for s in ("val", "test")}
+        val, test = (load_batch(paths[s], metadata.preprocess) for s in ("val", "test"))
+        names = [str(p.relative_to(pictures)) for p in paths["test"]]
+        result |= {"exits": [e.boundary for e in metadata.exits]}
+        result |= compare(folder, student, test, names)
+        result["fp32"] = early_exit(student, val, test)
+    except RuntimeError as error:
+        result["error"] = re.sub(r"\s+", " ", str(error))
+    return result
+
+
+def compiled(folder: Path, pictures: Path, data: Path, split: Path) -> dict[str, Any]:
+    """Compile a network to INT8 for the fastest backend here, and measure it like the FP32 one."""
+    engine = folder / "int8.engine"
+    options = ["--recipe", "int8", "--data", data, "--split", split, "--out", engine]
+    edgekd("compile", folder / "student.onnx", *options)
+    preprocess = read_manifest(engine).metadata.preprocess
+    val, test = (load_batch(sorted(image_files(pictures / s)), preprocess) for s in ("val", "test"))
+    return early_exit(engine, val, test)
+
+
+def table(out: Path) -> str:
+    """Return the Markdown table of all results."""
+    columns = "network | framework, exporter | opset, input, output | accuracy: framework / edgekd | Δ original | "
+    columns += "exits | add-exits | changed | early | expected time | plain → exits, FP32 | INT8"
+    lines = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+    for file in sorted(out.glob("*/result.json")):
+        of = json.loads(file.read_text())
+        head = f"| {of['network']} | {of['framework']}, {of['exporter']} | {of['opset']}, {of['input']}"
+        if "error" in of:
+            lines.append(f"{head} | {of['accuracy']:.1%} / – | – | – | – | – | – | – | {of['error']} | – |")
+            continue
+        fp32, accuracy = of["fp32"], "–"
+        if "framework_accuracy" in of:
+            accuracy = (
+                f"{of['framework_accuracy']:.1%} / {of['accuracy']:.1%} ({of['framework_changed']} answers differ)"
+            )
+        early = 1 - fp32["shares"][-1]
+        lines.append(
+            f"{head}, {of['output']} | {accuracy} | {of['difference']:.1g} | {len(of['exits']) - 1} "
+            f"| {of['add_exits_s']:.0f} s | {fp32['test_changed']:.2%} | {early:.0%} | {fp32['expected_time']:.2f} "
+            f"| {_faster(fp32)} | {_faster(of['int8']) if 'int8' in of else '–'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _faster(of: dict[str, Any]) -> str:
+    return f"{of['plain_ms']:.2f} → {of['cascade_ms']:.2f} ms ({of['plain_ms'] / of['cascade_ms']:.2f}×)"
+
+
+def main() -> None:
+    """Measure the networks named on the command line, or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("pictures", type=Path, nargs="?")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        result = measure(arguments.out / name, arguments.pictures)
+        atomic_write(arguments.out / name / "result.json", json.dumps(result, indent=1).encode())
+        print(name, result.get("error") or result["fp32"], flush=True)
+    if not arguments.names:
+        print(table(arguments.out), end="")
+
+
+if __name__ == "__main__":
+    main()
