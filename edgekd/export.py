@@ -35,9 +35,9 @@ TOLERANCE = 1e-4
 def export(network: MultiExitNetwork, metadata: ModelMetadata, *, out: Path, images: Array, names: list[str]) -> float:
     """Write student.onnx.
 
-    The file's metadata describe how to run it without edgekd: `input`, `image_size`, `resize` (stretch, or crop: keep
-    the aspect ratio and take the centre), `interpolation`, `scale`, `mean`, `std` (of R, G, B, after scaling to 0..1),
-    `output` (logits) and `classes` (a JSON list). `edgekd` is `metadata`, with a SHA-256 of the file.
+    The file's metadata describe how to run it without edgekd: `input`, `image_size`, `resize` and `resize_size` (see
+    `data.preprocess.Preprocess`), `interpolation`, `scale`, `mean`, `std` (of each plane, after scaling), `output`
+    (logits) and `classes` (a JSON list). `edgekd` is `metadata`, with a SHA-256 of the file.
 
     Args:
         network: The trained network, on the CPU.

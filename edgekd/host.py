@@ -83,7 +83,7 @@ def host_info(packages: Iterable[str] = (), backends: Mapping[str, Mapping[str, 
         system=platform.system(),
         release=platform.release(),
         machine=platform.machine(),
-        cpu=_cpuinfo("model name") or _cpuinfo("Model") or platform.processor() or platform.machine() or "unknown",
+        cpu=cpu_model(),
         cores=cores(),
         exact_int8=exact_int8(),
         memory_mib=_memory_mib(),
@@ -94,6 +94,11 @@ def host_info(packages: Iterable[str] = (), backends: Mapping[str, Mapping[str, 
         facts=_facts(),
         backends={name: dict(facts) for name, facts in (backends or {}).items()},
     )
+
+
+def cpu_model() -> str:
+    """Return the model name of the CPU."""
+    return _cpuinfo("model name") or _cpuinfo("Model") or platform.processor() or platform.machine() or "unknown"
 
 
 def installed_version(package: str) -> str | None:

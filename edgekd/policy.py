@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -86,6 +87,22 @@ class Policy:
     def is_tuned(self) -> bool:
         """True if every exit but the last has a threshold (a single exit needs none)."""
         return len(self.thresholds) == len(self.temperatures) - 1
+
+    @property
+    def never_exits(self) -> bool:
+        """True if every image takes the last exit, because no exit has a threshold that can be reached."""
+        return self.is_tuned and all(t >= NEVER_EXIT for t in self.thresholds)
+
+    def of_exits(self, keep: Sequence[int]) -> Policy:
+        """Return the policy of some of the exits, as if the network had no others.
+
+        Args:
+            keep: Indices of the exits, rising; the last exit, which has no threshold, is one of them.
+        """
+        temperatures = tuple(self.temperatures[k] for k in keep)
+        thresholds = tuple(self.thresholds[k] for k in keep[:-1] if self.thresholds)
+        pooling = tuple(tuple(self.pooling[k][j] for j in keep if j <= k) for k in keep if self.pooling)
+        return dataclasses.replace(self, temperatures=temperatures, thresholds=thresholds, pooling=pooling)
 
     def without_early_exit(self) -> Policy:
         """Return the same policy with thresholds above any confidence: the reference for what an early exit changes."""

@@ -50,12 +50,24 @@ def read_json(path: Path, cls: type[T], *, what: str) -> T:
     Raises:
         ArtifactError: The file is missing, is not JSON, has another schema version, or does not fit the dataclass.
     """
+    return from_table(cls, read_table(path, what=what), where=f"{path} is not a {what} that this edgekd can read")
+
+
+def read_table(path: Path, *, what: str) -> Any:
+    """Read and parse a JSON file.
+
+    Args:
+        path: The file.
+        what: Name of its kind in errors.
+
+    Raises:
+        ArtifactError: The file is missing or is not JSON.
+    """
     data = read_bytes(path, what=what)
     try:
-        table = parse_json(data.decode())
+        return parse_json(data.decode())
     except ValueError as error:
         raise ArtifactError(f"{path} is not a valid {what}: {error}", fix="create it again") from None
-    return from_table(cls, table, where=f"{path} is not a {what} that this edgekd can read")
 
 
 def from_table(cls: type[T], table: Any, *, where: str) -> T:

@@ -6,15 +6,20 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from edgekd.artifacts.certificate import Attempt, Certificate
 from edgekd.artifacts.metadata import ModelMetadata, read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
 from edgekd.host import HostInfo
-from edgekd.serialization import SCHEMA, read_bytes, read_json, to_json
+from edgekd.serialization import SCHEMA, from_table, read_bytes, read_table, to_json
 
 MANIFEST = "manifest.json"
+NETWORK = "network"
+"""`EngineFile.graph` of the network that the graphs were built from, kept so that exits can be removed."""
+NETWORK_FILE = f"{NETWORK}.onnx"
 MAX_MS = 1e12
 """Milliseconds (30 years) that no measured time exceeds."""
 
@@ -24,7 +29,7 @@ class EngineFile:
     """One file of an engine.
 
     Attributes:
-        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`.
+        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`; or `network`, which is not run.
         sha256: SHA-256 of its content.
         bytes: Its size.
     """
@@ -181,6 +186,9 @@ class Manifest:
         notes: Remarks for the user.
         curve: Trade-off curve of `edgekd tune`.
         tuning: How the exit policy was chosen; None until then.
+        certificate: What the exit policy keeps on new images; None if nothing is certified. It is void when the
+            engine's files, its policy or its preprocessing change, so what changes them drops it.
+        attempts: The searches for a certificate so far.
         edgekd: Version of edgekd that built it.
         digest: SHA-256 of the manifest without this field.
         schema: Version of this format.
@@ -201,6 +209,8 @@ class Manifest:
     notes: tuple[str, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     tuning: Tuning | None = None
+    certificate: Certificate | None = None
+    attempts: tuple[Attempt, ...] = ()
     edgekd: str = ""
     digest: str = ""
     schema: int = SCHEMA
@@ -215,7 +225,8 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json with its own digest."""
-    atomic_write(folder / MANIFEST, to_json(dataclasses.replace(manifest, digest=_digest(manifest))))
+    table = dataclasses.asdict(manifest)
+    atomic_write(folder / MANIFEST, to_json({**table, "digest": _digest(table)}))
 
 
 def read_metadata(path: Path) -> ModelMetadata:
@@ -232,12 +243,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Read an engine's manifest and check every file against its hash.
 
     Raises:
-        ArtifactError: The folder is not an engine, or a file is missing, cut short or edited; it is named.
+        ArtifactError: The folder is not an engine, or a file other than `NETWORK_FILE` is missing, or any is cut short
+            or edited; it is named.
     """
     recover(folder)
     manifest = _manifest(folder)
-    for name in manifest.files:
+    for name, file in manifest.files.items():
         path = folder / name
+        if file.graph == NETWORK and not path.exists():  # no device needs it, so copies may leave it out
+            continue
         if _listed(path, manifest) != sha256(path):
             raise _edited(path)
     return manifest
@@ -258,21 +272,24 @@ def read_file(path: Path, manifest: Manifest) -> bytes:
 def _manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} is not an engine: it has no {MANIFEST}", fix="make one with edgekd compile")
-    manifest = read_json(folder / MANIFEST, Manifest, what="engine manifest")
+    path = folder / MANIFEST
+    table = read_table(path, what="engine manifest")
+    manifest = from_table(Manifest, table, where=f"{path} is not an engine manifest that this edgekd can read")
     for name in manifest.files:
         if Path(name).name != name or name == MANIFEST:
             raise ArtifactError(
                 f"{folder / MANIFEST}: '{name}' is not the name of a file beside it", fix="compile again"
             )
-    if manifest.digest != _digest(manifest):
+    if manifest.digest != _digest(table):
         raise ArtifactError(
             f"{folder / MANIFEST} was edited", fix="change thresholds with edgekd tune, or compile again"
         )
     return manifest
 
 
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(to_json(dataclasses.replace(manifest, digest=""))).hexdigest()
+def _digest(table: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest as it was written, so that versions with further fields find the same."""
+    return hashlib.sha256(to_json({**table, "digest": ""})).hexdigest()
 
 
 def _listed(path: Path, manifest: Manifest) -> str:

@@ -79,12 +79,15 @@ class ModelMetadata:
 def plain_metadata(metadata: ModelMetadata) -> dict[str, str]:
     """Return metadata keys and their text for running student.onnx without edgekd."""
     of = metadata.preprocess
+    planes = {"rgb": "RGB planes", "bgr": "BGR planes", "grey": "luminance in all three planes"}[of.channels]
+    small = {} if of.resize_size is None else {"resize_size": str(of.resize_size)}
     return {
-        "input": "images: float32 (n, 3, image_size, image_size), RGB planes",
+        "input": f"images: float32 (n, 3, image_size, image_size), {planes}",
         "image_size": str(of.image_size),
         "resize": of.resize,
-        "interpolation": "bilinear, antialiased (Pillow)",
-        "scale": "1/255",
+        **small,
+        "interpolation": f"{of.interpolation}, {'antialiased' if of.antialias else 'not antialiased'} (Pillow)",
+        "scale": "1/255" if of.scale == 1 / 255 else repr(of.scale),
         "mean": ",".join(map(str, of.mean)),
         "std": ",".join(map(str, of.std)),
         "output": "exit_0, exit_1, …: float32 (n, classes), logits before the softmax, shallow to deep",

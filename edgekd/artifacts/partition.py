@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import onnx
 from onnx.utils import Extractor
 
-from edgekd.artifacts.metadata import ModelMetadata
+from edgekd.artifacts.metadata import Exit, ModelMetadata
 from edgekd.errors import ArtifactError
 
 
@@ -77,6 +80,37 @@ def graphs(model: onnx.ModelProto, metadata: ModelMetadata) -> dict[str, onnx.Mo
     """Extract every graph of `graph_names`."""
     model = with_shapes(model)
     return {name: graph(model, metadata, name=name) for name in graph_names(metadata)}
+
+
+def keep_exits(
+    model: onnx.ModelProto, metadata: ModelMetadata, keep: Sequence[int]
+) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """Remove exits from a network: their heads, and their boundaries.
+
+    Args:
+        model: The network, float or quantised.
+        metadata: Its metadata.
+        keep: Indices of the exits to keep, rising; the last exit is one of them.
+
+    Returns:
+        The network with the outputs `exit_0`, `exit_1`, …, and its metadata with the policy of these exits.
+    """
+    outputs = [metadata.outputs[k] for k in keep]
+    kept = extract(with_shapes(model), ["images"], outputs)
+    # a later head may read the logits of a removed exit, whose name a kept exit takes
+    removed = {name: f"{name}_removed" for name in metadata.outputs if name not in outputs}
+    _rename(kept.graph, removed | {name: f"exit_{k}" for k, name in enumerate(outputs)})
+    exits = tuple(Exit(f"exit_{k}", metadata.exits[old].boundary) for k, old in enumerate(keep))
+    return kept, dataclasses.replace(metadata, exits=exits, policy=metadata.policy.of_exits(keep))
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Rename tensors, all at once: `names` may exchange two of them."""
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in graph.output:
+        value.name = names.get(value.name, value.name)
 
 
 def _cut_at(model: onnx.ModelProto, name: str) -> str:

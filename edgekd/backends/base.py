@@ -19,7 +19,7 @@ from edgekd.backends import BUILTIN
 from edgekd.backends.runner import CompiledGraph, DeviceCascade, StagedRunner
 from edgekd.backends.staged import host_staged_runner
 from edgekd.errors import BackendError, ConfigError, nearest
-from edgekd.host import exact_int8, host_info
+from edgekd.host import cpu_model, exact_int8
 from edgekd.policy import Policy
 from edgekd.registry import Registry
 from edgekd.schema import from_dict
@@ -219,15 +219,15 @@ class CpuBackend(Backend[Graph]):
     def incompatibility(self, manifest: Manifest) -> str:
         if reason := super().incompatibility(manifest):
             return reason
-        here, there = host_info(), manifest.host
-        if manifest.recipe.precision == "int8" and there.exact_int8 and not here.exact_int8:
-            reason = f"was quantised for a CPU with VNNI; this one ({here.cpu}) has none"
+        cpu, there = cpu_model(), manifest.host
+        if manifest.recipe.precision == "int8" and there.exact_int8 and not exact_int8():
+            reason = f"was quantised for a CPU with VNNI; this one ({cpu}) has none"
             if self.int8_saturates:
                 return reason
             log.warning("the engine %s: its predictions are the same, but it is slower", reason)
-        if there.cpu != here.cpu:
+        if there.cpu != cpu:
             log.warning(
-                "the engine was built on %s, this machine has %s: its measured times do not apply", there.cpu, here.cpu
+                "the engine was built on %s, this machine has %s: its measured times do not apply", there.cpu, cpu
             )
         return ""
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgekd.artifacts.metadata import ModelMetadata
 from edgekd.backends.runner import Runner, StagedRun, StagedRunner
 from edgekd.bench.suite import VariantGroup
-from edgekd.policy import NEVER_EXIT, Decision, confidence, softmax
+from edgekd.policy import Decision, confidence, softmax
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import Engine
 from edgekd.types import Array
@@ -25,6 +25,8 @@ Predictor: TypeAlias = Callable[[Array], Decision]
 """Images (N, 3, H, W) to the decisions on them."""
 INTERLEAVED_WITH = {"no-early-exit": "full"}
 """Variants that are also timed interleaved with another one, for a ratio near 1."""
+UNREACHABLE = 1.5
+"""A threshold above any confidence. With `NEVER_EXIT`, a classifier would run the final graph instead of the stages."""
 
 
 def variant_names(metadata: ModelMetadata, groups: Sequence[VariantGroup]) -> list[str]:
@@ -64,7 +66,7 @@ def make_predictor(engine: Engine, variant: str) -> Predictor:
     if variant.startswith("exit_"):
         return _single_exit(engine, int(variant.removeprefix("exit_")))
     if variant == "no-early-exit":
-        never = (NEVER_EXIT,) * (len(engine.metadata.exits) - 1)
+        never = (UNREACHABLE,) * (len(engine.metadata.exits) - 1)
         return Classifier(engine, strategy="cascade", policy=replace(engine.metadata.policy, thresholds=never)).run
     return Classifier(engine, strategy=variant).run  # type: ignore[arg-type]  # which refuses unknown ones
 

@@ -47,7 +47,10 @@ SHARED_OPTIONS: dict[str, Any] = {
     "batch_size": Annotated[int | None, typer.Option("--batch-size", help="Batch size of each process.")],
     "image_size": SizeOption,
     "seed": Annotated[int | None, typer.Option(help="Seed of split, initial weights and augmentation.")],
-    "split": Annotated[str | None, typer.Option(help="ratio:3,1,1, kfold:5, or a split.json.")],
+    "split": Annotated[
+        str | None,
+        typer.Option(help="ratio:3,1,1 (train, val, test), ratio:3,1,1,1 (and certify), kfold:5, or a split.json."),
+    ],
     "fold": Annotated[int | None, typer.Option(help="Fold of kfold that is the test subset.")],
     "group": GroupOption,
     "precision": Annotated[

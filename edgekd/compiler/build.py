@@ -13,8 +13,16 @@ import numpy as np
 import onnx
 
 from edgekd._version import __version__
-from edgekd.artifacts.manifest import MANIFEST, Calibration, EngineFile, Manifest, write_manifest
-from edgekd.artifacts.metadata import StudentModel
+from edgekd.artifacts.manifest import (
+    MANIFEST,
+    NETWORK,
+    NETWORK_FILE,
+    Calibration,
+    EngineFile,
+    Manifest,
+    write_manifest,
+)
+from edgekd.artifacts.metadata import ModelMetadata, StudentModel
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
@@ -31,7 +39,7 @@ from edgekd.compiler.gate import (
 )
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
-from edgekd.host import checked_threads
+from edgekd.host import HostInfo, checked_threads
 from edgekd.progress import Span
 from edgekd.quantization import quantize
 from edgekd.runtime.engine import Engine, built_engine, reference_engine
@@ -132,7 +140,7 @@ def refuse_other_folder(out: Path) -> None:
         return
     if not (out.is_dir() and ENGINE.matches(out / MANIFEST)):
         raise ConfigError(f"{out} exists and is not an engine: it would be replaced", fix="choose another --out")
-    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final)\..+|\..+")
+    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final|{NETWORK})\..+|\..+")
     for path in out.iterdir():
         if not (path.is_file() and own.fullmatch(path.name)):
             raise ConfigError(f"{path} would be lost: it is not part of the engine", fix="move it out of that folder")
@@ -233,6 +241,7 @@ class Compilation:
         self._validation = validation
         self._threads = threads
         self._quantized: dict[tuple[str, bool, bool], onnx.ModelProto] = {}
+        self._hosts: dict[str, HostInfo] = {}
 
     def compile(self, backend: AnyBackend, folder: Path, span: Span) -> _Engine:
         """Build, gate and time an engine in `folder`.
@@ -299,7 +308,7 @@ class Compilation:
         model = self._student.model
         if self._recipe.precision == "int8":
             model = self._quantise(backend, heads == "quantised", span.part(0.3))
-        manifest = self._build(backend, folder, graphs(model, self._student.metadata), span.part(0.6))
+        manifest = self._build(backend, folder, model, span.part(0.6))
         engine = built_engine(folder, manifest, threads=self._threads)
         report = check(engine, self._validation, recipe=self._recipe)
         span.fraction(1)
@@ -323,28 +332,64 @@ class Compilation:
             )
         return self._quantized[key]
 
-    def _build(self, backend: AnyBackend, folder: Path, parts: dict[str, onnx.ModelProto], span: Span) -> Manifest:
+    def _build(self, backend: AnyBackend, folder: Path, model: onnx.ModelProto, span: Span) -> Manifest:
         """Build every graph, and return the manifest as far as it is known."""
-        folder.mkdir(parents=True)
-        files = {}
-        for name, graph in parts.items():
-            part = span.part(1 / len(parts))
-            backend.build(graph, folder / f"{name}{backend.suffix}", recipe=self._recipe, progress=part.fraction)
-            part.fraction(1)
-            for file in sorted(folder.glob(f"{name}.*")):
-                files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
+        files = build_graphs(backend, folder, model, self._student.metadata, recipe=self._recipe, span=span)
+        if backend.name not in self._hosts:
+            self._hosts[backend.name] = describe_host(backend.name)
         return Manifest(
             self._student.metadata,
             backend.name,
             str(backend.version()),
             self._recipe,
             precision={},
-            host=describe_host(backend.name),
+            host=self._hosts[backend.name],
             files=files,
             source_sha256=self._student.sha256,
             calibration=self._calibration,
             edgekd=__version__,
         )
+
+
+def build_graphs(
+    backend: AnyBackend,
+    folder: Path,
+    model: onnx.ModelProto,
+    metadata: ModelMetadata,
+    *,
+    recipe: Recipe,
+    span: Span,
+) -> dict[str, EngineFile]:
+    """Partition a network, build every graph of it, and keep the network beside them if exits can be cut out of it.
+
+    Args:
+        backend: The backend.
+        folder: Folder to write to; it is made.
+        model: The network, quantised if the recipe is int8.
+        metadata: Its metadata.
+        recipe: Precision, batch sizes and options.
+        span: Progress.
+
+    Returns:
+        The files of the engine.
+
+    Raises:
+        BackendError: The backend cannot build a graph.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    parts = graphs(model, metadata)
+    for name, graph in parts.items():
+        part = span.part(1 / len(parts))
+        backend.build(graph, folder / f"{name}{backend.suffix}", recipe=recipe, progress=part.fraction)
+        part.fraction(1)
+        for file in sorted(folder.glob(f"{name}.*")):
+            files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
+    if len(metadata.exits) == 1:
+        return files
+    network = folder / NETWORK_FILE
+    onnx.save(model, str(network))
+    return files | {network.name: EngineFile(NETWORK, sha256(network), network.stat().st_size)}
 
 
 def _calibration(recipe: Recipe, images: Array | None) -> Calibration | None:

@@ -82,7 +82,7 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
     """
     if validation is None:
         return GateReport()
-    paths = _paths(engine, validation.images)
+    paths = logits_of_paths(engine, validation.images)
     parity = Parity(_differences(paths, validation.reference), float(np.abs(paths[0] - paths[1]).max()))
     accuracy = _accuracy(paths, validation.reference, validation.labels)
     refusal = _parity_refusal(engine, parity.max_abs_logit_difference, recipe=recipe) or _accuracy_refusal(
@@ -94,7 +94,7 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
     return GateReport(parity, accuracy, refusal)
 
 
-def _paths(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
+def logits_of_paths(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
     """Return the logits (E, N, C) of the stages, of the monolithic graph, and with the final graph's last exit."""
     staged, monolithic = (f(images, batch_size=batch_size) for f in (engine.staged_logits, engine.logits))
     final = [engine.final(images[i : i + batch_size])[-1] for i in range(0, len(images), batch_size)]
@@ -128,7 +128,7 @@ def _check_batch_sizes(
     falling = sorted(set(recipe.batch_sizes), reverse=True)
     for size in (*falling, *falling[-2::-1]):
         rows = np.arange(math.ceil(BATCH_SIZE_IMAGES / size) * size) % len(images)
-        paths = _paths(engine, images[rows], batch_size=size)
+        paths = logits_of_paths(engine, images[rows], batch_size=size)
         differences = _differences(paths, reference[:, rows])
         parities.append(BatchParity(size, differences))
         once = rows[: len(images)]  # repeated images add no evidence

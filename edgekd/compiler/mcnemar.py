@@ -8,12 +8,12 @@ the limit, a fraction of at most `alpha` is rejected.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 OUTSIDE = 0.005
 """Probability that the rate of differing images is beyond its bound; part of every p-value."""
@@ -46,34 +46,21 @@ class Drop:
     def p_value(self, limit: float) -> float:
         """Return the p-value of such a loss under the hypothesis that the true drop is at most `limit` points."""
         drop, differing = limit / 100, self.lost + self.gained
-        if drop >= 0:  # the fewer differ, the more of them may be losses
-            rate = max(self._bound(lambda q: _at_least(differing, self.images, q) - OUTSIDE), drop)
+        alike = self.images - differing
+        if drop >= 0:  # the fewer differ, the more of them may be losses; bounds of Clopper and Pearson
+            rate = max(stats.beta.ppf(OUTSIDE, differing, alike + 1) if differing else 0.0, drop)
         else:
-            rate = self._bound(lambda q: _at_least(differing + 1, self.images, q) - 1 + OUTSIDE)
+            rate = stats.beta.ppf(1 - OUTSIDE, differing + 1, alike) if alike else 1.0
             if rate < -drop:
                 return OUTSIDE
         share = (1 + drop / rate) / 2 if drop else 0.5
-        return min(1.0, OUTSIDE + _at_least(self.lost, differing, share))
+        return float(min(1.0, OUTSIDE + stats.binom.sf(self.lost - 1, differing, share)))
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """Return the confidence interval of the true drop, in points; each end fails with probability `alpha`."""
         mirrored = Drop(self.images, self.gained, self.lost)
         low, high = (100 * _root(lambda x, d=d: d.p_value(100 * x) - alpha, -1.0) for d in (self, mirrored))  # type: ignore[misc]
         return low, -high
-
-    def _bound(self, increasing: Callable[[float], float]) -> float:
-        return _root(increasing, 0.0)
-
-
-def _at_least(count: int, of: int, rate: float) -> float:
-    """Return P(X >= count) for X ~ Binomial(of, rate)."""
-    if count <= 0 or rate >= 1:
-        return float(count <= of)
-    if rate <= 0:
-        return 0.0
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])
-    k = np.arange(count, of + 1)
-    return float(np.exp(logs[of] - logs[k] - logs[of - k] + k * math.log(rate) + (of - k) * math.log1p(-rate)).sum())
 
 
 def _root(increasing: Callable[[float], float], low: float) -> float:

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from edgekd.errors import DataError
 from edgekd.types import Array
@@ -62,39 +62,119 @@ TURNS = {
 """Transpositions by EXIF orientation."""
 
 
+Interpolation: TypeAlias = Literal["bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"]
+Resize: TypeAlias = Literal["stretch", "crop", "shorter", "pad"]
+Channels: TypeAlias = Literal["rgb", "bgr", "grey"]
+
+
 @dataclass(frozen=True)
 class Preprocess:
-    """Resizing, scaling to 0..1, and standardisation.
+    """Resizing, scaling and standardisation, as the libraries of trained classifiers do them.
+
+    Pixels 0..255 become `(pixel * scale - mean) / std`.
 
     Attributes:
         image_size: Side of the square input in pixels.
-        mean: Mean of each channel (RGB), of values in 0..1.
-        std: Standard deviation of each channel.
-        resize: `stretch` ignores the aspect ratio, `crop` keeps it and crops the centre.
+        mean: Mean of each plane, in the order of `channels`, of scaled values.
+        std: Standard deviation of each plane.
+        resize: How the image is brought to the input size. `stretch` ignores the aspect ratio. The others keep it:
+            `crop` resizes the largest central square; `shorter` resizes the shorter side to `resize_size` (torchvision,
+            Hugging Face, timm's crop mode `center`), `pad` the longer side, with borders of the colour that becomes 0
+            (timm's `border`).
+        resize_size: Side in pixels that the image is resized to before its centre of `image_size` is taken; default:
+            `image_size`. With `stretch` both sides (timm's `squash`); `crop` has none.
+        interpolation: Pillow's filter.
+        antialias: Average all pixels that an output pixel covers, as Pillow, torchvision and timm do. Without it,
+            `bilinear` reads 4 pixels and `bicubic` 16, as TensorFlow and OpenCV do.
+        scale: Factor on pixels 0..255.
+        centre: Rounding of the position of the centre: `round` to the nearest (torchvision, timm), or `floor` (Hugging
+            Face).
+        channels: Order of the planes. `grey` repeats the luminance of Pillow's mode L in all three.
     """
 
     image_size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    resize: Literal["stretch", "crop"] = "stretch"
+    resize: Resize = "stretch"
+    resize_size: int | None = None
+    interpolation: Interpolation = "bilinear"
+    antialias: bool = True
+    centre: Literal["round", "floor"] = "round"
+    scale: float = 1 / 255
+    channels: Channels = "rgb"
 
     def __post_init__(self) -> None:
         if not 8 <= self.image_size <= 4096:
             raise ValueError(f"image_size: {self.image_size} is not in 8..4096")
         if not all(-1e3 <= m <= 1e3 for m in self.mean) or not all(1e-3 <= s <= 1e3 for s in self.std):
-            raise ValueError("mean, std: must be those of values in 0..1, with std above 0")
+            raise ValueError("mean, std: must be those of scaled values, with std above 0")
+        if not 1e-6 <= self.scale <= 1e3:
+            raise ValueError("scale: a factor on pixels 0..255, such as 1/255")
+        if self.resize_size is not None and not self.image_size <= self.resize_size <= 8192:
+            raise ValueError(f"resize_size: {self.resize_size} is not in image_size..8192")
+        if self.resize_size is not None and self.resize == "crop":
+            raise ValueError("resize_size: resize = crop has none; use shorter")
+        if not self.antialias and self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ValueError("antialias: only bilinear and bicubic have a form without")
+
+    @property
+    def fill(self) -> tuple[int, ...]:
+        """The colour (R, G, B) that becomes 0, as closely as 8 bits allow."""
+        levels = tuple(min(255, max(0, round(m / self.scale))) for m in self.mean)
+        return levels[::-1] if self.channels == "bgr" else levels
+
+    def converted(self, image: Image.Image) -> Image.Image:
+        """Return an RGB image as it is, or its luminance in RGB if the network takes grey images."""
+        return image.convert("L").convert("RGB") if self.channels == "grey" else image
+
+    def resampled(
+        self, image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    ) -> Image.Image:
+        """Resize a region (left, top, right, bottom) of an image, by default all of it, to a size in pixels."""
+        if self.antialias or self.interpolation == "nearest":
+            return image.resize(size, Image.Resampling[self.interpolation.upper()], box)
+        left, top, right, bottom = box or (0, 0, *image.size)
+        across, down = (right - left) / size[0], (bottom - top) / size[1]
+        affine = (across, 0, left, 0, down, top)
+        return image.transform(size, Image.Transform.AFFINE, affine, Image.Resampling[self.interpolation.upper()])
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """Resize an RGB image to the input size, bilinear with antialiasing."""
-        size = (self.image_size, self.image_size)
+        """Resize an RGB image to the input size."""
+        image, size = self.converted(image), self.resize_size or self.image_size
+        width, height = image.size
         if self.resize == "crop":
-            return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-        return image.resize(size, Image.Resampling.BILINEAR)
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            return self.resampled(image, (size, size), (left, top, left + side, top + side))
+        if self.resize == "shorter":  # rounded down, as torchvision does
+            wide = width > height
+            size_ = (int(size * width / height), size) if wide else (size, int(size * height / width))
+            return self._central(self.resampled(image, size_))
+        if self.resize == "pad":  # rounded, as timm does
+            ratio = max(width / size, height / size)
+            return self._central(self.resampled(image, (round(width / ratio), round(height / ratio))))
+        return self._central(self.resampled(image, (size, size)))
+
+    def _central(self, image: Image.Image) -> Image.Image:
+        """Take the centre of the input size, with borders where the image is smaller."""
+        side = self.image_size
+        if image.size == (side, side):
+            return image
+        missing = [max(0, side - length) for length in image.size]
+        if any(missing):
+            framed = Image.new("RGB", (image.width + missing[0], image.height + missing[1]), self.fill)
+            framed.paste(image, (missing[0] // 2, missing[1] // 2))
+            image = framed
+        left, top = (
+            ((length - side) // 2 if self.centre == "floor" else round((length - side) / 2)) for length in image.size
+        )
+        return image.crop((left, top, left + side, top + side))
 
     def normalised(self, pixels: npt.NDArray[np.uint8]) -> Array:
         """Convert uint8 (..., H, W, 3) to standardised float32 (..., 3, H, W)."""
         std = np.asarray(self.std, np.float32).reshape(3, 1, 1)
-        planes: Array = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)) * (np.float32(1 / 255) / std)
+        pixels = pixels[..., ::-1] if self.channels == "bgr" else pixels
+        planes: Array = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)) * (np.float32(self.scale) / std)
         planes -= np.asarray(self.mean, np.float32).reshape(3, 1, 1) / std
         return planes
 

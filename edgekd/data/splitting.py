@@ -113,6 +113,8 @@ def _assign(
     trained = {item.label for item, subset in zip(folder.items, assigned) if subset == "train"}
     if lacking := [name for label, name in enumerate(folder.classes) if label not in trained]:
         raise DataError(f"no whole group is left for training class {join_limited(lacking)}", fix=_FEWER)
+    if empty := [subset for subset in names if subset not in assigned]:
+        raise DataError(f"no whole group is left for {join_limited(empty)}", fix=_FEWER)
     return assigned
 
 

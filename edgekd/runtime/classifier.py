@@ -82,7 +82,8 @@ class Classifier:
         engine: Path of student.engine/ or student.onnx, or an opened engine.
         strategy: `cascade` runs stage by stage, and each image takes the first exit whose threshold it reaches; `full`
             averages the probabilities of all exits at temperature 1; `final` runs the last exit alone, at its
-            temperature. Default: `cascade` if the engine was tuned, else `full`.
+            temperature, and so does a cascade in which no image can exit early and the last exit answers by itself.
+            Default: `cascade` if the engine was tuned, else `full`.
         policy: Replaces the engine's own policy.
         threads: CPU threads of the engine, when a path is given.
         device_side_exit: Experimental: the GPU itself ends the cascade, one image at a time (TensorRT, CUDA 12.4 or
@@ -117,7 +118,8 @@ class Classifier:
         if device_side_exit and self.strategy != "cascade":
             raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
         self._decider = engine.device_cascade(self.policy) if device_side_exit else None
-        if self.strategy == "cascade":
+        self._runs_stages = self.strategy == "cascade" and not _is_last_exit(self.policy)
+        if self._runs_stages:
             self._staged_runner = engine.staged_runner()
         else:
             self._graph = engine.monolithic if self.strategy == "full" else engine.final
@@ -245,7 +247,7 @@ class Classifier:
         """Classify one batch by the chosen strategy."""
         if self._decider:
             decision = self._on_device(images)
-        elif self.strategy != "cascade":
+        elif not self._runs_stages:
             decision = self._at_once(images)
         elif len(images) == 1 and len(self.metadata.classes) <= FEW_CLASSES:
             decision = self._cascade_of_one(images)
@@ -314,6 +316,11 @@ class Classifier:
     def _next_size(self, exit: int, survivors: int, current: int) -> int:
         size = _padded(survivors, self._buckets)
         return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
+
+
+def _is_last_exit(policy: Policy) -> bool:
+    """Return True if a policy's answers are those of the last exit alone."""
+    return policy.never_exits and (policy.average != "mean" or len(policy.temperatures) == 1)
 
 
 def _reopen(path: Path, options: dict[str, Any], digest: str) -> Classifier:

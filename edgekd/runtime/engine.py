@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import cast
 import numpy as np
 import onnx
 
-from edgekd.artifacts.manifest import Manifest, read_file, read_manifest
+from edgekd.artifacts.manifest import NETWORK, NETWORK_FILE, Manifest, read_file, read_manifest
 from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graph, graph_names, with_shapes
 from edgekd.artifacts.recipe import Recipe
@@ -22,7 +23,7 @@ from edgekd.backends.base import REFERENCE, AnyBackend, find_backend
 from edgekd.backends.runner import CompiledGraph, DeviceCascade, Runner, StagedRunner
 from edgekd.errors import ArtifactError, BackendError, ConfigError
 from edgekd.files import recover
-from edgekd.host import checked_threads, host_info
+from edgekd.host import checked_threads
 from edgekd.policy import Policy
 from edgekd.types import Array
 
@@ -260,12 +261,14 @@ def _check_shapes(graph: CompiledGraph, name: str, metadata: ModelMetadata) -> N
 def _check_files(manifest: Manifest, path: Path) -> None:
     """Check that the manifest lists the files of these graphs, as this backend writes them, and no others.
 
+    `NETWORK_FILE` may be among them; engines of earlier versions have none.
+
     Raises:
         ArtifactError: It does not.
     """
     suffixes = find_backend(manifest.backend).suffixes(manifest.recipe)
     expected = {f"{name}{suffix}": name for name in graph_names(manifest.metadata) for suffix in suffixes}
-    found = {name: file.graph for name, file in manifest.files.items()}
+    found = {name: file.graph for name, file in manifest.files.items() if (name, file.graph) != (NETWORK_FILE, NETWORK)}
     if found != expected:
         odd = min(found.items() ^ expected.items())[0]
         what = f"{path}: its manifest lists other files than the graphs of {manifest.backend}: {odd}"
@@ -278,7 +281,7 @@ def check_host(manifest: Manifest, path: Path) -> None:
     Raises:
         ArtifactError: Damaged options, another system or architecture, or one of `Backend.incompatibility`.
     """
-    backend, here, there = find_backend(manifest.backend), host_info(), manifest.host
+    backend, there = find_backend(manifest.backend), manifest.host
     try:
         backend.parse_options(manifest.recipe, where=f"{path}: recipe")
     except ConfigError as error:
@@ -287,8 +290,10 @@ def check_host(manifest: Manifest, path: Path) -> None:
         f"build it again on this machine: edgekd compile student.onnx --recipe {backend.recipe_name(manifest.recipe)} "
         f"--backend {manifest.backend} --out {path}"
     )
-    for key in ("system", "machine"):
-        built_on, found = getattr(there, key), getattr(here, key)
+    for key, built_on, found in (
+        ("system", there.system, platform.system()),
+        ("machine", there.machine, platform.machine()),
+    ):
         if built_on != found:
             raise ArtifactError(f"{path} was built on {key} {built_on}; this machine has {found}", fix=rebuild)
     if reason := backend.incompatibility(manifest):

@@ -129,7 +129,8 @@ def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, dig
     facts = {k: v for k, v in vars(tuned).items() if k not in ("policy", "curve")}
     metadata = dataclasses.replace(manifest.metadata, policy=tuned.policy)
     tuning = Tuning(**facts, **provenance)
-    write_manifest(folder, dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuning=tuning))
+    kept = dataclasses.replace(manifest, metadata=metadata, curve=tuned.curve, tuning=tuning, certificate=None)
+    write_manifest(folder, kept)
 
 
 def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, ...]:

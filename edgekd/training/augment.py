@@ -75,8 +75,8 @@ def augmented(image: Image.Image, augment: Augment, preprocess: Preprocess, rng:
     image = _cropped(image, augment, preprocess, draw[:4]) if augment.crops else preprocess.resized(image)
     image = _jittered(image, augment, draw[4:8])
     if augment.rotation:
-        fill = tuple(round(255 * m) for m in preprocess.mean)  # zeros after standardisation
-        image = image.rotate((2 * draw[8] - 1) * augment.rotation, Image.Resampling.BILINEAR, fillcolor=fill)
+        turn = (2 * draw[8] - 1) * augment.rotation
+        image = image.rotate(turn, Image.Resampling.BILINEAR, fillcolor=preprocess.fill)
     pixels = np.asarray(image)
     if draw[9] < augment.hflip:
         pixels = pixels[:, ::-1]
@@ -98,7 +98,7 @@ def _cropped(image: Image.Image, augment: Augment, preprocess: Preprocess, draw:
     w, h = min(whole[0] * side * tilt, width), min(whole[1] * side / tilt, height)
     left, top = draw[2] * (width - w), draw[3] * (height - h)
     size = (preprocess.image_size,) * 2
-    return image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    return preprocess.resampled(preprocess.converted(image), size, (left, top, left + w, top + h))
 
 
 def _jittered(image: Image.Image, augment: Augment, draw: Draws) -> Image.Image:

@@ -35,7 +35,7 @@ class Protocol(LossSettings):
         weights: Initial weights: `hub`, `none`, or a file or run folder.
         preprocess: Preprocessing of the images.
         augment: Augmentation of the training images.
-        split: Method of the split (`ratio:3,1,1`, `kfold:5`), or a split.json.
+        split: Method of the split (`ratio:3,1,1`, `ratio:3,1,1,1`, `kfold:5`), or a split.json.
         fold: Fold of a k-fold split.
         group: Grouping of images that must not be separated by the split.
         seed: Seed of initial weights, order and augmentation.

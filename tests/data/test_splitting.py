@@ -123,6 +123,8 @@ def test_invalid_group_patterns_are_refused() -> None:
         make_split(checked, group="(")
     with pytest.raises(DataError, match="no whole group is left for training class"):
         make_split(made_up({"a": 9, "b": 9}), method="kfold:3", group="^[ab]")
+    with pytest.raises(DataError, match=r"no whole group is left for .*certify"):
+        make_split(made_up({"a": 2, "b": 2}), method="ratio:3,1,1,1", group=r"\d")
 
 
 def test_invalid_methods_and_too_small_classes_are_refused() -> None:
