@@ -24,7 +24,7 @@ from PIL import Image
 
 SIZE = 64
 """Side of the input in pixels; small, so that a network takes minutes on one core."""
-EPOCHS = 3
+EPOCHS = 2
 Transform = Callable[[Image.Image], Any]
 
 
@@ -95,6 +95,31 @@ def _train(model: Any, job: Job, transform: Transform, *, lr: float, epochs: int
     model.to(memory_format=torch.contiguous_format).eval()
 
 
+def _fit_head(model: Any, head: Any, job: Job, transform: Transform, *, is_new: bool = False) -> None:
+    """Fit the last layer alone, by logistic regression on its inputs; statistics of new batch norms are measured."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+
+    paths, labels = job.images("train")
+    inputs: list[Any] = []
+    hook = head.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
+    images = _tensor(paths, transform)
+    with torch.inference_mode():
+        if is_new:
+            for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+                norm.momentum = None  # the mean over all batches
+            for chosen in torch.randperm(len(images))[:640].split(64):
+                model.train()(images[chosen])
+            inputs.clear()
+        for batch in images.split(64):
+            model.eval()(batch)
+    hook.remove()
+    fitted = LogisticRegression(C=0.1, max_iter=500).fit(torch.cat(inputs).numpy(), labels)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(fitted.coef_))
+        head.bias.copy_(torch.from_numpy(fitted.intercept_))
+
+
 def _logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 
@@ -140,19 +165,17 @@ def torchvision(job: Job, name: str, *, imagenet: bool, opset: int, batch: int |
     if imagenet:
         job.classes = list(models.get_model_weights(name).DEFAULT.meta["categories"])
     else:
-        head = model.fc if name == "resnet50" else model.classifier[-1]
-        new = torch.nn.Linear(head.in_features, len(job.classes))
+        old = model.fc if name == "resnet50" else model.classifier[-1]
+        head = torch.nn.Linear(old.in_features, len(job.classes))
         if name == "resnet50":
-            model.fc = new
-            for part in (model.conv1, model.layer1, model.layer2):
-                part.requires_grad_(False)
+            model.fc = head
         else:
-            model.classifier[-1] = new
-        _train(model, job, transform, lr=5e-4, epochs=1 if name == "resnet50" else 2)
+            model.classifier[-1] = head
+        _fit_head(model, head, job, transform)
     model.eval()
     _export(model, job, opset=opset, dynamo=False, size=size, batch=batch)
     facts = {"exporter": "torch.onnx (TorchScript)", "framework": f"torchvision {version('torchvision')}"}
-    facts |= {"size": size, "resize": resize, "trained": "ImageNet" if imagenet else "ImageNet, then SIPaKMeD"}
+    facts |= {"size": size, "resize": resize, "trained": "ImageNet" if imagenet else "ImageNet, last layer SIPaKMeD"}
     if imagenet:
         (job.out / "classes.txt").write_text("\n".join(job.classes) + "\n")
         (job.out / "facts.json").write_text(json.dumps({**facts, "options": options}, indent=1))
@@ -164,14 +187,14 @@ def timm(
     job: Job,
     name: str,
     *,
-    lr: float,
     opset: int,
     dynamo: bool,
+    lr: float = 0.0,
     weights: bool = False,
     epochs: int = EPOCHS,
     **kwargs: Any,
 ) -> None:
-    """A timm network with the config.json of timm's hub format; either exporter."""
+    """A timm network with the config.json of timm's hub format; either exporter. Without `lr`, a random backbone."""
     import torch
     from safetensors.torch import load_file
     from timm import create_model
@@ -186,7 +209,10 @@ def timm(
         own = model.state_dict()
         model.load_state_dict({k: v for k, v in state.items() if own[k].shape == v.shape}, strict=False)
     transform = create_transform(**resolve_data_config({}, model=model))
-    _train(model, job, transform, lr=lr, epochs=epochs)
+    if lr:
+        _train(model, job, transform, lr=lr, epochs=epochs)
+    else:
+        _fit_head(model, model.get_classifier(), job, transform, is_new=True)
     save_config_for_hf(model, str(job.out / "config.json"), {"label_names": job.classes})
     _export(model, job, opset=opset, dynamo=dynamo)
     job.finish(
@@ -194,7 +220,7 @@ def timm(
         ["--preprocess", "config.json"],
         exporter="torch.onnx (dynamo)" if dynamo else "torch.onnx (TorchScript)",
         framework=f"timm {version('timm')}",
-        trained="ImageNet, then SIPaKMeD" if weights else "SIPaKMeD",
+        trained="ImageNet, then SIPaKMeD" if weights else "SIPaKMeD" if lr else "SIPaKMeD: last layer alone",
     )
 
 
@@ -215,7 +241,7 @@ def transformers(job: Job, *, opset: int) -> None:
     def transform(image: Image.Image) -> Any:
         return processor(image, return_tensors="pt")["pixel_values"][0]
 
-    _train(model, job, transform, lr=1e-3, epochs=4)
+    _fit_head(model, model.classifier, job, transform, is_new=True)
     processor.save_pretrained(job.out)
     config.save_pretrained(job.out)
 
@@ -254,7 +280,7 @@ def ultralytics(job: Job) -> None:
         "flipud": 0.5,
     }
     model.train(
-        data=str(job.cells), epochs=5, imgsz=SIZE, batch=32, device="cpu", project=str(job.out / "runs"), **options
+        data=str(job.cells), epochs=3, imgsz=SIZE, batch=32, device="cpu", project=str(job.out / "runs"), **options
     )
     exported = model.export(format="onnx", imgsz=SIZE, dynamic=True, simplify=False)
     shutil.move(exported, job.out / "model.onnx")
@@ -329,9 +355,9 @@ def paddle(job: Job) -> None:
     images, labels, rng = load("train"), job.images("train")[1], np.random.default_rng(0)
     model = models.mobilenet_v1(scale=0.5, num_classes=len(job.classes))
     steps = len(images) // 32
-    rate = paddle.optimizer.lr.CosineAnnealingDecay(2e-3, 4 * steps)
+    rate = paddle.optimizer.lr.CosineAnnealingDecay(2e-3, 2 * steps)
     optimiser = paddle.optimizer.AdamW(rate, parameters=model.parameters())
-    for epoch in range(4):
+    for epoch in range(2):
         model.train()
         total = 0.0
         for chosen in np.array_split(rng.permutation(len(images)), steps):
@@ -416,11 +442,11 @@ NETWORKS: dict[str, Callable[[Job], None]] = {
         job, "tf_mobilenetv3_small_100", lr=1e-3, opset=20, dynamo=True, weights=True, epochs=4
     ),
     "vit_tiny": lambda job: timm(job, "vit_tiny_patch16_224", lr=5e-4, opset=18, dynamo=True, img_size=SIZE, epochs=4),
-    "convnext_atto": lambda job: timm(job, "convnext_atto", lr=2e-3, opset=21, dynamo=True),
-    "efficientnet_b0": lambda job: timm(job, "efficientnet_b0", lr=2e-3, opset=16, dynamo=False),
-    "densenet121": lambda job: timm(job, "densenet121", lr=2e-3, opset=14, dynamo=False, epochs=2),
-    "regnety_002": lambda job: timm(job, "regnety_002", lr=2e-3, opset=18, dynamo=True),
-    "mobilevit_xxs": lambda job: timm(job, "mobilevit_xxs", lr=2e-3, opset=17, dynamo=False),
+    "convnext_atto": lambda job: timm(job, "convnext_atto", opset=21, dynamo=True),
+    "efficientnet_b0": lambda job: timm(job, "efficientnet_b0", opset=16, dynamo=False),
+    "densenet121": lambda job: timm(job, "densenet121", opset=14, dynamo=False),
+    "regnety_002": lambda job: timm(job, "regnety_002", opset=18, dynamo=True),
+    "mobilevit_xxs": lambda job: timm(job, "mobilevit_xxs", opset=17, dynamo=False),
     "swin": lambda job: transformers(job, opset=17),
     "yolo11n-cls": ultralytics,
     "keras-mobilenet": keras,
