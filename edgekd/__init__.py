@@ -15,14 +15,19 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
+    from edgekd.conversion.modules import export_module as export_module
     from edgekd.runtime.classifier import Classifier as Classifier
     from edgekd.runtime.classifier import Prediction as Prediction
 
-__all__ = ["Classifier", "EdgekdError", "Prediction", "__version__"]
+__all__ = ["Classifier", "EdgekdError", "Prediction", "__version__", "export_module"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import Classifier or Prediction on first access."""
+    """Import Classifier, Prediction or export_module on first access."""
+    if name == "export_module":
+        from edgekd.conversion import modules
+
+        return modules.export_module
     if name in ("Classifier", "Prediction"):
         from edgekd.runtime import classifier
 

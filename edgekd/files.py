@@ -96,9 +96,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def temporary_folder(purpose: str) -> Iterator[Path]:
-    """Provide a folder in TMPDIR, removed after the block or, if the process was killed, by the next call."""
-    path = real(Path(tempfile.gettempdir(), f"edgekd-{purpose}-{secrets.token_hex(4)}"))
+def temporary_folder(purpose: str, *, parent: Path | None = None) -> Iterator[Path]:
+    """Provide a folder in `parent`, removed after the block or, if the process was killed, by the next call.
+
+    Args:
+        purpose: Part of its name.
+        parent: Where it is; in TMPDIR if None.
+    """
+    path = real((parent or Path(tempfile.gettempdir())) / f"edgekd-{purpose}-{secrets.token_hex(4)}")
     with locked(path):
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path), suffix=PARTIAL))
         try:

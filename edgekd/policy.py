@@ -193,18 +193,23 @@ def decide(policy: Policy, exit: int, logits: Array, state: Array) -> ExitDecisi
     Returns:
         The decision, with the state for the next exit.
     """
-    if policy.average == "geometric":
-        state = np.concatenate([state, logits[:, None]], axis=1) if exit else logits[:, None]
-        probabilities = softmax(np.einsum("k,bkc->bc", np.array(_logit_weights(policy, exit), np.float32), state))
-    else:
-        probabilities = softmax(logits, policy.temperatures[exit])
-    if policy.average == "mean":
-        state = state + probabilities
-        probabilities = state / np.float32(exit + 1)
-    confidences = confidence(probabilities, policy.confidence)
+    probabilities, state = predict(policy, exit, logits, state)
+    confidences = CONFIDENCE_MEASURES[policy.confidence].of_batch(probabilities)
     if exit == len(policy.temperatures) - 1:
         return ExitDecision(probabilities, confidences, np.ones(len(confidences), bool), state)
     return ExitDecision(probabilities, confidences, confidences >= policy.thresholds[exit], state)
+
+
+def predict(policy: Policy, exit: int, logits: Array, state: Array) -> tuple[Array, Array]:
+    """Return the probabilities (B, C) at an exit and the state for the next exit; see `decide`."""
+    if policy.pooling:
+        state = np.concatenate([state, logits[:, None]], axis=1) if exit else logits[:, None]
+        return softmax(np.einsum("k,bkc->bc", np.array(_logit_weights(policy, exit), np.float32), state)), state
+    probabilities = softmax(logits, policy.temperatures[exit])
+    if policy.average == "own":
+        return probabilities, state
+    state = state + probabilities
+    return state / np.float32(exit + 1), state
 
 
 def decide_one(
@@ -223,12 +228,12 @@ def decide_one(
     Returns:
         Probabilities (C), confidence, True if the image exits, and the state for the next exit.
     """
-    temperature = policy.temperatures[exit]
-    if policy.average == "geometric":
+    top, temperature = max(logits), policy.temperatures[exit]
+    if policy.pooling:
         state = [*state, logits] if exit else [logits]
-        weights, temperature = _logit_weights(policy, exit), 1.0
+        weights = _logit_weights(policy, exit)
         logits = [sum(w * x for w, x in zip(weights, of_class)) for of_class in zip(*state)]
-    top = max(logits)
+        top, temperature = max(logits), 1.0
     powers = [math.exp((x - top) / temperature) for x in logits]
     norm = sum(powers)
     probabilities = [p / norm for p in powers]

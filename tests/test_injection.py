@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import edgekd
 from edgekd import text
-from edgekd.bench import accuracy, report, tables
+from edgekd.bench import report, tables, text_tables
 from edgekd.bench.compare import compare
 from edgekd.bench.record import Record
 from edgekd.cli import common
@@ -66,7 +66,10 @@ PLACES: dict[str, Callable[[Record, str], Record]] = {
                 v,
                 metrics=dataclasses.replace(
                     v.metrics,
-                    per_class={name if c == r.classes[0] else c: rates for c, rates in v.metrics.per_class.items()},
+                    **{
+                        kind: {name if c == r.classes[0] else c: one for c, one in getattr(v.metrics, kind).items()}
+                        for kind in ("per_class", "discrimination")
+                    },
                 ),
             )
             for v in r.variants
@@ -174,9 +177,9 @@ def test_pages(kind: str, data: Path, recwarn: pytest.WarningsRecorder) -> None:
 def test_aligned_text(kind: str) -> None:
     record = PLACES["class"](sample(), NAMES[kind])
     result = record.variants[1].metrics
-    for shown in (accuracy.text_table({NAMES[kind]: result}), accuracy.confusion_text(result)):
+    for shown in (text_tables.text_table({NAMES[kind]: result}), text_tables.confusion_text(result)):
         assert not STEERS.search(shown)
-    assert len({cell_len(line) for line in accuracy.confusion_text(result).splitlines()}) == 1
+    assert len({cell_len(line) for line in text_tables.confusion_text(result).splitlines()}) == 1
 
 
 @pytest.mark.parametrize("kind", NAMES)

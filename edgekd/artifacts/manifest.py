@@ -147,13 +147,15 @@ class Tuning:
 
     Attributes:
         accuracy: Accuracy of the cascade on the validation images, 0..1.
-        accuracy_error: Standard error of its difference from the ensemble's.
+        accuracy_error: Standard error of its difference from `reference_accuracy`.
         ensemble_accuracy: Accuracy of the ensemble of all exits, 0..1.
         latency_ms: Mean latency of an image at batch size 1, from the stages' times.
         shares: Share of the images that take each exit, 0..1.
         goal: The requested bound: `max_accuracy_drop` (points) or `latency_ms`.
         images: Number of validation images.
         fingerprint: Fingerprint of the images.
+        reference_accuracy: Accuracy without early exit, of the last exit or the ensemble, whichever is higher; None if
+            an earlier edgekd tuned it, for which the ensemble was the reference.
     """
 
     accuracy: float
@@ -164,6 +166,7 @@ class Tuning:
     goal: dict[str, float] = field(default_factory=dict)
     images: int = 0
     fingerprint: str = ""
+    reference_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ class TrainingImages:
     """Images by the first digits of hashes, so that names of patients are in no model file.
 
     Attributes:
-        group: Data layout or regular expression that names the groups, `labels` for those of a CSV file, or `none`.
+        group: Data layout or regular expression that names the groups, `labels` for those of a CSV file, or `none`; a
+            data layout may name them all the same.
         digests: Beginning of each file's SHA-256, sorted.
-        groups: Beginning of the SHA-256 of each group's name, sorted; none if `group` is `none`.
+        groups: Beginning of the SHA-256 of each group's name, sorted.
     """
 
     group: str
@@ -47,14 +48,14 @@ class TrainingImages:
                 raise ValueError(f"{name}: {wrong!r} is not {DIGITS} hexadecimal digits")
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{name}: must be sorted and differ")
-        if not self.group or (self.group == "none") != (not self.groups):
-            raise ValueError(f"groups: {len(self.groups)} of them do not fit the rule {self.group!r}")
+        if not self.group or not (self.group == "none" or self.groups):
+            raise ValueError(f"groups: there are none by the rule {self.group!r}")
 
     @classmethod
     def of(cls, items: Iterable[Seen], group: str) -> TrainingImages:
         """Return the entry for images that were grouped by the rule `group`."""
         items = list(items)
-        names = {i.group for i in items} if group != "none" else set()
+        names = {i.group for i in items} - {""}
         return cls(
             group if names else "none",
             tuple(sorted({i.digest[:DIGITS] for i in items})),
@@ -70,7 +71,8 @@ def unseen(items: Sequence[T], training_images: TrainingImages | None) -> tuple[
     """Return the images that the network has not learned from, and from whose group it has learned nothing.
 
     Args:
-        items: Images from outside the network's split, grouped by the rule `training_images.group`.
+        items: Images from outside the network's split, grouped by the rule `training_images.group`. Only an unchanged
+            file is recognised, and a group by its name; a regular expression must find it in the same place.
         training_images: What the network has learned from; None if that is not known.
 
     Raises:
@@ -79,9 +81,8 @@ def unseen(items: Sequence[T], training_images: TrainingImages | None) -> tuple[
     if training_images is None:
         return tuple(items)
     digests, groups = set(training_images.digests), set(training_images.groups)
-    if groups and not all(i.group for i in items):
-        raise DataError(
-            "the images have no groups, but the network learned from groups of images",
-            fix=f"group them by the same rule: --group {training_images.group!r}",
-        )
+    if training_images.group != "none" and not all(i.group for i in items):
+        rule = training_images.group
+        fix = "a CSV file named them: give images with such a file" if rule == "labels" else f"give --group {rule!r}"
+        raise DataError("the images have no groups, but the network learned from groups of images", fix=fix)
     return tuple(i for i in items if i.digest[:DIGITS] not in digests and _group_digest(i.group) not in groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,29 @@ def confusion_svg(result: Metrics) -> str:
     return _svg(_confusion(result))
 
 
+def _reliability(result: Metrics) -> Any:
+    figure, axes = _figure(5.2, 5.0)
+    confidence, accuracy = (
+        [100 * v for v in vs] for vs in zip(*((b.confidence, b.accuracy) for b in result.reliability))
+    )
+    shares = [100 * b.images / result.n for b in result.reliability]
+    axes.plot([0, 100], [0, 100], "--", color=GREY, lw=1, label="perfect calibration")
+    axes.bar(confidence, shares, width=3, color="#d5dbe3", label="share of the images")
+    axes.plot(confidence, accuracy, "o-", color=BLUE, ms=5, label="accuracy")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel(f"confidence, % (calibration error {100 * result.ece:.2f} points)")
+    axes.set_ylabel("%")
+    axes.legend(loc="upper left", fontsize=9, frameon=False)
+    return figure
+
+
+@_style()
+def reliability_svg(result: Metrics) -> str:
+    """Plot accuracy against confidence in bins of the confidence (reliability diagram)."""
+    return _svg(_reliability(result))
+
+
 def picture_format(path: Path) -> str:
     """Return the format given by a plot file's suffix: png, svg or pdf.
 
@@ -223,7 +246,16 @@ def picture_format(path: Path) -> str:
 
 def write_confusion(result: Metrics, path: Path) -> None:
     """Write the confusion matrix as a plot file, in the format given by its suffix (see `picture_format`)."""
+    _write(_confusion, result, path)
+
+
+def write_reliability(result: Metrics, path: Path) -> None:
+    """Write the reliability diagram as a plot file, in the format given by its suffix (see `picture_format`)."""
+    _write(_reliability, result, path)
+
+
+def _write(draw: Callable[[Metrics], Any], result: Metrics, path: Path) -> None:
     kind, out = picture_format(path), io.BytesIO()
     with _style():
-        _confusion(result).savefig(out, format=kind, dpi=150, metadata=FORMATS[kind])
+        draw(result).savefig(out, format=kind, dpi=150, metadata=FORMATS[kind])
     atomic_write(path, out.getvalue())

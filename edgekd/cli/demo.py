@@ -14,8 +14,8 @@ from edgekd.cli.common import echo, reserve
 from edgekd.errors import ArtifactError
 
 STEPS = """
-data synthetic --out {out}/cells --size 80
-train --data {out}/cells --model resnet18 --protocol demo --group cluster --out {out}/teacher
+data synthetic --out {out}/cells --count 3000 --size 80
+train --data {out}/cells --model resnet18 --protocol demo --split ratio:3,1,1,5 --group cluster --out {out}/teacher
 distill --data {out}/cells --teacher {out}/teacher --protocol demo --weights {out}/teacher --out {out}/student
 evaluate {out}/student
 export {out}/teacher --out {out}/teacher.onnx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,9 @@ from edgekd.errors import ConfigError
 if TYPE_CHECKING:
     from edgekd.data.preprocess import Preprocess
     from edgekd.data.split import Split
-    from edgekd.types import Array
+    from edgekd.policy import Decision
+    from edgekd.runtime.engine import Engine
+    from edgekd.types import Array, Labels
 
 
 def evaluate(
@@ -48,63 +51,100 @@ def evaluate(
     svm: Annotated[
         str | None, typer.Option(metavar="POINT", help="Evaluate a linear SVM on this feature point of a run folder.")
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with this run folder, student.onnx or engine on the same images.")
+    ] = None,
+    specificity: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Specificity at which each class's sensitivity is given, 0 to 1.")
+    ] = 0.95,
+    plot_calibration: Annotated[
+        Path | None, typer.Option(help="Write the reliability diagram: .png, .svg or .pdf.")
+    ] = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Print accuracy, sensitivity, specificity, precision, F1, confusion matrix and calibration of every exit."""
-    import numpy as np
+    """Print accuracy, rates of each class with intervals, confusion matrix and calibration of every exit.
 
+    For a tuned engine, its cascade has a row, too, and is compared with the same network without early exit.
+    """
     from edgekd.backends.report import describe_host
-    from edgekd.bench import accuracy, plots
+    from edgekd.bench import plots
+    from edgekd.bench.accuracy import gap
+    from edgekd.bench.evaluation import evaluate_decisions
+    from edgekd.bench.intervals import group_numbers
     from edgekd.data.images import load_subset
     from edgekd.files import MEASURES, PLOT, atomic_write
-    from edgekd.policy import softmax
     from edgekd.serialization import to_json
 
-    if plot:
-        plots.picture_format(plot)
-    classes, preprocess, logits_of, device = _open(target, threads)
+    for picture in filter(None, (plot, plot_calibration)):
+        plots.picture_format(picture)
+    own = _open(target, threads)
+    other = _open(against, threads) if against else None
+    if other and other.classes != own.classes:
+        what = f"{against} has the classes {', '.join(other.classes)}; {target} has {', '.join(own.classes)}"
+        raise ConfigError(what, fix="compare networks with the same classes, in the same order")
     data = data_folder(target, data)
     reserve(out, MEASURES, data=data)
     reserve(plot, PLOT, data=data)
+    reserve(plot_calibration, PLOT, data=data)
     if labels and split:
         raise ConfigError("--labels and --split", fix="give one of them")
     if not labels and split is None and (target / "split.json").is_file():
         split = target
-    chosen = read_or_scan(data, split, classes, labels=labels)
+    chosen = read_or_scan(data, split, own.classes, labels=labels)
     if svm is not None:
-        logits_of = _svm(target, svm, chosen, data)
-    with bar("read images") as progress:
-        images, truth = load_subset(chosen, cast(Subset, subset), data=data, preprocess=preprocess, progress=progress)
-    probabilities = [softmax(one, 1.0) for one in logits_of(images)]
-    rows = {f"exit_{k}": accuracy.metrics(p, truth, classes) for k, p in enumerate(probabilities)}
-    if len(probabilities) > 1:
-        rows["ensemble"] = accuracy.metrics(np.mean(probabilities, axis=0), truth, classes)
-    last = list(rows.values())[-1]
+        own = own._replace(logits=_svm(target, svm, chosen, data))
+
+    def decide(of: _Target) -> tuple[dict[str, Decision], Labels]:
+        with bar("read images") as progress:
+            images, truth = load_subset(
+                chosen, cast(Subset, subset), data=data, preprocess=of.preprocess, progress=progress
+            )
+        return _decisions(of, images), truth
+
+    decisions, truth = decide(own)
+    found = evaluate_decisions(
+        decisions,
+        truth,
+        own.classes,
+        groups=group_numbers(chosen.subset(cast(Subset, subset))),
+        specificity=specificity,
+        against=decide(other)[0] if other else None,
+        name=against.name if against else "",
+    )
+    last = list(found.rows.values())[-1]
     known = _validated(target)
-    if subset == "test" and known and (note := accuracy.gap(rows[known[0]], accuracy=known[1], images=known[2])):
+    if subset == "test" and known and (note := gap(found.rows[known[0]], accuracy=known[1], images=known[2])):
         say(f"note: {note}")
-    plain = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if out:
-        environment = {"device": device, "host": dataclasses.asdict(describe_host())}
-        atomic_write(out, to_json({"subset": subset, "metrics": plain, **environment}))
-    if as_json:
-        echo(json.dumps(plain, indent=1))
-    else:
-        echo(accuracy.text_table(rows))
-        echo(accuracy.confusion_text(last))
+        environment = {"device": own.device, "host": dataclasses.asdict(describe_host())}
+        atomic_write(out, to_json({"subset": subset, "metrics": found.table(), **environment}))
+    echo(json.dumps(found.table(), indent=1) if as_json else found.text())
     if plot:
         plots.write_confusion(last, plot)
+    if plot_calibration:
+        plots.write_reliability(last, plot_calibration)
     if (target / "split.json").is_file() and not as_json:
         next_command("export", target, "--out", target.with_name(f"{target.name}.onnx"))
 
 
 class _Target(NamedTuple):
-    """The evaluated model: classes, preprocessing, function from images (N, 3, H, W) to logits (E, N, C), device."""
+    """The evaluated model.
+
+    Attributes:
+        classes: Class names.
+        preprocess: Its preprocessing.
+        logits: Function from images (N, 3, H, W) to logits (E, N, C).
+        device: Where it runs.
+        name: Name for tables.
+        engine: The engine; None for a run folder.
+    """
 
     classes: tuple[str, ...]
     preprocess: Preprocess
     logits: Callable[[Array], Array]
     device: str
+    name: str
+    engine: Engine | None = None
 
 
 def _open(target: Path, threads: int | None) -> _Target:
@@ -113,11 +153,38 @@ def _open(target: Path, threads: int | None) -> _Target:
         from edgekd.training.evaluate import load, logits
 
         network, trained, device = load(target)
-        return _Target(trained.classes, trained.preprocess, lambda images: logits(network, images), device)
+        own = functools.partial(logits, network)
+        return _Target(trained.classes, trained.preprocess, own, device, target.name)
     from edgekd.runtime.engine import open_engine
 
     engine = open_engine(target, threads=threads)
-    return _Target(engine.metadata.classes, engine.metadata.preprocess, engine.logits, engine.backend.name)
+    of = engine.metadata
+    return _Target(of.classes, of.preprocess, engine.logits, engine.backend.name, engine.name, engine)
+
+
+def _decisions(target: _Target, images: Array) -> dict[str, Decision]:
+    """Return the answers of each exit, of the ensemble, and of a tuned engine's cascade without and with early exit.
+
+    The last ones are those that `edgekd predict` gives.
+    """
+    import numpy as np
+
+    from edgekd.bench.variants import make_predictor
+    from edgekd.policy import Decision, Policy, confidence, ensemble, softmax
+
+    def decision(probabilities: Array, exit: int) -> Decision:
+        exits = np.full(len(probabilities), exit, np.int64)
+        return Decision(probabilities, exits, confidence(probabilities, policy.confidence))
+
+    logits = target.logits(images)
+    policy = target.engine.metadata.policy if target.engine else Policy((1.0,) * len(logits))
+    found = {f"exit_{k}": decision(softmax(one, t), k) for k, (one, t) in enumerate(zip(logits, policy.temperatures))}
+    if len(logits) > 1:
+        found["ensemble"] = decision(ensemble(logits), len(logits) - 1)
+        if target.engine and policy.is_tuned:
+            for name in ("no-early-exit", "cascade"):
+                found[name] = make_predictor(target.engine, name)(images)
+    return found
 
 
 def _validated(target: Path) -> tuple[str, float, int] | None:

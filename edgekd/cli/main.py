@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from edgekd import extras, signals
+from edgekd.cli.add_exits import add_exits
 from edgekd.cli.bench import bench
 from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.compare import compare
@@ -145,6 +146,7 @@ app.add_typer(config_app, name="config")
 for command in (
     train,
     distill,
+    add_exits,
     evaluate,
     export,
     compile_,
@@ -159,4 +161,4 @@ for command in (
     doctor,
     demo,
 ):
-    app.command(name=command.__name__.rstrip("_"))(command)
+    app.command(name=command.__name__.rstrip("_").replace("_", "-"))(command)

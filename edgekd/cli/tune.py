@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -20,7 +20,6 @@ from edgekd.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
     from edgekd.artifacts.manifest import CurvePoint
-    from edgekd.policy import Average
     from edgekd.runtime.tuning import Tuned
 
 
@@ -29,17 +28,20 @@ def tune(
     data: DataOption,
     split: Annotated[Path, typer.Option(help="split.json, or the run folder that contains it.")],
     max_accuracy_drop: Annotated[
-        float | None, typer.Option(help="Allowed loss against the ensemble, in points; chooses the fastest setting.")
+        float | None, typer.Option(help="Allowed loss by early exit, in points; chooses the fastest setting.")
     ] = None,
     latency_ms: Annotated[
         float | None, typer.Option(help="Allowed mean ms per image; chooses the most accurate setting.")
     ] = None,
     confidence: Annotated[
-        str, typer.Option(help="max_probability, margin, entropy, or one from an installed package.")
-    ] = "max_probability",
+        str, typer.Option(help="auto, max_probability, margin, entropy, or one from an installed package.")
+    ] = "auto",
     average: Annotated[
-        str, typer.Option(help="own: the exit's probabilities; mean: the mean over the exits so far.")
-    ] = "mean",
+        str,
+        typer.Option(
+            help="own: the exit's probabilities; mean, geometric: averaged over the exits so far; auto: the best."
+        ),
+    ] = "auto",
     threads: ThreadsOption = None,
 ) -> None:
     """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
@@ -49,11 +51,11 @@ def tune(
     from edgekd.files import recover
     from edgekd.policy import Average
     from edgekd.runtime.engine import open_engine
-    from edgekd.runtime.tuning import save_tuned
+    from edgekd.runtime.tuning import AUTO, save_tuned
     from edgekd.runtime.tuning import tune as search
 
-    check_known("--confidence", confidence, CONFIDENCE_MEASURES)
-    check_known("--average", average, get_args(Average))
+    check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
+    check_known("--average", average, (AUTO, *get_args(Average)))
     recover(engine)
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is not an engine folder", fix="thresholds are part of an engine: compile it first")
@@ -72,7 +74,7 @@ def tune(
             max_accuracy_drop=max_accuracy_drop,
             latency_ms=latency_ms,
             confidence=confidence,
-            average=cast("Average", average),
+            average=average,
             progress=progress,
         )
     goals = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
@@ -92,10 +94,11 @@ def _curve(tuned: Tuned) -> str:
     chosen = CurvePoint(tuned.accuracy, tuned.latency_ms, tuned.policy.thresholds, tuned.shares)
     rows = [("expected ms", "accuracy %", "exit share %", "thresholds"), *map(_row, tuned.curve)]
     rows += [("", "", "", ""), _row(chosen)]
-    lost = 100 * (tuned.ensemble_accuracy - tuned.accuracy)
+    lost, policy = 100 * (tuned.reference_accuracy - tuned.accuracy), tuned.policy
     return (
         aligned(rows)
-        + f"\nchosen: the last line; {lost:+.2f} points lost to the ensemble's {tuned.ensemble_accuracy:.2%} "
+        + f"\nchosen: the last line, with {policy.confidence} and the average {policy.average}; {lost:+.2f} points "
+        + f"lost to the {tuned.reference_accuracy:.2%} without early exit "
         + f"(standard error {100 * tuned.accuracy_error:.2f}) on the validation images"
     )
 

@@ -112,7 +112,7 @@ def _write_cifar100(archive: Path, folder: Path, progress: Progress | None) -> N
 SIPAKMED_LAYOUT = DataLayout(
     "sipakmed",
     class_folder=_sipakmed_folder,
-    group_pattern=r"(?:im_)?([^/]+)(?:/CROPPED)?/(\d{3})_\d{2}\.[^./]+$",  # class and number of the cluster
+    group_pattern=r"(?:^|/)(?:im_)?(?!CROPPED/)([^/]+)(?:/CROPPED)?/(\d{3})_\d{2}\.[^./]+$",  # class, cluster
     group_name="cluster",
     how_to_get=(
         "SIPaKMeD may not be redistributed: its authors provide it for research",

@@ -1,22 +1,21 @@
-"""Fit temperatures and exit thresholds on validation images, on the compiled engine.
+"""Choose temperatures, averaging, confidence measure and exit thresholds on images, on the compiled engine.
 
-Many combinations of thresholds are compared on a few hundred images, so the fastest one that just meets the bound owes
-that partly to luck, and misses it on new images. Two measures counter this: a coarse grid (a dozen thresholds for each
-of three exits), and a margin of one standard error: the square root of the number of images that only one of cascade
-and ensemble classifies correctly. In simulations with 300 and 810 images and an allowed drop of 0.3 points, the mean
-drop on new images was 0.3 points; with ten times as many combinations and no margin it was 0.8.
+`tune` is the quick way: the fastest setting within an allowed drop on the validation images, or the most accurate one
+within a latency. It promises nothing, since the images that chose the setting cannot judge it; a margin of one standard
+error (the square root of the number of images that only one of cascade and reference classifies correctly) keeps the
+mean drop on new images near the allowed one. `threshold_path` lists settings for a promise that is tested on other
+images (`edgekd.certification`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +23,27 @@ import numpy.typing as npt
 from edgekd.artifacts.manifest import CurvePoint, Tuning, read_manifest, write_manifest
 from edgekd.confidence import CONFIDENCE_MEASURES
 from edgekd.errors import ArtifactError, ConfigError, check_known
-from edgekd.policy import NEVER_EXIT, Average, Policy, decide, ensemble, simulate
+from edgekd.policy import Average, Policy, ensemble
 from edgekd.runtime.engine import Engine
+from edgekd.runtime.thresholds import (
+    Floats,
+    at_every_exit,
+    candidate_thresholds,
+    exits_taken,
+    fit_pooling,
+    fit_temperature,
+)
 from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
 
-Floats = npt.NDArray[np.float64]
 Loss: TypeAlias = Callable[[Labels, Labels], npt.NDArray[Any]]
 """Maps answers (N,) and reference answers (N,) to the loss of each image (N,), 0 where they are the same."""
 PATH_POINTS = 60
 """Largest number of settings in a path."""
-COMBINATIONS = 2000
-"""Largest number of threshold combinations tried (exceeded with more than eleven exits: two thresholds for each)."""
 CURVE_POINTS = 25
+MEASURES = ("max_probability", "margin", "entropy")
+"""Confidence measures that `auto` chooses from."""
 AUTO = "auto"
 """As a confidence measure or average: choose it on the images."""
 
@@ -49,7 +55,8 @@ class Tuned:
     Attributes:
         policy: Policy with the fitted temperatures and chosen thresholds.
         accuracy: Accuracy of the cascade, 0..1.
-        accuracy_error: Standard error of the difference between `accuracy` and `ensemble_accuracy`.
+        accuracy_error: Standard error of the difference between `accuracy` and `reference_accuracy`.
+        reference_accuracy: Accuracy without early exit, 0..1: see `right_without_early_exit`.
         ensemble_accuracy: Accuracy of the mean of all exits, 0..1.
         latency_ms: Mean latency of an image at batch size 1, from the stages' times.
         shares: Share of the images that take each exit, 0..1.
@@ -59,6 +66,7 @@ class Tuned:
     policy: Policy
     accuracy: float
     accuracy_error: float
+    reference_accuracy: float
     ensemble_accuracy: float
     latency_ms: float
     shares: tuple[float, ...]
@@ -72,34 +80,41 @@ def tune(
     *,
     max_accuracy_drop: float | None = None,
     latency_ms: float | None = None,
-    confidence: str = "max_probability",
-    average: Average = "mean",
+    confidence: str = AUTO,
+    average: str = AUTO,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Fit a temperature for each exit and choose thresholds.
+    """Fit a policy to images.
 
     Args:
         engine: The compiled engine; nothing is written to it.
         images: Validation images (N, 3, H, W), preprocessed.
         labels: Their class indices (N,).
-        max_accuracy_drop: Allowed loss against the ensemble, in percentage points; the fastest combination is chosen.
-        latency_ms: Allowed mean latency of an image at batch size 1; the most accurate combination is chosen.
-        confidence: Name of a confidence measure.
-        average: See `Policy.average`.
+        max_accuracy_drop: Allowed loss against the network without early exit (`right_without_early_exit`), in
+            percentage points; the fastest setting is chosen.
+        latency_ms: Allowed mean latency of an image at batch size 1; the most accurate setting is chosen.
+        confidence: Name of a confidence measure, or `auto` for the best on these images.
+        average: See `Policy.average`, or `auto` for the best on these images.
         progress: Called with the images done and their number.
 
     Raises:
-        ConfigError: Not exactly one goal, no combination meets it, or an unknown measure or average.
+        ConfigError: Not exactly one goal, no setting meets it, or an unknown measure or average.
     """
-    check_known("--confidence", confidence, CONFIDENCE_MEASURES)
-    check_known("--average", average, get_args(Average))
+    check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
+    check_known("--average", average, (AUTO, *get_args(Average)))
     if (max_accuracy_drop is None) == (latency_ms is None):
         raise ConfigError("exactly one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
     logits = _logits(engine, images, progress)
     stages = stage_ms(engine, images[:1])
-    temperatures = tuple(fit_temperature(exit_logits, labels) for exit_logits in logits)
-    policy = Policy(temperatures, confidence=confidence, average=average)
-    return choose(logits, labels, stages, policy=policy, max_accuracy_drop=max_accuracy_drop, latency_ms=latency_ms)
+    return choose(
+        logits,
+        labels,
+        stages,
+        confidence=confidence,
+        average=average,
+        max_accuracy_drop=max_accuracy_drop,
+        latency_ms=latency_ms,
+    )
 
 
 def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: int = 32) -> Array:
@@ -154,31 +169,6 @@ def stage_ms(engine: Engine, image: Array, *, rounds: int = 20) -> tuple[float, 
     return tuple(np.median(samples[3:], axis=0).tolist())
 
 
-def fit_temperature(logits: Array, labels: Labels) -> float:
-    """Find the temperature in 0.25..10 with the least negative log-likelihood.
-
-    Golden-section search on the logarithm of the temperature.
-
-    Args:
-        logits: Logits (N, C) of one exit.
-        labels: Class indices (N,).
-
-    Returns:
-        The temperature; logits are divided by it.
-    """
-
-    def loss(at: float) -> float:
-        scaled = logits.astype(np.float64) / np.exp(at)
-        scaled -= scaled.max(axis=1, keepdims=True)
-        return float((np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(len(labels)), labels]).sum())
-
-    low, high, golden = np.log(0.25), np.log(10.0), (5**0.5 - 1) / 2
-    while high - low > 1e-3:
-        a, b = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, b) if loss(a) < loss(b) else (a, high)
-    return float(np.exp((low + high) / 2))
-
-
 @dataclass(frozen=True)
 class PathPoint:
     """One setting of a path, and its result on the path images.
@@ -228,48 +218,81 @@ def threshold_path(
     Returns:
         The settings, slowest first. The first never exits early, and its loss is 0; of the others each is faster than
         the one before.
+
+    Raises:
+        ConfigError: Unknown measure or average.
     """
-    target = logits[-1].argmax(axis=1) if labels is None else labels
-    temperatures = tuple(fit_temperature(exit_logits, target) for exit_logits in logits)
-    measure: str = "max_probability" if confidence == AUTO else confidence
-    policy = Policy(temperatures, confidence=measure, average="own" if average == AUTO else average)  # type: ignore[arg-type]
-    policy = policy.without_early_exit()
-    reference = simulate(logits, policy).probabilities.argmax(axis=1)
-    settings = [policy]
-    grid = _grid(logits, reference, stages, policy, np.ones(len(reference), bool))
-    best = -1.0
-    for i in np.lexsort([-grid.correct, grid.latency_ms]).tolist():
-        if grid.correct[i] > best and grid.latency_ms[i] < sum(stages):
-            best = grid.correct[i]
-            settings.insert(1, dataclasses.replace(policy, thresholds=tuple(grid.thresholds[i].tolist())))
-    spread = np.linspace(0, len(settings) - 1, min(len(settings), points)).round().astype(int)
-    return tuple(_path_point(logits, settings[i], stages, reference, loss) for i in spread)
+    targets = logits[-1].argmax(axis=1) if labels is None else labels
+    averages = ("own", "geometric") if average == AUTO else (average,)
+    paths = []
+    for family in _families(logits, targets, stages, averages, confidence):
+        reference = family.answers[-1]
+        losses = family.mean(np.stack([loss(answers, reference) for answers in family.answers]))
+        paths.append((_mean_latency_ms(losses, family.latency_ms, len(reference)), family, losses))
+    _, family, losses = min(paths, key=lambda path: path[0])
+    faster = np.flatnonzero(np.diff(family.latency_ms, prepend=np.inf) < 0)
+    times = family.latency_ms[faster]
+    even = np.linspace(times[0], times[-1], min(len(faster), points))
+    kept = np.unique(np.abs(times - even[:, None]).argmin(axis=1))
+    return tuple(
+        PathPoint(family.policy_of(i), float(family.latency_ms[i]), float(losses[i]), tuple(family.shares[i].tolist()))
+        for i in faster[kept]
+    )
 
 
-def _path_point(logits: Array, policy: Policy, stages: tuple[float, ...], reference: Labels, loss: Loss) -> PathPoint:
-    decision = simulate(logits, policy)
-    shares = np.bincount(decision.exits, minlength=len(stages)) / len(reference)
-    mean = float(np.mean(loss(decision.probabilities.argmax(axis=1), reference)))
-    return PathPoint(policy, float(shares @ np.cumsum(stages)), mean, tuple(shares.tolist()))
+def _mean_latency_ms(losses: Floats, latency_ms: Floats, count: int) -> float:
+    """Return the latency within a bound of the loss, averaged over bounds; the loss has a standard error as margin."""
+    safest = losses + np.sqrt(np.maximum(losses, 0) / count)
+    return float(np.mean([latency_ms[safest <= bound].min() for bound in (0.0025, 0.005, 0.01, 0.02, 0.04)]))
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Results of S combinations of thresholds for E exits.
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """The settings of one confidence measure and average, from never to always at the first exit.
 
     Attributes:
+        policy: The policy, without thresholds.
         thresholds: Thresholds (S, E - 1).
-        correct: Number of images (S,) classified correctly.
-        differing: Number of images (S,) that only one of cascade and ensemble classifies correctly.
-        latency_ms: Mean latency (S,).
+        answers: Answers (E, N) of every exit.
+        taken: The exit (S, N) of every image.
         shares: Share (S, E) of the images that take each exit.
+        latency_ms: Mean latency (S,).
     """
 
-    thresholds: Floats
-    correct: Floats
-    differing: Floats
-    latency_ms: Floats
+    policy: Policy
+    thresholds: Array
+    answers: Labels
+    taken: npt.NDArray[np.int8]
     shares: Floats
+    latency_ms: Floats
+
+    def mean(self, table: npt.NDArray[Any]) -> Floats:
+        """Return the mean (S,) over the images of what `table` (E, N) has for them at the exit that they take."""
+        return np.asarray(table[self.taken, np.arange(table.shape[1])].mean(axis=1))
+
+    def policy_of(self, setting: int) -> Policy:
+        return dataclasses.replace(self.policy, thresholds=tuple(self.thresholds[setting].tolist()))
+
+
+def _families(
+    logits: Array, targets: Labels, stages: tuple[float, ...], averages: Sequence[str], confidence: str
+) -> Iterator[_Family]:
+    """Yield the settings of each average and confidence measure."""
+    check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
+    measures = MEASURES if confidence == AUTO else (confidence,)
+    temperatures = tuple(fit_temperature(exit_logits, targets) for exit_logits in logits)
+    for average in averages:
+        check_known("--average", average, get_args(Average))
+        pooling = fit_pooling(logits, targets, temperatures) if average == "geometric" else ()
+        policy = Policy(temperatures, average=cast(Average, average), pooling=pooling)
+        every, answers = at_every_exit(logits, policy, measures)
+        losses = (answers != answers[-1]).astype(np.float64)
+        for measure, confidences in zip(measures, every):
+            thresholds = candidate_thresholds(confidences, losses, stages)
+            taken = exits_taken(confidences, thresholds)
+            shares = np.stack([(taken == exit).mean(axis=1) for exit in range(len(logits))], axis=1)
+            named = dataclasses.replace(policy, confidence=measure)
+            yield _Family(named, thresholds, answers, taken, shares, shares @ np.cumsum(stages))
 
 
 def choose(
@@ -277,97 +300,83 @@ def choose(
     labels: Labels,
     stages: tuple[float, ...],
     *,
-    policy: Policy,
+    confidence: str = AUTO,
+    average: str = AUTO,
+    reference: npt.NDArray[np.bool_] | None = None,
     max_accuracy_drop: float | None = None,
     latency_ms: float | None = None,
 ) -> Tuned:
-    """Choose thresholds for one of the two goals; pure NumPy.
+    """Choose a policy for one of the two goals; needs no engine.
 
     Args:
         logits: Logits (E, N, C) of all exits.
         labels: Class indices (N,).
         stages: Milliseconds of each stage at batch size 1.
-        policy: Temperatures, confidence measure and average to use.
+        confidence: See `tune`.
+        average: See `tune`.
+        reference: Mask (N,) of the images that are right without early exit; default: `right_without_early_exit`.
         max_accuracy_drop: See `tune`.
         latency_ms: See `tune`.
 
     Raises:
-        ConfigError: No combination meets the goal.
+        ConfigError: No setting meets the goal, or an unknown measure or average.
     """
-    ensemble_correct = ensemble(logits).argmax(axis=1) == labels
-    grid = _grid(logits, labels, stages, policy, ensemble_correct)
-    count, target = len(labels), int(ensemble_correct.sum())
+    if reference is None:
+        reference = right_without_early_exit(logits, labels)
+    averages = get_args(Average) if average == AUTO else (average,)
+    families = list(_families(logits, labels, stages, averages, confidence))
+    right = [family.answers == labels for family in families]
+    count = len(labels)
+    grid = _Grid(
+        np.concatenate([family.latency_ms for family in families]),
+        np.concatenate([family.mean(mask) for family, mask in zip(families, right)]) * count,
+        np.concatenate([family.mean(mask != reference) for family, mask in zip(families, right)]) * count,
+    )
     if latency_ms is not None:
         best = _within_latency(grid, latency_ms)
     else:
         assert max_accuracy_drop is not None, "one goal"
-        best = _within_drop(grid, target, count, max_accuracy_drop)
-    chosen = _trade_off(grid, best, count)
+        best = _within_drop(grid, int(reference.sum()), count, max_accuracy_drop)
+    sizes = [len(family.latency_ms) for family in families]
+    which = int(np.searchsorted(np.cumsum(sizes), best, side="right"))
+    family, accuracy = families[which], families[which].mean(right[which])
+    chosen = _trade_off(family, accuracy, best - sum(sizes[:which]))
     return Tuned(
-        dataclasses.replace(policy, thresholds=chosen.thresholds),
+        dataclasses.replace(family.policy, thresholds=chosen.thresholds),
         accuracy=chosen.accuracy,
         accuracy_error=float(np.sqrt(grid.differing[best]) / count),
-        ensemble_accuracy=target / count,
+        reference_accuracy=float(reference.mean()),
+        ensemble_accuracy=float((ensemble(logits).argmax(axis=1) == labels).mean()),
         latency_ms=chosen.latency_ms,
         shares=chosen.shares,
-        curve=_curve(grid, count),
+        curve=_curve(family, accuracy),
     )
 
 
-def _grid(
-    logits: Array, labels: Labels, stages: tuple[float, ...], policy: Policy, ensemble_correct: npt.NDArray[np.bool_]
-) -> Grid:
-    """Evaluate every combination of candidate thresholds."""
-    exits, count, _ = logits.shape
-    confidences, correct = _at_every_exit(logits, labels, policy)
-    differing = correct != ensemble_correct
-    per_exit = max(2, int(min(50, COMBINATIONS ** (1 / max(exits - 1, 1)) + 1e-9)))
-    candidates = [_candidates(confidences[exit], per_exit) for exit in range(exits - 1)]
-    combinations = np.array(list(itertools.product(*candidates, [0.0])), np.float32)  # every image takes the last exit
-    images = np.arange(count)
-
-    def evaluate(thresholds: Array) -> tuple[int, int, npt.NDArray[np.int64]]:
-        """Return the numbers of images that are correct, that differ from the ensemble, and that take each exit."""
-        taken = (confidences >= thresholds[:, None]).argmax(axis=0)  # the first exit whose threshold is reached
-        return (
-            int(np.count_nonzero(correct[taken, images])),
-            int(np.count_nonzero(differing[taken, images])),
-            np.bincount(taken, minlength=exits),
-        )
-
-    right, other, takers = (np.array(column, np.float64) for column in zip(*map(evaluate, combinations)))
-    latency_ms = (takers * np.cumsum(stages)).sum(axis=1) / count
-    return Grid(combinations[:, :-1].astype(np.float64), right, other, latency_ms, takers / count)
+def right_without_early_exit(logits: Array, labels: Labels) -> npt.NDArray[np.bool_]:
+    """Return the mask (N,) of correct answers of the last exit or of the ensemble, whichever has more."""
+    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    return np.asarray(max(final_right, ensemble_right, key=np.count_nonzero))
 
 
-def _at_every_exit(logits: Array, labels: Labels, policy: Policy) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Return the confidence (E, N) and correctness (E, N) of every image at every exit, as if none had exited."""
-    policy = dataclasses.replace(policy, thresholds=(NEVER_EXIT,) * (len(logits) - 1))
-    state, decisions = np.zeros_like(logits[0]), []
-    for exit, exit_logits in enumerate(logits):
-        decisions.append(decide(policy, exit, exit_logits, state))
-        state = decisions[-1].state
-    correct = [decision.probabilities.argmax(axis=1) == labels for decision in decisions]
-    return np.stack([decision.confidence for decision in decisions]), np.stack(correct)
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """The settings of all families: mean latency, images that are right, and images that only one of setting and
+    reference has right (all (S,))."""
+
+    latency_ms: Floats
+    correct: Floats
+    differing: Floats
 
 
-def _candidates(confidences: Array, count: int) -> Array:
-    """Return the thresholds to try: always exit, some quantiles, never exit.
-
-    Most quantiles are low, because the images at a late exit have a low confidence.
-    """
-    quantiles = np.linspace(0, 1, count)[1:-1] ** 2
-    return np.array([0.0, *np.quantile(confidences, quantiles), NEVER_EXIT][:count], np.float32)
-
-
-def _within_drop(grid: Grid, target: int, count: int, drop: float) -> int:
-    """Return the index of the fastest combination that meets the bound `drop` with a margin of one standard error."""
+def _within_drop(grid: _Grid, target: int, count: int, drop: float) -> int:
+    """Return the index of the fastest setting that meets the bound `drop` with a margin of one standard error."""
     least = target - drop / 100 * count - 1e-6
     safest = grid.correct - np.sqrt(grid.differing)
     if grid.correct.max() < least:
         best = (target - grid.correct.max()) / count * 100
         raise ConfigError(
-            f"no thresholds keep within {drop:g} points of the ensemble; the best loses {best:.2f}",
+            f"no thresholds keep within {drop:g} points of the network without early exit; the best loses {best:.2f}",
             fix=f"give --max-accuracy-drop {np.ceil(best * 100) / 100:g}, or train longer",
         )
     if safest.max() >= least:
@@ -376,8 +385,8 @@ def _within_drop(grid: Grid, target: int, count: int, drop: float) -> int:
     return _first(-safest, grid.latency_ms, among=grid.correct >= least)
 
 
-def _within_latency(grid: Grid, limit: float) -> int:
-    """Return the index of the most accurate combination within `limit` milliseconds."""
+def _within_latency(grid: _Grid, limit: float) -> int:
+    """Return the index of the most accurate setting within `limit` milliseconds."""
     if grid.latency_ms.min() > limit + 1e-9:
         raise ConfigError(
             f"no thresholds keep within {limit:g} ms; the fastest take {grid.latency_ms.min():.3f} ms",
@@ -392,20 +401,20 @@ def _first(*keys: Floats, among: npt.NDArray[np.bool_]) -> int:
     return int(indices[np.lexsort([key[indices] for key in reversed(keys)])[0]])
 
 
-def _curve(grid: Grid, count: int) -> tuple[CurvePoint, ...]:
+def _curve(family: _Family, accuracy: Floats) -> tuple[CurvePoint, ...]:
     best, front = -1.0, []
-    for i in np.lexsort([-grid.correct, grid.latency_ms]).tolist():
-        if grid.correct[i] > best:
-            best = grid.correct[i]
+    for i in np.lexsort([-accuracy, family.latency_ms]).tolist():
+        if accuracy[i] > best:
+            best = accuracy[i]
             front.append(i)
     spread = np.linspace(0, len(front) - 1, min(len(front), CURVE_POINTS)).round().astype(int)
-    return tuple(_trade_off(grid, front[i], count) for i in spread)
+    return tuple(_trade_off(family, accuracy, front[i]) for i in spread)
 
 
-def _trade_off(grid: Grid, i: int, count: int) -> CurvePoint:
+def _trade_off(family: _Family, accuracy: Floats, i: int) -> CurvePoint:
     return CurvePoint(
-        accuracy=float(grid.correct[i] / count),
-        latency_ms=float(grid.latency_ms[i]),
-        thresholds=tuple(grid.thresholds[i].tolist()),
-        shares=tuple(grid.shares[i].tolist()),
+        accuracy=float(accuracy[i]),
+        latency_ms=float(family.latency_ms[i]),
+        thresholds=family.policy_of(i).thresholds,
+        shares=tuple(family.shares[i].tolist()),
     )

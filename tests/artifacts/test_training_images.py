@@ -36,10 +36,10 @@ def test_seen_images_and_images_of_seen_groups_are_excluded() -> None:
         unseen(pictures("new"), seen)
 
 
-def test_without_a_rule_only_the_images_are_excluded() -> None:
-    seen = TrainingImages.of(pictures("p1/a"), "none")
-    assert seen.groups == ()
-    assert unseen(pictures("p1/a", "p1/b", "c"), seen) == pictures("p1/b", "c")
+def test_without_a_rule_the_groups_of_a_data_layout_count_and_other_images_have_none() -> None:
+    seen = TrainingImages.of(pictures("p1/a", "e"), "none")
+    assert unseen(pictures("p1/a", "p1/b", "c", "e"), seen) == pictures("c")
+    assert TrainingImages.of(pictures("e"), "cluster") == TrainingImages.of(pictures("e"), "none")
 
 
 def test_it_is_written_into_the_model_and_an_earlier_model_has_none(student_onnx: Path, tmp_path: Path) -> None:
@@ -63,7 +63,6 @@ def test_it_is_written_into_the_model_and_an_earlier_model_has_none(student_onnx
         ("none", ["0" * 15], []),
         ("none", ["1" * 16, "0" * 16], []),
         ("none", ["0" * 16, "0" * 16], []),
-        ("none", [], ["0" * 16]),
         ("cluster", ["0" * 16], []),
         ("", [], []),
     ],

@@ -126,7 +126,8 @@ def test_names_in_a_picture_are_drawn_as_they_are_or_as_code_points(
     metrics = record.variants[0].metrics
 
     def drawn(*names: str) -> str:
-        return plots.confusion_svg(dataclasses.replace(metrics, per_class=dict.fromkeys(names, metrics.macro)))
+        named = dataclasses.replace(metrics, per_class=dict.fromkeys(names, metrics.macro), discrimination={})
+        return plots.confusion_svg(named)
 
     drawn("cost $a$ b", "$\\frac{1}{$", f"bow {bow}")
     assert not caplog.records

@@ -21,6 +21,7 @@ from edgekd.training.protocol import Protocol
 
 TRAIN = "train --data {cells} --out {out} --model resnet18"
 DISTILL = "distill --data {cells} --out {out}"
+ADD_EXITS = "add-exits {student} --data {cells} --out {out}"
 TYPING_ERRORS = {
     ("train", "network"): (f"{TRAIN}8", "resnet18"),
     ("train", "protocol"): (f"{TRAIN} --protocol demmo", "demo"),
@@ -31,6 +32,11 @@ TYPING_ERRORS = {
     ("distill", "protocol"): (f"{DISTILL} --protocol demmo", "demo"),
     ("distill", "precision"): (f"{DISTILL} --precision 32-tru", "32-true"),
     ("distill", "group"): (f"{DISTILL} --method ce --group clustr", "cluster"),
+    ("add-exits", "preprocess"): (f"{ADD_EXITS} --preprocess imagnet", "imagenet"),
+    ("add-exits", "resize"): (f"{ADD_EXITS} --resize strech", "stretch"),
+    ("add-exits", "interpolation"): (f"{ADD_EXITS} --interpolation bilinaer", "bilinear"),
+    ("add-exits", "channels"): (f"{ADD_EXITS} --channels rbg", "rgb"),
+    ("add-exits", "group"): (f"{ADD_EXITS} --group clustr", "cluster"),
     ("evaluate", "subset"): ("evaluate {out} --subset tst", "test"),
     ("compile", "recipe"): ("compile {student} --recipe int9", "int8"),
     ("compile", "backend"): ("compile {student} --backend openvin", "openvino"),
@@ -54,6 +60,7 @@ NO_CHOICE = {
     **dict.fromkeys(["weights", "images", "against"], "paths"),
     **dict.fromkeys(["split", "seeds", "folds", "budget"], "numbers"),
     **dict.fromkeys(["exits", "svm"], "feature points of the network"),
+    **dict.fromkeys(["mean", "std"], "numbers"),
     **dict.fromkeys(["row", "substitutes"], "rows and networks of the table"),
     **dict.fromkeys(["part", "text"], "any part of a name"),
 }

@@ -98,6 +98,7 @@ def test_sipakmed_groups_match_the_published_counts(shared: Path) -> None:
     [
         ("im_Metaplastic/im_Metaplastic/CROPPED/012_03.bmp", "cluster", "Metaplastic/012"),
         ("train/Metaplastic/012_03.jpg", "sipakmed", "Metaplastic/012"),
+        ("im_Metaplastic/012_03.bmp", "sipakmed", "Metaplastic/012"),
         ("01_TUMOR/10009_CRC-Prim-HE-03_009.tif_Row_301_Col_151.tif", "slide", "CRC-Prim-HE-03"),
         ("a/patient7/x.png", r"patient\d+", "patient7"),
         ("a/p7/x_2.png", r"(?P<patient>p\d)/x_(\d)", "p7/2"),
@@ -105,6 +106,12 @@ def test_sipakmed_groups_match_the_published_counts(shared: Path) -> None:
 )
 def test_group_patterns(path: str, group: str, key: str) -> None:
     assert group_keys([path], group) == [key]
+
+
+def test_a_cluster_is_not_named_without_its_class() -> None:
+    """The folder of one class, given as the data folder: its clusters would pass for others than in the whole."""
+    for path in ("CROPPED/012_03.bmp", "012_03.bmp"):
+        assert group_keys([path], "none") == [""]
 
 
 def test_kather_slides(shared: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -68,6 +69,7 @@ def variant(name: str, ms: float, exits: list[int], *, wrong: int = 0, baseline:
     )
 
 
+@functools.cache
 def sample() -> Record:
     """A small record with every kind of variant and odd class names."""
     record = Record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -12,54 +13,53 @@ from edgekd.artifacts.manifest import Manifest, read_manifest, write_manifest
 from edgekd.artifacts.recipe import Recipe
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.host import host_info
-from edgekd.policy import Average, Policy, ensemble, simulate, softmax
+from edgekd.policy import Average, ensemble, simulate, softmax
 from edgekd.runtime.engine import open_engine
-from edgekd.runtime.tuning import CURVE_POINTS, choose, fit_temperature, save_tuned, threshold_path, tune
+from edgekd.runtime.thresholds import fit_temperature
+from edgekd.runtime.tuning import CURVE_POINTS, choose, save_tuned, threshold_path, tune
 from edgekd.types import Array, Labels
 
-OWN = Policy((1.0,) * 3, average="own")
+OWN = {"confidence": "max_probability", "average": "own"}
 MS = (1.0, 1.0, 1.0)
 
 
 def toy() -> tuple[Array, Labels]:
     """100 images of class 0. Exit 0 is sure (0.95) and right of 60, unsure (0.6) of 40 and wrong about half of them.
-    Exit 1 is sure (0.9) and right of 20 of those 40, unsure of the rest and wrong about half. Exit 2 is right."""
+    Exit 1 is sure (0.9) and right of 20 of those 40, unsure of the rest and wrong about 4. Exit 2 is right."""
     first = np.full((3, 100), 0.95)
     first[0, 60:] = [0.6, 0.4] * 20
-    first[1, 60:] = [0.9] * 20 + [0.6, 0.4] * 10
+    first[1, 60:] = [0.9] * 20 + [0.6, 0.6, 0.6, 0.6, 0.4] * 4
     return np.float32(np.log(np.stack([first, 1 - first], axis=-1))), np.zeros(100, np.int64)
 
 
 def test_the_fastest_setting_without_loss() -> None:
-    tuned = choose(*toy(), MS, policy=OWN, max_accuracy_drop=0.0)
-    assert (tuned.accuracy, tuned.ensemble_accuracy, tuned.accuracy_error) == (1.0, 1.0, 0.0)
+    tuned = choose(*toy(), MS, **OWN, max_accuracy_drop=0.0)
+    assert (tuned.accuracy, tuned.reference_accuracy, tuned.accuracy_error) == (1.0, 1.0, 0.0)
     assert tuned.shares == pytest.approx((0.6, 0.2, 0.2))
     assert tuned.latency_ms == pytest.approx(0.6 * 1 + 0.2 * 2 + 0.2 * 3)
-    assert 0.6 < tuned.policy.thresholds[0] <= 0.95
-    assert 0.6 < tuned.policy.thresholds[1] <= 0.9
 
 
 @pytest.mark.parametrize(
-    ("limit", "accuracy", "latency"), [(1.0, 0.8, 1.0), (1.4, 0.9, 1.4), (1.6, 1, 1.6), (9, 1, 1.6)]
+    ("limit", "accuracy", "latency"), [(1.0, 0.8, 1.0), (1.4, 0.96, 1.4), (1.6, 1, 1.6), (9, 1, 1.6)]
 )
 def test_the_most_accurate_setting_within_a_latency(limit: float, accuracy: float, latency: float) -> None:
-    tuned = choose(*toy(), MS, policy=OWN, latency_ms=limit)
+    tuned = choose(*toy(), MS, **OWN, latency_ms=limit)
     assert tuned.accuracy == pytest.approx(accuracy)
     assert tuned.latency_ms == pytest.approx(latency)
 
 
 def test_the_bound_is_kept_with_a_standard_error() -> None:
-    """Leaving 10 images wrong costs 10 points, and 10 + sqrt(10) with the margin."""
-    assert choose(*toy(), MS, policy=OWN, max_accuracy_drop=13.1).accuracy == 1.0
-    tuned = choose(*toy(), MS, policy=OWN, max_accuracy_drop=13.2)
-    assert (tuned.accuracy, tuned.latency_ms) == pytest.approx((0.9, 1.4))
-    assert tuned.accuracy_error == pytest.approx(10**0.5 / 100)
+    """Leaving 4 images wrong costs 4 points, and 4 + sqrt(4) with the margin."""
+    assert choose(*toy(), MS, **OWN, max_accuracy_drop=5.9).accuracy == 1.0
+    tuned = choose(*toy(), MS, **OWN, max_accuracy_drop=6.1)
+    assert (tuned.accuracy, tuned.latency_ms) == pytest.approx((0.96, 1.4))
+    assert tuned.accuracy_error == pytest.approx(2 / 100)
 
 
 def test_the_toy_curve() -> None:
-    curve = choose(*toy(), MS, policy=OWN, latency_ms=9).curve
+    curve = choose(*toy(), MS, **OWN, latency_ms=9).curve
     found = [(point.accuracy, point.latency_ms) for point in curve]
-    assert found == [pytest.approx(p) for p in [(0.8, 1.0), (0.9, 1.4), (1.0, 1.6)]]
+    assert found == [pytest.approx(p) for p in [(0.8, 1.0), (0.96, 1.4), (1.0, 1.6)]]
 
 
 def noisy(exits: int, count: int, seed: int) -> tuple[Array, Labels]:
@@ -73,24 +73,26 @@ def noisy(exits: int, count: int, seed: int) -> tuple[Array, Labels]:
 
 
 @pytest.mark.parametrize("exits", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize(("measure", "average"), [("max_probability", "mean"), ("margin", "own"), ("entropy", "mean")])
+@pytest.mark.parametrize(
+    ("measure", "average"), [("max_probability", "mean"), ("margin", "own"), ("entropy", "geometric")]
+)
 def test_reported_results_equal_a_simulation(exits: int, measure: str, average: Average) -> None:
     logits, labels = noisy(exits, 200, seed=exits)
     stages = tuple(0.5 + 0.1 * k for k in range(exits))
-    policy = Policy((1.2,) * exits, confidence=measure, average=average)
-    tuned = choose(logits, labels, stages, policy=policy, max_accuracy_drop=5.0)
+    tuned = choose(logits, labels, stages, confidence=measure, average=average, max_accuracy_drop=5.0)
     assert tuned.policy.is_tuned
     for thresholds, promised in [
         (tuned.policy.thresholds, (tuned.accuracy, tuned.latency_ms, *tuned.shares)),
         *((p.thresholds, (p.accuracy, p.latency_ms, *p.shares)) for p in tuned.curve),
     ]:
-        found = simulate(logits, Policy(policy.temperatures, thresholds, measure, average))
+        found = simulate(logits, dataclasses.replace(tuned.policy, thresholds=thresholds))
         shares = np.bincount(found.exits, minlength=exits) / len(labels)
         accuracy = (found.probabilities.argmax(axis=1) == labels).mean()
         assert promised == pytest.approx((accuracy, shares @ np.cumsum(stages), *shares))
     ensemble_right = ensemble(logits).argmax(axis=1) == labels
     assert tuned.ensemble_accuracy == ensemble_right.mean()
-    assert tuned.accuracy >= tuned.ensemble_accuracy - 0.05
+    assert tuned.reference_accuracy == max(ensemble_right.mean(), (logits[-1].argmax(axis=1) == labels).mean())
+    assert tuned.accuracy >= tuned.reference_accuracy - 0.05
     assert len(tuned.curve) <= CURVE_POINTS
     for name in ("accuracy", "latency_ms"):
         assert (np.diff([getattr(point, name) for point in tuned.curve]) > 0).all()
@@ -98,8 +100,7 @@ def test_reported_results_equal_a_simulation(exits: int, measure: str, average: 
 
 def test_a_wider_bound_is_never_slower() -> None:
     logits, labels = noisy(4, 400, seed=9)
-    base = Policy((1.0,) * 4, average="mean")
-    times = [choose(logits, labels, (1.0,) * 4, policy=base, max_accuracy_drop=d).latency_ms for d in (0.5, 1, 2, 4, 8)]
+    times = [choose(logits, labels, (1.0,) * 4, max_accuracy_drop=d).latency_ms for d in (0.5, 1, 2, 4, 8)]
     assert times == sorted(times, reverse=True)
     assert times[-1] < times[0]
 
@@ -124,16 +125,16 @@ def test_too_few_images_for_the_margin(caplog: pytest.LogCaptureFixture) -> None
     logits = np.float32([[[2, 0]] * 9 + [[0, 2]], [[0.1, 0]] * 7 + [[0, 0.1], [0, 5], [5, 0]]])
     labels = np.zeros(10, np.int64)  # exit 0 is wrong about image 9, exit 1 about 7 and 8, the ensemble about 8
     with caplog.at_level(logging.WARNING):
-        tuned = choose(logits, labels, (1.0, 1.0), policy=Policy((1.0, 1.0)), max_accuracy_drop=0.0)
-    assert (tuned.accuracy, tuned.ensemble_accuracy, tuned.shares) == (0.9, 0.9, (1.0, 0.0))
+        tuned = choose(logits, labels, (1.0, 1.0), **OWN, max_accuracy_drop=0.0)
+    assert (tuned.accuracy, tuned.reference_accuracy, tuned.shares) == (0.9, 0.9, (1.0, 0.0))
     assert "10 images are too few" in caplog.text
 
 
 def test_unreachable_goals_are_errors() -> None:
     with pytest.raises(ConfigError, match=r"0\.5 ms; the fastest take 1\.000 ms"):
-        choose(*toy(), MS, policy=OWN, latency_ms=0.5)
-    with pytest.raises(ConfigError, match=r"-1 points of the ensemble; the best loses 0\.00"):
-        choose(*toy(), MS, policy=OWN, max_accuracy_drop=-1.0)
+        choose(*toy(), MS, **OWN, latency_ms=0.5)
+    with pytest.raises(ConfigError, match=r"-1 points of the network without early exit; the best loses 0\.00"):
+        choose(*toy(), MS, **OWN, max_accuracy_drop=-1.0)
 
 
 def test_temperature_recovers_a_known_scaling() -> None:
@@ -158,7 +159,6 @@ def test_tune_a_real_engine_and_keep_it(student_onnx: Path, tmp_path: Path) -> N
     seen: list[tuple[int, int]] = []
     tuned = tune(engine, images, labels, latency_ms=1e6, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(32, 34), (34, 34)]
-    assert tuned.policy.average == "mean"
     assert 0 < tuned.latency_ms < 1e6
 
     write_manifest(tmp_path, Manifest(engine.metadata, "onnxruntime", "1", Recipe("fp32"), {}, host_info(), {}, ""))
