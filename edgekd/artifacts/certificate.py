@@ -78,6 +78,7 @@ class Attempt:
         certainty: Requested certainty.
         seed: Seed of the division into path and test images.
         policy: Digest of the policy that was chosen.
+        result: What was certified, or why nothing was, in words.
     """
 
     images: str
@@ -85,6 +86,7 @@ class Attempt:
     certainty: float
     seed: int
     policy: str
+    result: str = ""
 
 
 @dataclass(frozen=True)

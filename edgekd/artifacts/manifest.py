@@ -11,9 +11,11 @@ from typing import Any
 from edgekd.artifacts.certificate import Attempt, Certificate
 from edgekd.artifacts.metadata import ModelMetadata, read_student
 from edgekd.artifacts.recipe import Recipe
+from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError
 from edgekd.files import atomic_write, recover, sha256
 from edgekd.host import HostInfo
+from edgekd.policy import Policy
 from edgekd.serialization import SCHEMA, from_table, read_bytes, read_table, to_json
 
 MANIFEST = "manifest.json"
@@ -309,3 +311,50 @@ def _listed(path: Path, manifest: Manifest) -> str:
 
 def _edited(path: Path) -> ArtifactError:
     return ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
+
+
+def has_certificate(folder: Path) -> bool:
+    """Return True if a folder is a readable engine with a certificate."""
+    try:
+        return _manifest(folder).certificate is not None
+    except ArtifactError:
+        return False
+
+
+def engine_digest(manifest: Manifest) -> str:
+    """Return a digest of the engine's files."""
+    return _digest_of({name: file.sha256 for name, file in sorted(manifest.files.items())})
+
+
+def policy_digest(policy: Policy) -> str:
+    """Return a digest of an exit policy."""
+    return _digest_of(_changed_fields(policy))
+
+
+def preprocess_digest(manifest: Manifest) -> str:
+    """Return a digest of the preprocessing."""
+    return _digest_of(_changed_fields(manifest.metadata.preprocess))
+
+
+def void_reason(manifest: Manifest) -> str:
+    """Return why an engine's certificate is void, in words; empty if it is valid, or if there is none."""
+    found = manifest.certificate
+    if found is None:
+        return ""
+    parts = {
+        "its files": (found.engine_sha256, engine_digest(manifest)),
+        "its exit policy": (found.policy_sha256, policy_digest(manifest.metadata.policy)),
+        "its preprocessing": (found.preprocess_sha256, preprocess_digest(manifest)),
+    }
+    changed = [name for name, (then, now) in parts.items() if then != now]
+    return f"the certificate is void: {' and '.join(changed)} changed after the tests" if changed else ""
+
+
+def _changed_fields(value: Policy | Preprocess) -> dict[str, Any]:
+    """Return the fields that differ from their default, so that a field which a later version adds changes nothing."""
+    found = {f.name: (getattr(value, f.name), f.default) for f in dataclasses.fields(value)}
+    return {name: now for name, (now, default) in found.items() if now != default}
+
+
+def _digest_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(value)).hexdigest()

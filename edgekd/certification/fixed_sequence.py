@@ -122,7 +122,7 @@ def check_certainty(certainty: float) -> None:
         ConfigError: It is below 0.5, or 1 or more.
     """
     if not 0.5 <= certainty < 1:
-        raise ConfigError(f"--certainty {certainty:g}", fix="from 0.5 to 0.999; 0.9 is usual")
+        raise ConfigError(f"--certainty {certainty:g}", fix="give 0.5 to 0.999; 0.9 is usual")
 
 
 def evidence_of(

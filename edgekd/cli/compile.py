@@ -54,6 +54,7 @@ def compile_(
 ) -> None:
     """Compile student.onnx into student.engine/, checked on the validation split and timed on this machine."""
     from edgekd import config
+    from edgekd.artifacts.manifest import has_certificate
     from edgekd.artifacts.metadata import read_student
     from edgekd.backends.base import find_backend, load_recipe
     from edgekd.compiler.build import compile_engine, refuse_other_folder
@@ -66,6 +67,7 @@ def compile_(
         raise ConfigError("--data and --split go together", fix="give the images and the run's split.json")
     refuse_other_folder(out)
     reserve(out, data=data)
+    had_certificate = has_certificate(out)
     student = read_student(source)
     calibration = validation = None
     with bar("read images") as progress:
@@ -92,6 +94,8 @@ def compile_(
     echo(f"{out}: {manifest.backend} {manifest.backend_version}; recipe {name}, runs {ran}")
     for note in manifest.notes:
         echo(f"note: {note}")
+    if had_certificate:
+        echo("the certificate of the replaced engine is void: certify this one with edgekd tune --max-change 1")
     next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
 
 

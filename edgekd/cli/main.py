@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from edgekd import extras, signals
 from edgekd.cli.add_exits import add_exits
 from edgekd.cli.bench import bench
+from edgekd.cli.certify import certify
 from edgekd.cli.common import LogFormatter, reserved, say
 from edgekd.cli.compare import compare
 from edgekd.cli.compile import compile_
@@ -151,6 +152,7 @@ for command in (
     export,
     compile_,
     tune,
+    certify,
     predict,
     bench,
     compare,

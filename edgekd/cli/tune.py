@@ -9,6 +9,8 @@ import typer
 
 from edgekd.cli.common import (
     DataOption,
+    GroupOption,
+    SplitFile,
     ThreadsOption,
     bar,
     echo,
@@ -16,17 +18,36 @@ from edgekd.cli.common import (
     read_or_scan,
     reserve,
 )
+from edgekd.cli.promises import (
+    CertaintyOption,
+    CostsOption,
+    DeferOption,
+    MaxChangeOption,
+    MaxCostOption,
+    MaxDropOption,
+    MaxLostOption,
+    MaxMissOption,
+    MinSensitivityOption,
+    PerExitOption,
+    ReferenceOption,
+    certificate_lines,
+    certified_table,
+    needs_labels,
+    promises_of,
+)
 from edgekd.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
     from edgekd.artifacts.manifest import CurvePoint
+    from edgekd.runtime.certify import Request
+    from edgekd.runtime.engine import Engine
     from edgekd.runtime.tuning import Tuned
 
 
 def tune(
     engine: Annotated[Path, typer.Argument(metavar="STUDENT.ENGINE")],
     data: DataOption,
-    split: Annotated[Path, typer.Option(help="split.json, or the run folder that contains it.")],
+    split: SplitFile = None,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Allowed loss by early exit, in points; chooses the fastest setting.")
     ] = None,
@@ -42,9 +63,22 @@ def tune(
             help="own: the exit's probabilities; mean, geometric: averaged over the exits so far; auto: the best."
         ),
     ] = "auto",
+    max_change: MaxChangeOption = None,
+    max_lost: MaxLostOption = None,
+    max_drop: MaxDropOption = None,
+    max_miss: MaxMissOption = None,
+    min_sensitivity: MinSensitivityOption = None,
+    costs: CostsOption = None,
+    max_cost: MaxCostOption = None,
+    defer: DeferOption = None,
+    per_exit: PerExitOption = False,
+    certainty: CertaintyOption = 0.9,
+    reference: ReferenceOption = None,
+    group: GroupOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the division of the images of a certificate.")] = 0,
     threads: ThreadsOption = None,
 ) -> None:
-    """Fit temperatures and exit thresholds on the validation images, on the compiled engine itself."""
+    """Fit temperatures and exit thresholds on the compiled engine itself, with a certificate if a promise is given."""
     from edgekd.artifacts.manifest import MANIFEST
     from edgekd.confidence import CONFIDENCE_MEASURES
     from edgekd.data.images import load_subset
@@ -61,6 +95,31 @@ def tune(
         raise ConfigError(f"{engine} is not an engine folder", fix="thresholds are part of an engine: compile it first")
     reserve(engine / MANIFEST)
     opened = open_engine(engine, threads=threads)
+    promises, matrix = promises_of(
+        opened.metadata.classes,
+        exits=len(opened.metadata.exits),
+        max_change=max_change,
+        max_lost=max_lost,
+        max_drop=max_drop,
+        max_miss=max_miss,
+        min_sensitivity=min_sensitivity,
+        costs=costs,
+        max_cost=max_cost,
+        defer=defer,
+        per_exit=per_exit,
+    )
+    if promises:
+        if max_accuracy_drop is not None or latency_ms is not None:
+            raise ConfigError("a promise and --max-accuracy-drop or --latency-ms", fix="give only the promise")
+        from edgekd.runtime.certify import Request
+
+        other = open_engine(reference, threads=threads) if reference else None
+        name = reference.name if reference else "without early exit"
+        request = Request(promises, certainty, matrix, other, name, seed)
+        _certify(opened, engine, data, split, request, group=group, confidence=confidence, average=average)
+        return
+    if split is None:
+        raise ConfigError("--split is missing", fix="give it, or a promise that needs no labels: --max-change 1")
     images_split = read_or_scan(data, split, opened.metadata.classes)
     with bar("read images") as progress:
         images, labels = load_subset(
@@ -82,8 +141,55 @@ def tune(
     provenance = {"goal": goal, "images": len(labels), "fingerprint": images_split.fingerprint}
     save_tuned(engine, tuned, provenance, digest=opened.manifest.digest if opened.manifest else "")
     echo(_curve(tuned))
+    if opened.manifest and opened.manifest.certificate:
+        echo("the certificate is void: it was for another exit policy")
+    if max_accuracy_drop is not None:
+        echo("no promise: new images may lose more; with --max-drop and --certainty it is tested, and certified")
     record = engine.parent / f"{engine.stem}-record.json"
     next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
+
+
+def _certify(
+    opened: Engine,
+    engine: Path,
+    data: Path,
+    split: Path | None,
+    request: Request,
+    *,
+    group: str | None,
+    confidence: str,
+    average: str,
+) -> None:
+    """Search for a certificate, and write the policy with or without it."""
+    from edgekd.certification.losses import can_exit_early
+    from edgekd.runtime.certificate_images import images_of_folder, images_of_split
+    from edgekd.runtime.certify import save_certified, search_certificate
+
+    classes = opened.metadata.classes
+    if split is not None:
+        images = images_of_split(data, read_or_scan(data, split, classes), seed=request.seed)
+    else:
+        labelled = needs_labels(request.promises)
+        with bar("check images") as progress:
+            images = images_of_folder(
+                data, opened.metadata, group=group, with_labels=labelled, seed=request.seed, progress=progress
+            )
+    with bar("tune") as progress:
+        found = search_certificate(opened, images, request, confidence=confidence, average=average, progress=progress)
+    digest = opened.manifest.digest if opened.manifest else ""
+    save_certified(engine, found.policy, found.certificate, found.attempt, digest=digest)
+    echo(certified_table(found))
+    for line in found.limits:
+        echo(line)
+    if not can_exit_early(found.policy):
+        echo("no early exit is certified: the engine now answers without early exit")
+    for line in certificate_lines(found.certificate) if found.certificate else ():
+        echo(line)
+    if split is not None:
+        record = engine.parent / f"{engine.stem}-record.json"
+        next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
+    else:
+        next_command("predict", engine, data)
 
 
 def _curve(tuned: Tuned) -> str:

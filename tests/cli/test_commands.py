@@ -20,7 +20,7 @@ from PIL import Image
 from edgekd import config
 
 COMMANDS = [
-    *("train", "distill", "evaluate", "export", "compile", "tune", "predict"),
+    *("train", "distill", "evaluate", "export", "compile", "tune", "certify", "predict"),
     *("bench", "compare", "reproduce", "devices", "doctor", "demo", "data", "config"),
 ]
 
