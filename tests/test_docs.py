@@ -21,7 +21,7 @@ SMALLER = {
     "train": "--epochs 1 --image-size 32 --batch-size 16 --workers 0 --precision 32-true",
     "distill": "--epochs 1 --image-size 32 --batch-size 16 --workers 0 --precision 32-true",
     "compile": "--set max_accuracy_drop=100 --set calibration_images=16",
-    "tune": "--max-accuracy-drop 100",
+    "tune": "--max-accuracy-drop 100 --keep-exits",
     "bench": "--set min_seconds=0.02 --set warmup_seconds=0.01 --set min_count=[4,2] --set rounds=1 --no-report",
 }
 """What is added to the commands of the first page so that they end in seconds."""

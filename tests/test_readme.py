@@ -21,7 +21,7 @@ SMALLER = {
     "train": "--epochs 1 --image-size 32 --set batch_size=16 --set workers=0",
     "distill": "--epochs 1 --image-size 32 --set batch_size=16 --set workers=0",
     "compile": "--set max_accuracy_drop=100 --set calibration_images=16",
-    "tune": "--max-accuracy-drop 100",
+    "tune": "--max-accuracy-drop 100 --keep-exits",
     "bench": "--suite quick --set min_seconds=0.02 --set warmup_seconds=0.01 --set min_count=[4,2] --set rounds=1",
 }
 """What is added to the README's commands so that they end in seconds."""

@@ -15,6 +15,8 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.artifacts.certificate import Certificate
+from edgekd.artifacts.manifest import Manifest, void_reason
 from edgekd.backends.report import describe_host
 from edgekd.bench import energy, variants
 from edgekd.bench.accuracy import metrics
@@ -107,6 +109,7 @@ def bench(
         engine=engine_facts(engine, engine_path),
         policy=engine.metadata.policy,
         curve=engine.manifest.curve if engine.manifest else (),
+        certificate=_certificate(engine.manifest) if engine.manifest else None,
         split=SplitFacts(split.fingerprint, split.method, split.seed, split.group, split.groups, split.leaking),
         classes=engine.metadata.classes,
         images=tuple(i.path for i in items),
@@ -312,14 +315,22 @@ def _timing(results: list[WorkerResult], at: int, size: int) -> Timing:
     )
 
 
+def _certificate(manifest: Manifest) -> Certificate | None:
+    """Return the certificate, if it is valid, without the confidences that only a check of drift needs."""
+    if reason := void_reason(manifest):
+        log.warning("%s", reason)
+        return None
+    return replace(manifest.certificate, confidences=()) if manifest.certificate else None
+
+
 def engine_facts(engine: Engine, path: Path) -> EngineFacts:
-    """Return the manifest without the fields that a record stores elsewhere: classes, policy, curve."""
+    """Return the manifest without the fields that a record stores elsewhere: classes, policy, curve, certificate."""
     manifest = engine.manifest
     if manifest is None:
         return EngineFacts(path.name, engine.name, engine.backend.name, sha256(path))
     table = json.loads(to_json(manifest))
     facts = {**table, "provenance": manifest.metadata.provenance}
-    for key in ("metadata", "curve", "backend", "source_sha256", "precision"):
+    for key in ("metadata", "curve", "certificate", "attempts", "backend", "source_sha256", "precision"):
         facts.pop(key, None)
     final = manifest.accuracy.predictions["final"] if manifest.accuracy else None
     return EngineFacts(

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from edgekd.artifacts.certificate import Certificate
 from edgekd.artifacts.manifest import MAX_MS, CurvePoint
 from edgekd.bench.accuracy import Metrics
 from edgekd.bench.latency import Summary, summarise
@@ -218,6 +219,7 @@ class Record:
         variants: The measured variants.
         targets: Figures derived from the variants.
         warnings: Remarks on the validity of the numbers.
+        certificate: What the policy keeps on images like those of the certificate; None if nothing is certified.
     """
 
     created: str
@@ -240,6 +242,7 @@ class Record:
     variants: tuple[Variant, ...]
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
+    certificate: Certificate | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

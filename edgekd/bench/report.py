@@ -11,7 +11,7 @@ from PIL import ImageOps
 
 from edgekd.bench import plots
 from edgekd.bench.record import Record, Variant
-from edgekd.bench.tables import host_text, notes, table, title
+from edgekd.bench.tables import certificate_notes, host_text, notes, table, title
 from edgekd.bench.targets import target_text
 from edgekd.data.preprocess import open_image
 from edgekd.files import atomic_write
@@ -41,9 +41,11 @@ def write_report(record: Record, path: Path, *, data: Path) -> None:
 def html(record: Record, *, data: Path) -> str:
     """Render the page; the same record and images give the same text."""
     shown = record.find("cascade") or record.find("full") or record.variants[0]
+    certificate = certificate_notes(record)
     sections = [
         _section("Results", _table(record), note=notes(record)),
         _section(*_targets(record)) if record.targets else "",
+        _section("Certificate", _list([markup(line) for line in certificate])) if certificate else "",
         _section("Keep in mind", _list([markup(w) for w in record.warnings]), kind="warnings")
         if record.warnings
         else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from edgekd import text
+from edgekd.artifacts.certificate import certificate_sentence
 from edgekd.bench.metrics import HEADLINES, METRICS, TIMING_METRICS, VARIANT_METRICS, Value, legend
 from edgekd.bench.record import Record, Timing, Variant
 from edgekd.bench.targets import target_text
@@ -20,10 +21,17 @@ def markdown(record: Record) -> str:
         pipe_table(table(record)),
         text.markdown(notes(record)),
         "\n".join(f"- {text.markdown(target_text(t))}" for t in record.targets),
+        "\n".join(f"- {text.markdown(line)}" for line in certificate_notes(record)),
         "\n".join(f"- Warning: {text.markdown(line)}" for line in record.warnings),
         text.markdown(f"{host_text(record)} {record.scenario}"),
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def certificate_notes(record: Record) -> list[str]:
+    """Return the certificate in one sentence and its warnings; empty without one."""
+    found = record.certificate
+    return [f"Certified: {certificate_sentence(found)}", *found.warnings] if found else []
 
 
 def title(record: Record) -> str:

@@ -26,7 +26,7 @@ DRAWS = 20
 
 @dataclass(frozen=True)
 class Design:
-    """How a promise is tested.
+    """The test of a promise.
 
     Attributes:
         promise: The promise.

@@ -63,6 +63,9 @@ def tune(
             help="own: the exit's probabilities; mean, geometric: averaged over the exits so far; auto: the best."
         ),
     ] = "auto",
+    keep_exits: Annotated[
+        bool, typer.Option("--keep-exits", help="Keep exits that do not pay on this machine, for comparison.")
+    ] = False,
     max_change: MaxChangeOption = None,
     max_lost: MaxLostOption = None,
     max_drop: MaxDropOption = None,
@@ -78,15 +81,18 @@ def tune(
     seed: Annotated[int, typer.Option(help="Seed of the division of the images of a certificate.")] = 0,
     threads: ThreadsOption = None,
 ) -> None:
-    """Fit temperatures and exit thresholds on the compiled engine itself, with a certificate if a promise is given."""
+    """Fit temperatures and exit thresholds on the compiled engine itself, with a certificate if a promise is given.
+
+    Exits that do not pay on this machine are cut out of the engine.
+    """
     from edgekd.artifacts.manifest import MANIFEST
+    from edgekd.compiler.exit_selection import tune_engine
     from edgekd.confidence import CONFIDENCE_MEASURES
     from edgekd.data.images import load_subset
     from edgekd.files import recover
     from edgekd.policy import Average
     from edgekd.runtime.engine import open_engine
-    from edgekd.runtime.tuning import AUTO, save_tuned
-    from edgekd.runtime.tuning import tune as search
+    from edgekd.runtime.tuning import AUTO, check_goal, save_tuned
 
     check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
     check_known("--average", average, (AUTO, *get_args(Average)))
@@ -118,6 +124,7 @@ def tune(
         request = Request(promises, certainty, matrix, other, name, seed)
         _certify(opened, engine, data, split, request, group=group, confidence=confidence, average=average)
         return
+    check_goal(max_accuracy_drop, latency_ms)
     if split is None:
         raise ConfigError("--split is missing", fix="give it, or a promise that needs no labels: --max-change 1")
     images_split = read_or_scan(data, split, opened.metadata.classes)
@@ -125,22 +132,27 @@ def tune(
         images, labels = load_subset(
             images_split, "val", data=data, preprocess=opened.metadata.preprocess, progress=progress
         )
+    opened.close()
     with bar("tune") as progress:
-        tuned = search(
-            opened,
+        selection = tune_engine(
+            engine,
             images,
             labels,
             max_accuracy_drop=max_accuracy_drop,
             latency_ms=latency_ms,
             confidence=confidence,
             average=average,
+            threads=threads,
+            keep_exits=keep_exits,
             progress=progress,
         )
     goals = {"max_accuracy_drop": max_accuracy_drop, "latency_ms": latency_ms}
     goal = {name: value for name, value in goals.items() if value is not None}
     provenance = {"goal": goal, "images": len(labels), "fingerprint": images_split.fingerprint}
-    save_tuned(engine, tuned, provenance, digest=opened.manifest.digest if opened.manifest else "")
-    echo(_curve(tuned))
+    save_tuned(engine, selection.tuned, provenance, digest=selection.engine.digest)
+    echo(_curve(selection.tuned))
+    for message in selection.messages:
+        echo(message)
     if opened.manifest and opened.manifest.certificate:
         echo("the certificate is void: it was for another exit policy")
     if max_accuracy_drop is not None:

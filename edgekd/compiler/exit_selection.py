@@ -20,9 +20,10 @@ from edgekd.errors import ArtifactError, BackendError, ConfigError, EdgekdError,
 from edgekd.files import temporary_folder
 from edgekd.policy import Policy, simulate
 from edgekd.progress import Span
+from edgekd.runtime import tuning
 from edgekd.runtime.engine import Engine, built_engine, open_engine
-from edgekd.runtime.tuning import stage_ms
-from edgekd.types import Array, Progress
+from edgekd.runtime.tuning import AUTO, stage_ms
+from edgekd.types import Array, Labels, Progress
 
 LEAST_GAIN = 0.01
 """Fraction of the plain network's time that an exit must save to be kept."""
@@ -50,7 +51,7 @@ class Selection(Generic[T]):
         engine: The engine, opened, as its folder holds it now.
         logits: Its logits (E, N, C) for the images.
         tuned: Result of the search on it.
-        gain: What its exits bring; None if it has none.
+        gain: What its exits bring; None if it has none or that was not measured.
         messages: What was cut out and why, a line for each exit, and what the exits that are left bring.
     """
 
@@ -79,7 +80,7 @@ def tune_exits(
         search: See `Search`.
         images: Preprocessed images (N, 3, H, W) to tune on.
         threads: CPU threads of the engine.
-        keep_exits: Cut out none, and say if the cascade is slower than the plain network.
+        keep_exits: Cut out none, and measure nothing.
         progress: Called with the percentage done and 100.
 
     Raises:
@@ -92,17 +93,14 @@ def tune_exits(
     tuned = search(logits, stage_ms(engine, images[:1]))
     names, gain = list(engine.metadata.outputs), None
     with temporary_folder("pruned") as temporary:
-        while len(names) > 1:
+        while len(names) > 1 and not keep_exits:
             gain = measure_gain(engine, tuned.policy, images)
-            if not gain.is_clear:
-                messages.append("the machine is too busy to tell whether the exits pay: tune again when it is idle")
-                break
             times = _times(engine, images)
-            keep = worthwhile_exits(times, logits, tuned.policy, gain)
+            choose = worthwhile_exits if gain.is_clear else used_exits
+            keep = choose(times, logits, tuned.policy, gain)
             if len(keep) == len(names):
-                break
-            if keep_exits:
-                messages += _reasons("kept as requested", names, keep, times, logits, tuned.policy, gain)
+                if not gain.is_clear:
+                    messages.append("the machine is too busy to tell whether the exits pay: tune again when it is idle")
                 break
             out = temporary / str(len(keep))
             try:
@@ -114,7 +112,7 @@ def tune_exits(
             except (ConfigError, GateError, BackendError, ArtifactError) as error:
                 messages.append(_kept_message(names, keep, gain, error))
                 break
-            messages += _reasons("cut out", names, keep, times, logits, tuned.policy, gain)
+            messages += _reasons(names, keep, times, logits, tuned.policy, gain)
             if engine is not first:
                 engine.close()
             engine, path, logits, tuned = pruned, out, found, retuned
@@ -125,8 +123,68 @@ def tune_exits(
             first.close()
             engine = open_engine(folder, threads=threads)
     span.fraction(1)
-    messages.append(f"the cascade beside the plain network: {gain}" if gain else "no exit is left: the plain network")
+    if gain:
+        messages.append(f"the cascade beside the plain network: {gain}")
+    elif len(names) == 1:
+        messages.append("the engine is the plain network, without early exit")
     return Selection(engine, logits, tuned, gain, tuple(messages))
+
+
+def tune_engine(
+    folder: Path,
+    images: Array,
+    labels: Labels,
+    *,
+    max_accuracy_drop: float | None = None,
+    latency_ms: float | None = None,
+    confidence: str = AUTO,
+    average: str = AUTO,
+    threads: int | None = None,
+    keep_exits: bool = False,
+    progress: Progress | None = None,
+) -> Selection[tuning.Tuned]:
+    """Tune an engine for one of the goals of `edgekd.runtime.tuning.tune`, and cut out the exits that do not pay.
+
+    An accuracy is compared with that of all exits, and within a latency it must not fall.
+
+    Args:
+        folder: The engine folder.
+        images: Validation images (N, 3, H, W), preprocessed.
+        labels: Their class indices (N,).
+        max_accuracy_drop: See `edgekd.runtime.tuning.tune`.
+        latency_ms: See there.
+        confidence: See there.
+        average: See there.
+        threads: See `tune_exits`.
+        keep_exits: See `tune_exits`.
+        progress: See `tune_exits`.
+
+    Raises:
+        ConfigError: Not exactly one goal, no setting meets it, or an unknown measure or average.
+    """
+    tuning.check_goal(max_accuracy_drop, latency_ms)
+    first: list[tuning.Tuned] = []
+    reference: list[npt.NDArray[np.bool_]] = []
+
+    def search(logits: Array, stages: tuple[float, ...]) -> tuning.Tuned:
+        reference.append(tuning.right_without_early_exit(logits, labels))
+        found = tuning.choose(
+            logits,
+            labels,
+            stages,
+            confidence=confidence,
+            average=average,
+            reference=reference[0],
+            max_accuracy_drop=max_accuracy_drop,
+            latency_ms=latency_ms,
+        )
+        first.append(found)
+        if latency_ms is not None and found.accuracy < first[0].accuracy:
+            what = f"{found.accuracy:.2%} of the validation images are right instead of {first[0].accuracy:.2%}"
+            raise ConfigError(what, fix="give --max-accuracy-drop instead to trade accuracy for time")
+        return found
+
+    return tune_exits(folder, search, images, threads=threads, keep_exits=keep_exits, progress=progress)
 
 
 class Times:
@@ -223,6 +281,12 @@ def worthwhile_exits(
     return min(sets, key=lambda keep: ratio(keep) + LEAST_GAIN * len(keep))
 
 
+def used_exits(stages: dict[int, tuple[float, ...]], logits: Array, policy: Policy, gain: Gain) -> tuple[int, ...]:
+    """Choose the exits that images take, and the last one: for want of a clear measurement; see `worthwhile_exits`."""
+    taken = set(simulate(logits, policy).exits.tolist())
+    return tuple(k for k in range(len(logits)) if k in taken or k == len(logits) - 1)
+
+
 def _logits(engine: Engine, images: Array, span: Span, *, batch: int = 32) -> Array:
     batches = []
     for start in range(0, len(images), batch):
@@ -238,7 +302,6 @@ def _times(engine: Engine, images: Array) -> dict[int, tuple[float, ...]]:
 
 
 def _reasons(
-    done: str,
     names: Sequence[str],
     keep: Sequence[int],
     stages: dict[int, tuple[float, ...]],
@@ -254,7 +317,7 @@ def _reasons(
         if k in keep:
             continue
         taken = int(np.count_nonzero(exits == k))
-        line = f"{names[k]} does not pay and is {done}: {taken or 'none'} of {len(exits)} images leave there"
+        line = f"{names[k]} does not pay and is cut out: {taken or 'none'} of {len(exits)} images leave there"
         after = times.expected_ms(logits, policy, [j for j in every if j != k], size=1)
         if after < before:
             line += f", and without it an image takes {after:.3f} instead of {before:.3f} ms (from the stages' times)"

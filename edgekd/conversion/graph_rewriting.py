@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from edgekd.errors import ConfigError
 
@@ -104,7 +104,7 @@ def session(model: ModelProto, *, outputs: Sequence[str] = (), optimise: bool = 
         own = {o.name for o in model.graph.output}
         extended = ModelProto()
         extended.CopyFrom(model)
-        extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in own)
+        extended.graph.output.extend(ValueInfoProto(name=name) for name in outputs if name not in own)
         model = extended
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
@@ -163,29 +163,43 @@ def fold_constants(model: ModelProto, images: Sequence[Values]) -> None:
     for _ in range(20):  # conditions may be nested
         constants_to_initializers(graph)
         names = _without_data(graph)
-        if names:
-            found = [_run(model, names, x) for x in images]
-            for name in names:
-                values = [f[name] for f in found]
-                if all(np.array_equal(v, values[0]) and v.dtype == values[0].dtype for v in values):
-                    _set_constant(graph, name, values[0])
-                else:
-                    _free_reshapes(graph, name, values)
+        reshapes = [n for n in graph.node if n.op_type == "Reshape" and n.input[1] in names]
+        gathers = [n for n in graph.node if n.op_type == "Gather" and not _attribute(n, "axis", 0)]
+        gathers = [n for n in gathers if n.input[1] in {*names, *(i.name for i in graph.initializer)}]
+        shapes_of = [*(n.output[0] for n in reshapes), *(n.input[0] for n in gathers)]
+        found = [_run(model, names, shapes_of, x) for x in images] if names or gathers else []
+        constants = {i.name: i for i in graph.initializer}
+        for node in gathers:
+            fixed = [numpy_helper.to_array(constants[node.input[1]])] * len(found) if node.input[1] in constants else []
+            _gather_to_reshape(
+                graph,
+                node,
+                indices=fixed or [f[node.input[1]] for f in found],
+                shapes=[tuple(f[f"shape of {node.input[0]}"]) for f in found],
+            )
+        for name in names:
+            values = [f[name] for f in found]
+            if all(np.array_equal(v, values[0]) and v.dtype == values[0].dtype for v in values):
+                _set_constant(graph, name, values[0])
+        for node in reshapes:
+            _free_reshape(graph, node, np.stack([f[f"shape of {node.output[0]}"] for f in found]))
         inlined = _inline_conditions(graph)
         drop_unused(graph)
         if not inlined:
             return
 
 
-def _run(model: ModelProto, names: list[str], images: Values) -> dict[str, Values]:
-    """Compute inner tensors, in the order of the graph and no further than needed."""
+def _run(model: ModelProto, names: list[str], shapes_of: list[str], images: Values) -> dict[str, Values]:
+    """Compute inner tensors, and as "shape of NAME" the shapes of others; no further than needed."""
     shortened = ModelProto()
     shortened.CopyFrom(model)
-    replace(shortened.graph.output, [onnx.ValueInfoProto(name=name) for name in names])
+    shapes = [f"shape of {name}" for name in shapes_of]
+    shortened.graph.node.extend(helper.make_node("Shape", [name], [to]) for name, to in zip(shapes_of, shapes))
+    replace(shortened.graph.output, [ValueInfoProto(name=name) for name in (*names, *shapes)])
     drop_unused(shortened.graph)
     runner = session(shortened, optimise=False)
     feed = {i.name: images for i in runner.get_inputs()}
-    return dict(zip(names, runner.run(names, feed)))
+    return dict(zip((*names, *shapes), runner.run(None, feed)))
 
 
 def _without_data(graph: GraphProto) -> list[str]:
@@ -212,29 +226,42 @@ def _set_constant(graph: GraphProto, name: str, value: Values) -> None:
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name))
 
 
-def _free_reshapes(graph: GraphProto, name: str, values: list[Values]) -> None:
-    """Give Reshape nodes whose shape depends on the batch size at one place a constant shape with -1 there."""
-    if values[0].ndim != 1 or values[0].dtype != np.int64 or len({v.shape for v in values}) != 1:
+def _free_reshape(graph: GraphProto, node: NodeProto, shapes: Values) -> None:
+    """Give a Reshape whose shape depends on the batch size at one place a constant shape with -1 there.
+
+    Args:
+        graph: Its graph.
+        node: The node.
+        shapes: Shapes (batch sizes, dimensions) of its output.
+    """
+    differing = np.flatnonzero((shapes != shapes[0]).any(axis=0))
+    if len(differing) == 1 and node.input[1] not in {i.name for i in graph.initializer}:
+        shape = shapes[0].copy()
+        shape[differing] = -1
+        node.input[1] = add_constant(graph, f"{node.output[0]}_any_batch", shape)
+
+
+def _gather_to_reshape(
+    graph: GraphProto, node: NodeProto, *, indices: list[Values], shapes: list[tuple[int, ...]]
+) -> None:
+    """Turn a Gather that takes all elements of a vector in their order, as torch's as_strided, into a Reshape."""
+    for found, shape in zip(indices, shapes):
+        if shape != (found.size,) or not np.array_equal(found.ravel(), np.arange(found.size)):
+            return
+    target = np.array(indices[0].shape, np.int64)
+    differing = np.flatnonzero((np.array([i.shape for i in indices]) != target).any(axis=0))
+    if len(differing) > 1:
         return
-    differing = np.flatnonzero((np.stack(values) != values[0]).any(axis=0))
-    if len(differing) != 1:
-        return
-    at, shape = int(differing[0]), values[0].copy()
-    if -1 not in shape:
-        shape[at] = -1
-    elif at == 0:
-        shape[at] = 0  # copies the input's first dimension, the batch
-    else:
-        return
-    for node in graph.node:
-        if node.op_type == "Reshape" and node.input[1] == name and not _attribute(node, "allowzero", 0):
-            node.input[1] = add_constant(graph, f"{name}_any_batch", shape)
+    target[differing] = -1
+    node.op_type = "Reshape"
+    del node.attribute[:]
+    node.input[1] = add_constant(graph, f"{node.output[0]}_any_batch", target)
 
 
 def add_constant(graph: GraphProto, name: str, value: Values) -> str:
-    """Add an initializer, unless the graph has the name already, and return the name."""
-    if name not in {i.name for i in graph.initializer}:
-        graph.initializer.append(numpy_helper.from_array(value, name))
+    """Add an initializer of this name, or of one derived from it that is free, and return the name."""
+    free_name(graph, name)
+    graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name
 
 
@@ -263,9 +290,9 @@ def _inline_conditions(graph: GraphProto) -> bool:
 def free_batch(model: ModelProto, batch: int) -> list[str]:
     """Rewrite Reshape nodes whose constant shape holds the batch size, and widen constants joined with images.
 
-    The batch is followed through the graph by shape inference with two batch sizes. In memory it lies after the product
-    of the dimensions before it, which the target shape must split at the same place; where two places do, the last
-    dimension, that of features, is left alone.
+    Shapes for a larger batch are inferred node by node and compared with those for `batch`. In memory the batch lies
+    after the product of the dimensions before it, which a Reshape must split at the same place; where two places do,
+    the last dimension, that of features, is left alone.
 
     Args:
         model: The network, changed in place; its input has a fixed image size.
@@ -274,82 +301,120 @@ def free_batch(model: ModelProto, batch: int) -> list[str]:
     Returns:
         Names of the rewritten nodes.
     """
-    rewritten: list[str] = []
-    for _ in range(len(model.graph.node)):
-        small, large = _shapes(model, batch), _shapes(model, 7 * batch)
-        constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer if np.prod(i.dims) <= SMALL}
-        changed = [
-            node.name or f"{node.op_type} of {node.output[0]}"
-            for node in list(model.graph.node)
-            if _rewrite_reshape(model.graph, node, constants, small, large, batch)
-            or _rewrite_concat(model.graph, node, small, large)
-        ]
-        if not changed:
-            break
-        rewritten += changed
+    graph = model.graph
+    types = _types(model, batch)
+    small = {name: shape for name, (_, shape) in types.items()}
+    large = {i.name: tuple(i.dims) for i in graph.initializer}
+    large[graph.input[0].name] = (LARGER * batch, *small[graph.input[0].name][1:])
+    constants = {i.name: i for i in graph.initializer if math.prod(i.dims) <= SMALL}
+    rewritten, nodes = [], []
+    for node in graph.node:
+        added: list[NodeProto] = []
+        if node.op_type == "Reshape" and node.input[1] in constants:
+            changed = _rewrite_reshape(graph, node, constants, small, large, batch)
+        else:
+            added = _rewrite_concat(graph, node, small, large) if node.op_type == "Concat" else []
+            changed = bool(added)
+            large |= _inferred(model, node, types, large, constants)
+        nodes += [*added, node]
+        if changed:
+            rewritten.append(node.name or f"{node.op_type} of {node.output[0]}")
+    replace(graph.node, nodes)
     return rewritten
 
 
+LARGER = 7
+"""Factor between the two batch sizes: a prime that no dimension is likely to have."""
 Shapes = dict[str, tuple[int, ...]]
 
 
-def _shapes(model: ModelProto, batch: int) -> Shapes:
-    """Infer the shapes that are known completely, without the values of large weights."""
+def _types(model: ModelProto, batch: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Infer element types and shapes, where these are known completely, without the values of large weights."""
     skeleton = ModelProto()
     skeleton.CopyFrom(model)
     graph = skeleton.graph
-    del graph.value_info[:]
     graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
-    for output in graph.output:
-        output.type.tensor_type.ClearField("shape")
     large = [i for i in graph.initializer if math.prod(i.dims) > SMALL]
     replace(graph.initializer, [i for i in graph.initializer if math.prod(i.dims) <= SMALL])
     graph.input.extend(helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in large)
     inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    types = {i.name: (i.data_type, tuple(i.dims)) for i in model.graph.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         tensor = value.type.tensor_type
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
-    return shapes
+            types[value.name] = tensor.elem_type, tuple(d.dim_value for d in tensor.shape.dim)
+    return types
+
+
+def _inferred(
+    model: ModelProto,
+    node: NodeProto,
+    types: dict[str, tuple[int, tuple[int, ...]]],
+    large: Shapes,
+    constants: dict[str, TensorProto],
+) -> Shapes:
+    """Infer the shapes of a node's outputs from those of its inputs; nothing where that is impossible."""
+    names = [name for name in node.input if name]
+    if not all(name in types and name in large for name in names):
+        return {}
+    opsets = {o.domain: o.version for o in model.opset_import}
+    schema = onnx.defs.get_schema(node.op_type, max(opsets.values()), "")
+    given = {name: helper.make_tensor_type_proto(types[name][0], large[name]) for name in names}
+    known = {name: constants[name] for name in names if name in constants}
+    try:
+        found = onnx.shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=model.opset_import)
+    except Exception:  # shapes that do not fit: running it names the node
+        return {}
+    shapes = {name: kind.tensor_type.shape.dim for name, kind in found.items() if kind.HasField("tensor_type")}
+    complete = {name: dims for name, dims in shapes.items() if all(d.HasField("dim_value") for d in dims)}
+    return {name: tuple(d.dim_value for d in dims) for name, dims in complete.items()}
 
 
 def _rewrite_reshape(
-    graph: GraphProto, node: NodeProto, constants: dict[str, Values], small: Shapes, large: Shapes, batch: int
+    graph: GraphProto, node: NodeProto, constants: dict[str, TensorProto], small: Shapes, large: Shapes, batch: int
 ) -> bool:
-    if node.op_type != "Reshape" or node.input[1] not in constants:
+    """Put the batch where the images are in memory; the shape of the output is added to `large`."""
+    before, more, after = small.get(node.input[0]), large.get(node.input[0]), small.get(node.output[0])
+    if before is None or more is None or after is None:
         return False
-    before, more = small.get(node.input[0]), large.get(node.input[0])
-    target = [int(t) for t in constants[node.input[1]]]
-    if before is None or more is None or before == more or target.count(-1) or 0 in target:
-        return False
-    if math.prod(target) != math.prod(before):
+    if before == more:
+        large[node.output[0]] = after
         return False
     place = next(i for i, (a, b) in enumerate(zip(before, more)) if a != b)
     outer = math.prod(before[:place])
-    at = [q for q in range(len(target)) if math.prod(target[:q]) == outer and target[q] % batch == 0]
-    if at and at[0] == len(target) - 1 > 0:  # the batch is merged with the dimensions before it
-        at = [q for q in range(len(target)) if math.prod(target[: q + 1]) == outer * batch]
+    at = [q for q in range(len(after)) if math.prod(after[:q]) == outer and after[q] % batch == 0]
+    if at and at[0] == len(after) - 1 > 0:  # the batch is merged with the dimensions before it
+        at = [q for q in range(len(after)) if math.prod(after[: q + 1]) == outer * batch]
     if not at:
         return False
-    target[at[0]] = -1
-    node.input[1] = add_constant(graph, f"{node.output[0]}_any_batch", np.array(target, np.int64))
+    expected = large[node.output[0]] = tuple(LARGER * n if q == at[0] else n for q, n in enumerate(after))
+    target = numpy_helper.to_array(constants[node.input[1]])
+    fixed = [more[i] if n == 0 and not _attribute(node, "allowzero", 0) else int(n) for i, n in enumerate(target)]
+    rest = math.prod(more) // max(1, math.prod(n for n in fixed if n != -1))
+    if expected == tuple(rest if n == -1 else n for n in fixed):
+        return False
+    any_batch = np.array([-1 if q == at[0] else n for q, n in enumerate(after)], np.int64)
+    node.input[1] = add_constant(graph, f"{node.output[0]}_any_batch", any_batch)
     return True
 
 
-def _rewrite_concat(graph: GraphProto, node: NodeProto, small: Shapes, large: Shapes) -> bool:
-    """Repeat a constant, such as a class token, for each of the images that it is concatenated with."""
-    if node.op_type != "Concat" or not all(name in small and name in large for name in node.input):
-        return False
+def _rewrite_concat(graph: GraphProto, node: NodeProto, small: Shapes, large: Shapes) -> list[NodeProto]:
+    """Repeat a constant, such as a class token, for each of the images that it is concatenated with.
+
+    Returns:
+        Nodes to be put before the Concat; the shape of its output is added to `large`.
+    """
+    if not all(name in small and name in large for name in node.input):
+        return []
+    given = list(node.input)
     grown = [name for name in node.input if small[name] != large[name]]
     fixed = [name for name in node.input if small[name] == large[name]]
     axis = _attribute(node, "axis", 0) % len(small[node.input[0]])
     if not grown or not fixed:
-        return False
+        return []
     place = next(i for i, (a, b) in enumerate(zip(small[grown[0]], large[grown[0]])) if a != b)
     if place == axis or any(small[name][place] != 1 for name in fixed):
-        return False
-    at = list(graph.node).index(node)
+        return []
     prefix = node.output[0]
     start, end = (
         add_constant(graph, f"{prefix}_{key}", np.array([v], np.int64))
@@ -370,9 +435,9 @@ def _rewrite_concat(graph: GraphProto, node: NodeProto, small: Shapes, large: Sh
         added.append(helper.make_node("Concat", parts, [f"{prefix}_{k}_target"], axis=0))
         added.append(helper.make_node("Expand", [name, f"{prefix}_{k}_target"], [f"{prefix}_{k}_expanded"]))
         node.input[:] = [f"{prefix}_{k}_expanded" if n == name else n for n in node.input]
-    nodes = list(graph.node)
-    replace(graph.node, [*nodes[:at], *added, *nodes[at:]])
-    return True
+    joined = [large[grown[0]][axis] if name in grown else small[name][axis] for name in given]
+    large[node.output[0]] = (*large[grown[0]][:axis], sum(joined), *large[grown[0]][axis + 1 :])
+    return added
 
 
 def to_float32(graph: GraphProto) -> None:
@@ -403,11 +468,15 @@ def to_opset(model: ModelProto, opset: int) -> ModelProto | None:
 
 
 def require_plain(model: ModelProto, name: str) -> None:
-    """Check that only ONNX's own operators are left, and no subgraphs.
+    """Check that there are only operators of ONNX's own domain, and none that draws random numbers.
 
     Raises:
-        ConfigError: Others; some are named.
+        ConfigError: There are others; some are named.
     """
+    if random := sorted({n.op_type for n in all_nodes(model.graph) if n.op_type in _RANDOM}):
+        raise ConfigError(
+            f"{name} draws random numbers: {', '.join(random)}", fix="export the network in evaluation mode"
+        )
     foreign = sorted({f"{n.op_type} ({n.domain})" for n in all_nodes(model.graph) if n.domain not in ("", "ai.onnx")})
     if foreign:
         raise ConfigError(

@@ -246,7 +246,7 @@ def _hugging_face_size(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return {"image_size": edge, "resize": "shorter", "resize_size": int(edge / table.get("crop_pct", 224 / 256))}
     if "poolformer" in kind and table.get("crop_pct"):
         edge, resize = int(edge / table["crop_pct"]), "shorter"
-    if "levit" in kind and resize == "shorter":
+    if kind.startswith("levit") and resize == "shorter":
         edge = int(256 / 224 * edge)
     if table.get("do_center_crop", crop is not None and resize == "shorter"):
         image_size = crop if isinstance(crop, int) else _square(crop["height"], crop["width"])  # type: ignore[index]

@@ -85,7 +85,7 @@ class Preprocess:
             `image_size`. With `stretch` both sides (timm's `squash`); `crop` has none.
         interpolation: Pillow's filter.
         antialias: Average all pixels that an output pixel covers, as Pillow, torchvision and timm do. Without it,
-            `bilinear` reads 4 pixels and `bicubic` 16, as TensorFlow and OpenCV do.
+            `bilinear` reads 4 pixels, as TensorFlow, Keras and OpenCV (PaddlePaddle) do.
         scale: Factor on pixels 0..255.
         centre: Rounding of the position of the centre: `round` to the nearest (torchvision, timm), or `floor` (Hugging
             Face).
@@ -114,8 +114,8 @@ class Preprocess:
             raise ValueError(f"resize_size: {self.resize_size} is not in image_size..8192")
         if self.resize_size is not None and self.resize == "crop":
             raise ValueError("resize_size: resize = crop has none; use shorter")
-        if not self.antialias and self.interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise ValueError("antialias: only bilinear and bicubic have a form without")
+        if not self.antialias and self.interpolation not in ("nearest", "bilinear"):
+            raise ValueError(f"antialias: {self.interpolation} has no form without it here")
 
     @property
     def fill(self) -> tuple[int, ...]:
@@ -134,9 +134,14 @@ class Preprocess:
         if self.antialias or self.interpolation == "nearest":
             return image.resize(size, Image.Resampling[self.interpolation.upper()], box)
         left, top, right, bottom = box or (0, 0, *image.size)
-        across, down = (right - left) / size[0], (bottom - top) / size[1]
-        affine = (across, 0, left, 0, down, top)
-        return image.transform(size, Image.Transform.AFFINE, affine, Image.Resampling[self.interpolation.upper()])
+        pixels = np.asarray(image, np.float32)
+        for axis, count, start, end in ((0, size[1], top, bottom), (1, size[0], left, right)):
+            at = start + (np.arange(count) + 0.5) * ((end - start) / count) - 0.5
+            low, last = np.floor(at).astype(int), pixels.shape[axis] - 1
+            before, after = (pixels.take(i.clip(0, last), axis) for i in (low, low + 1))
+            weight = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+            pixels = before + (after - before) * weight
+        return Image.fromarray(np.rint(pixels).astype(np.uint8))
 
     def resized(self, image: Image.Image) -> Image.Image:
         """Resize an RGB image to the input size."""

@@ -53,7 +53,7 @@ COVERAGE_STEP = 0.02
 
 @dataclass(frozen=True)
 class Request:
-    """What to certify.
+    """Promises to certify, and their reference.
 
     Attributes:
         promises: The promises, of which all are kept together.
@@ -81,7 +81,7 @@ class Certified:
         latency_ms: Its mean latency of an image at batch size 1, from the stages' times.
         certificate: None if nothing is certified.
         points: Certified settings, each with its tests, slow to fast.
-        failed: Setting that failed and ended the tests, with its tests.
+        failed: The setting that failed and ended the tests, with its tests.
         limits: For each promise, which bound these images can certify at best, and how many the requested one needs.
         attempt: Entry of the manifest's list of attempts.
     """

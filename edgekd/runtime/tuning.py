@@ -102,8 +102,7 @@ def tune(
     """
     check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
     check_known("--average", average, (AUTO, *get_args(Average)))
-    if (max_accuracy_drop is None) == (latency_ms is None):
-        raise ConfigError("exactly one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
+    check_goal(max_accuracy_drop, latency_ms)
     logits = _logits(engine, images, progress)
     stages = stage_ms(engine, images[:1])
     return choose(
@@ -115,6 +114,16 @@ def tune(
         max_accuracy_drop=max_accuracy_drop,
         latency_ms=latency_ms,
     )
+
+
+def check_goal(max_accuracy_drop: float | None, latency_ms: float | None) -> None:
+    """Check that exactly one goal is given.
+
+    Raises:
+        ConfigError: None or both are.
+    """
+    if (max_accuracy_drop is None) == (latency_ms is None):
+        raise ConfigError("exactly one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
 
 
 def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: int = 32) -> Array:

@@ -11,9 +11,11 @@ from helpers.records import sample
 from PIL import Image
 from typer.testing import CliRunner
 
+from edgekd.artifacts.certificate import Certificate, Evidence, Promise
 from edgekd.bench import plots
 from edgekd.bench.record import read_record, write_record
 from edgekd.bench.report import html, write_report
+from edgekd.bench.tables import markdown
 from edgekd.cli.main import app
 from edgekd.errors import ArtifactError, ConfigError, DataError
 
@@ -74,6 +76,18 @@ def test_page_is_whole_and_stands_alone(data: Path, tmp_path: Path) -> None:
 
 def test_same_record_same_page(data: Path) -> None:
     assert html(sample(), data=data) == html(sample(), data=data)
+
+
+def test_a_certificate_is_shown_in_words(data: Path, tmp_path: Path) -> None:
+    evidence = Evidence(Promise("change", 0.01), "change", "binomial", "image", 810, 3, 0.0082, 0.04)
+    found = Certificate((evidence,), 0.9, "without early exit", 810, *"abcd", warnings=("the images were spent",))
+    write_record(tmp_path / "record.json", dataclasses.replace(sample(), certificate=found))
+    record = read_record(tmp_path / "record.json")
+    for page in (html(record, data=data), markdown(record)):
+        assert "With 90 % certainty, for images like those tested (3 of 810 images, upper bound 0.82 %)" in page
+        assert "at most 1 % of the answers differ from those of the same engine without early exit" in page
+        assert "the images were spent" in page
+    assert "Certificate" not in html(sample(), data=data)
 
 
 def test_page_without_cascade(data: Path) -> None:

@@ -47,7 +47,7 @@ def test_nothing_that_is_trained_calibrated_tuned_or_measured_reads_them(tmp_pat
     edgekd("export", run, "--data", data, "--out", student)
     loose = ("--set", "max_accuracy_drop=100", "--set", "calibration_images=16", "--backend", "onnxruntime")
     edgekd("compile", student, "--recipe", "int8", *files, *loose, "--out", engine)
-    edgekd("tune", engine, *files, "--max-accuracy-drop", "1")
+    edgekd("tune", engine, *files, "--max-accuracy-drop", "1", "--keep-exits")
     quick = ("min_seconds=0.02", "warmup_seconds=0.01", "min_count=[4,2]", "rounds=1")
     flags = [word for value in quick for word in ("--set", value)]
     edgekd("bench", engine, *files, "--no-report", *flags, "--out", tmp_path / "record.json")

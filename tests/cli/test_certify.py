@@ -13,8 +13,10 @@ from helpers.two_lights import write_network, write_pictures
 from edgekd.artifacts.certificate import Promise
 from edgekd.artifacts.manifest import MANIFEST, read_manifest, void_reason, write_manifest
 from edgekd.artifacts.training_images import TrainingImages
+from edgekd.bench.measure import engine_facts
 from edgekd.certification.losses import can_exit_early
 from edgekd.data.pictures import find_pictures
+from edgekd.runtime.engine import open_engine
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,9 @@ def test_a_certificate_without_labels(folder: Path, engine: Path) -> None:
     assert "does not list its training images" in shown
     assert sum(found.exit_counts) == 240
     assert void_reason(manifest) == ""
+
+    facts = engine_facts(open_engine(engine), engine).facts
+    assert not [key for key, value in facts.items() if "certificate" in key or "attempts" in key]
 
     again = edgekd("certify", engine, "--data", folder / "new")
     assert "200 images" in again

@@ -13,7 +13,7 @@ SMALLER = {
     "train": "--epochs 1 --image-size 32 --batch-size 16 --workers 0 --precision 32-true --seed 3",
     "distill": "",  # it is told what train was
     "compile": "--set max_accuracy_drop=100 --set calibration_images=16 --backend onnxruntime",
-    "tune": "",
+    "tune": "--keep-exits",
     "bench": "--set min_seconds=0.02 --set warmup_seconds=0.01 --set min_count=[4,2] --set rounds=1 --no-report",
 }
 

@@ -15,7 +15,7 @@ train --data cells --model multi-exit-test_resnet --protocol demo --weights none
 --set workers=0 --set batch_size=16 --set precision=32-true --out run
 export run --data cells --out student.onnx
 compile student.onnx --backend onnxruntime --set batch_sizes=[1] --out student.engine
-tune student.engine --data cells --split run/split.json --latency-ms 100
+tune student.engine --data cells --split run/split.json --latency-ms 100 --keep-exits
 bench student.engine --data cells --split run/split.json --suite tiny.toml --no-report --out record.json
 """
 SUITE = """

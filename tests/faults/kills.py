@@ -37,7 +37,7 @@ COMMANDS = {
     "compile": COMPILE,
     "compile-int8": [*COMPILE, "--recipe", "int8", *IMAGES, "--set", "max_accuracy_drop=100"],
     "compile-moved": COMPILE,  # as on file systems that cannot exchange two names
-    "tune": ["tune", "student.engine", *IMAGES, "--latency-ms", "100"],
+    "tune": ["tune", "student.engine", *IMAGES, "--latency-ms", "100", "--keep-exits"],
     "export": ["export", "run", "--data", "cells", "--out", "student.onnx"],
     "evaluate": ["evaluate", "student.engine", *IMAGES, "--out", "measures.json", "--plot", "confusion.png"],
     "train": ["train", "--data", "cells", "--model", "multi-exit-test_resnet", "--protocol", "demo", "--weights",

@@ -35,7 +35,12 @@ def work(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work" / "site").mkdir()
     for name in ("manifest.json", "summary.json", "gao2022-table3.json"):
         (tmp_path / "work" / "site" / name).write_text('{"name": "a page"}')
-    for work in ("compiler.build.compile_engine", "bench.measure.bench", "runtime.tuning.tune", "export.export"):
+    for work in (
+        "compiler.build.compile_engine",
+        "bench.measure.bench",
+        "compiler.exit_selection.tune_engine",
+        "export.export",
+    ):
         monkeypatch.setattr(f"edgekd.{work}", lambda *given, **more: pytest.fail("it began to work"))
     monkeypatch.setattr("edgekd.data.images.load_subset", lambda *given, **more: pytest.fail("it read images"))
     return tmp_path / "work"
