@@ -54,6 +54,17 @@ class Job:
         print(f"{self.name}: {accuracy:.1%} of the test images, {facts['seconds']} s", flush=True)
 
 
+def _linear(inputs: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights (C, D) and biases of a logistic regression on a layer's inputs."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(np.concatenate(inputs))
+    fitted = LogisticRegression(C=0.01, max_iter=500).fit(scaler.transform(np.concatenate(inputs)), labels)
+    weights = fitted.coef_ / scaler.scale_
+    return weights.astype(np.float32), (fitted.intercept_ - weights @ scaler.mean_).astype(np.float32)
+
+
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
@@ -98,11 +109,10 @@ def _train(model: Any, job: Job, transform: Transform, *, lr: float, epochs: int
 def _fit_head(model: Any, head: Any, job: Job, transform: Transform, *, is_new: bool = False) -> None:
     """Fit the last layer alone, by logistic regression on its inputs; statistics of new batch norms are measured."""
     import torch
-    from sklearn.linear_model import LogisticRegression
 
     paths, labels = job.images("train")
     inputs: list[Any] = []
-    hook = head.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
+    hook = head.register_forward_hook(lambda _, given, __: inputs.append(given[0].numpy()))
     images = _tensor(paths, transform)
     with torch.inference_mode():
         if is_new:
@@ -114,10 +124,10 @@ def _fit_head(model: Any, head: Any, job: Job, transform: Transform, *, is_new: 
         for batch in images.split(64):
             model.eval()(batch)
     hook.remove()
-    fitted = LogisticRegression(C=0.1, max_iter=500).fit(torch.cat(inputs).numpy(), labels)
+    weights, biases = _linear(inputs, labels)
     with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(fitted.coef_))
-        head.bias.copy_(torch.from_numpy(fitted.intercept_))
+        head.weight.copy_(torch.from_numpy(weights))
+        head.bias.copy_(torch.from_numpy(biases))
 
 
 def _logits(output: Any) -> Any:
@@ -283,7 +293,7 @@ def ultralytics(job: Job) -> None:
         answers = torch.cat([out[0] if isinstance(out := network(b), tuple) else out for b in images]).numpy()
     job.finish(
         answers,
-        ["--preprocess", "ultralytics"],
+        ["--preprocess", "ultralytics", "--image-size", str(SIZE)],
         exporter=f"ultralytics {version('ultralytics')}",
         framework=f"ultralytics {version('ultralytics')}",
         trained="SIPaKMeD: last layer alone",
@@ -336,7 +346,6 @@ def paddle(job: Job) -> None:
     import paddle
     from paddle.vision import models
     from paddle.vision import transforms as T
-    from sklearn.linear_model import LogisticRegression
 
     paddle.seed(0)
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -348,17 +357,19 @@ def paddle(job: Job) -> None:
 
     model, batches, inputs = models.mobilenet_v1(scale=0.5, num_classes=len(job.classes)), load("train"), []
     hook = model.fc.register_forward_pre_hook(lambda _, given: inputs.append(given[0].numpy()))
+    for norm in (layer for layer in model.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)):
+        norm._momentum = 0.5
     with paddle.no_grad():
-        for batch in batches[::2]:
+        for batch in batches:
             model(batch)  # statistics of the batch norms
         inputs.clear()
         model.eval()
         for batch in batches:
             model(batch)
     hook.remove()
-    fitted = LogisticRegression(C=0.1, max_iter=500).fit(np.concatenate(inputs), job.images("train")[1])
-    model.fc.weight.set_value(fitted.coef_.T.astype(np.float32))
-    model.fc.bias.set_value(fitted.intercept_.astype(np.float32))
+    weights, biases = _linear(inputs, job.images("train")[1])
+    model.fc.weight.set_value(weights.T.copy())
+    model.fc.bias.set_value(biases)
     model.eval()
     spec = [paddle.static.InputSpec([None, 3, SIZE, SIZE], "float32", "x")]
     paddle.onnx.export(model, str(job.out / "model"), input_spec=spec, opset_version=14)
