@@ -89,9 +89,10 @@ class Policy:
         return len(self.thresholds) == len(self.temperatures) - 1
 
     @property
-    def never_exits(self) -> bool:
-        """True if every image takes the last exit, because no exit has a threshold that can be reached."""
-        return self.is_tuned and all(t >= NEVER_EXIT for t in self.thresholds)
+    def is_last_exit(self) -> bool:
+        """True if all answers are the last exit's own: no threshold can be reached, and no other exit contributes."""
+        never = self.is_tuned and all(t >= NEVER_EXIT for t in self.thresholds)
+        return never and (self.average != "mean" or len(self.temperatures) == 1)
 
     def of_exits(self, keep: Sequence[int]) -> Policy:
         """Return the policy of some of the exits, as if the network had no others.

@@ -168,6 +168,11 @@ def certificate_sentence(certificate: Certificate) -> str:
     return f"With {100 * certificate.certainty:g} % certainty, for images like those tested ({counts}): {promises}."
 
 
+def is_untested(evidence: Evidence) -> bool:
+    """Return True if there was nothing to test: the policy is its own reference, or no image takes the exit."""
+    return evidence.p_value == 0 and evidence.upper_bound == 0
+
+
 def evidence_text(evidence: Evidence) -> str:
     """Return counts and upper bound of a test, for example `3 of 810 images, upper bound 0.82 %`."""
     of = {"image": "images", "one image a group": "groups, one image each", "group mean": "groups, their mean loss"}

@@ -86,3 +86,9 @@ def unseen(items: Sequence[T], training_images: TrainingImages | None) -> tuple[
         fix = "a CSV file named them: give images with such a file" if rule == "labels" else f"give --group {rule!r}"
         raise DataError("the images have no groups, but the network learned from groups of images", fix=fix)
     return tuple(i for i in items if i.digest[:DIGITS] not in digests and _group_digest(i.group) not in groups)
+
+
+def seen(items: Sequence[T], training_images: TrainingImages) -> tuple[T, ...]:
+    """Return the images that the network has learned from."""
+    digests = set(training_images.digests)
+    return tuple(i for i in items if i.digest[:DIGITS] in digests)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from edgekd.artifacts.certificate import certificate_sentence
+from edgekd.bench.comparisons import record_lines
 from edgekd.bench.metrics import HEADLINES, MISSING, TimingMetric, VariantMetric
 from edgekd.bench.record import Record, Variant
 from edgekd.bench.tables import pipe_table
@@ -31,7 +33,8 @@ def compare(records: Mapping[str, Record], *, force: bool = False) -> str:
             f"these records were measured under different conditions:\n{listed}",
             fix="measure again under the same, or give --force",
         )
-    notes = "".join(f"- differs: {markdown(line)}\n" for line in differing)
+    lines = [*(f"differs: {line}" for line in differing), *record_lines(records), *_certificates(records)]
+    notes = "".join(f"- {markdown(line)}\n" for line in lines)
     return pipe_table((_header(records), _rows(records))) + "\n" + (f"\n{notes}" if notes else "")
 
 
@@ -69,6 +72,14 @@ def _differing(found: Mapping[str, Mapping[str, str]]) -> list[str]:
         for key in keys
         if len({facts.get(key) for facts in found.values()}) > 1
     ]
+
+
+def _certificates(records: Mapping[str, Record]) -> list[str]:
+    """List what is certified for each record's engine, if anything is for any."""
+    if not any(record.certificate for record in records.values()):
+        return []
+    found = {name: record.certificate for name, record in records.items()}
+    return [f"{name}: {certificate_sentence(c) if c else 'nothing is certified'}" for name, c in found.items()]
 
 
 def _header(records: Mapping[str, Record]) -> list[str]:

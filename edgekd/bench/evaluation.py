@@ -156,7 +156,7 @@ def evaluate_decisions(
 def _against_text(against: Against, rows: Mapping[str, Metrics]) -> list[str]:
     found = {f"{row} against {against.rows[row]} of {against.name}": paired for row, paired in against.paired.items()}
     name, last = list(rows.items())[-1]
-    lines = [f"{pair}: {said}" for pair, said in verdicts(found).items()]
+    lines = [f"{pair}: {text}" for pair, text in verdicts(found).items()]
     lines.append(f"({test_method(last.groups, len(found))})")
     columns = (f"{against.name}", name)
     return ["\n".join(lines), classes_text(against.classes, against.metrics, last, columns)]

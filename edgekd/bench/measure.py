@@ -19,7 +19,8 @@ from edgekd.artifacts.certificate import Certificate
 from edgekd.artifacts.manifest import Manifest, void_reason
 from edgekd.backends.report import describe_host
 from edgekd.bench import energy, variants
-from edgekd.bench.accuracy import metrics
+from edgekd.bench.accuracy import answered, metrics
+from edgekd.bench.intervals import group_numbers
 from edgekd.bench.record import EngineFacts, Record, SplitFacts, Timing, Variant
 from edgekd.bench.suite import Suite
 from edgekd.bench.targets import targets, warnings
@@ -33,7 +34,7 @@ from edgekd.files import sha256, temporary_folder
 from edgekd.host import load_average
 from edgekd.runtime.engine import Engine, open_engine
 from edgekd.serialization import flat, read_json, to_json
-from edgekd.types import Array, Progress
+from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
 PREPROCESSED = 200
@@ -94,12 +95,13 @@ def bench(
     _same_classes(entries, split)
     before, watts = load_average(), energy.idle_watts(energy.domains())
     items = split.subset("test")
+    groups = group_numbers(items)
     with temporary_folder("bench") as folder:
         images, labels = _prepare(entries, split, data, folder)
         preprocess_ms = _time_preprocessing([data / i.path for i in items], engine.metadata.preprocess)
         if on_estimate:
             on_estimate(_estimate_seconds(entries, suite, images, len(labels), folder))
-        measured = _measure(entries, suite, images, labels, watts, folder, progress)
+        measured = _measure(entries, suite, images, labels, groups, watts, folder, progress)
     record = Record(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
@@ -120,6 +122,7 @@ def bench(
         idle_watts=watts,
         preprocess_ms=preprocess_ms,
         variants=tuple(measured),
+        groups=() if groups is None else tuple(groups.tolist()),
     )
     return replace(record, targets=targets(record), warnings=warnings(record))
 
@@ -221,7 +224,8 @@ def _measure(
     entries: list[Entry],
     suite: Suite,
     images: Mapping[Preprocess, Path],
-    labels: npt.NDArray[np.int64],
+    labels: Labels,
+    groups: Labels | None,
     watts: float | None,
     folder: Path,
     progress: Progress | None,
@@ -233,7 +237,7 @@ def _measure(
             results[entry.name].append(run_worker(task, folder / f"{round_}_{at}", name=entry.name))
             if progress:
                 progress(round_ * len(entries) + at + 1, suite.rounds * len(entries))
-    return [_variant(e, suite, results[e.name], folder / f"0_{at}", labels) for at, e in enumerate(entries)]
+    return [_variant(e, suite, results[e.name], folder / f"0_{at}", labels, groups) for at, e in enumerate(entries)]
 
 
 def _task(entry: Entry, suite: Suite, images: Path, round_: int, watts: float | None) -> WorkerTask:
@@ -283,17 +287,26 @@ def run_worker(task: WorkerTask, folder: Path, *, name: str) -> WorkerResult:
 
 
 def _variant(
-    entry: Entry, suite: Suite, results: list[WorkerResult], folder: Path, labels: npt.NDArray[np.int64]
+    entry: Entry, suite: Suite, results: list[WorkerResult], folder: Path, labels: Labels, groups: Labels | None
 ) -> Variant:
     probabilities: Array = np.load(folder / "probabilities.npy")
+    answers = probabilities.argmax(axis=1)
+    defers = entry.engine.metadata.policy.defer_below > 0 and not entry.variant.startswith("exit_")
     return Variant(
         name=entry.name,
         network=entry.engine.metadata.network,
         engine=entry.engine.name,
         baseline=entry.baseline,
         timings=tuple(_timing(results, at, size) for at, size in enumerate(suite.batch_sizes)),
-        metrics=metrics(probabilities, labels, entry.engine.metadata.classes),
-        predictions=tuple(probabilities.argmax(axis=1).tolist()),
+        metrics=metrics(
+            probabilities,
+            labels,
+            entry.engine.metadata.classes,
+            groups=groups,
+            confidences=np.load(folder / "confidence.npy"),
+            specificity=suite.specificity,
+        ),
+        predictions=tuple(answers.tolist()),
         exits=tuple(np.load(folder / "exits.npy").tolist()),
         load_ms=tuple(r.load_ms for r in results),
         first_ms=tuple(r.first_ms for r in results),
@@ -302,6 +315,7 @@ def _variant(
         overhead_ms=results[0].overhead_ms or 0.0,
         interleaved_ms=tuple(r.interleaved_ms for r in results if r.interleaved_ms),
         size_mib=variants.size_mib(entry.engine, entry.path, entry.variant),
+        answered=answered(np.load(folder / "deferred.npy"), answers == labels, groups) if defers else None,
     )
 
 

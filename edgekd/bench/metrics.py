@@ -74,6 +74,10 @@ class VariantMetric(Metric[Variant]):
         return self.measure(variant)
 
 
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{percent(value)} [{percent(low)}, {percent(high)}]"
+
+
 TIMING_METRICS = (
     TimingMetric(("n",), lambda t: (summary(t).n,)),
     TimingMetric(
@@ -120,11 +124,50 @@ VARIANT_METRICS = (
         headline="accuracy %",
         headline_cell=percent,
     ),
+    VariantMetric(
+        ("accuracy_low", "accuracy_high"),
+        lambda v: v.metrics.accuracy_interval or (None, None),
+        title="[95 %]",
+        cell=lambda low, high: f"[{percent(low)}, {percent(high)}]",
+        legend="its 95 % interval (Clopper-Pearson, on the effective number of images where they form groups)",
+    ),
     VariantMetric(("sensitivity",), lambda v: (v.metrics.macro.sensitivity,)),
     VariantMetric(("specificity",), lambda v: (v.metrics.macro.specificity,)),
     VariantMetric(("precision",), lambda v: (v.metrics.macro.precision,)),
     VariantMetric(("f1",), lambda v: (v.metrics.macro.f1,)),
     VariantMetric(("ece",), lambda v: (v.metrics.ece,)),
+    VariantMetric(("kappa",), lambda v: (v.metrics.kappa,)),
+    VariantMetric(("brier",), lambda v: (v.metrics.brier,)),
+    VariantMetric(("nll",), lambda v: (v.metrics.nll,)),
+    VariantMetric(("pr_auc",), lambda v: (v.metrics.pr_auc,)),
+    VariantMetric(
+        ("roc_auc",),
+        lambda v: (v.metrics.roc_auc,),
+        title="ROC-AUC",
+        cell="{:.3f}".format,
+        legend="area under the ROC curve of a class against the others, mean of the classes",
+    ),
+    VariantMetric(
+        ("confidence_auc",),
+        lambda v: (v.metrics.confidence_auc,),
+        title="confidence AUC",
+        cell="{:.3f}".format,
+        legend="area under the ROC curve of the confidence against whether the answer is right",
+    ),
+    VariantMetric(
+        ("coverage", "coverage_low", "coverage_high"),
+        lambda v: (v.answered.coverage, *v.answered.coverage_interval) if v.answered else (None,) * 3,
+        title="answered %",
+        cell=_with_interval,
+        legend="share of the test images that are not deferred to a person, and its 95 % interval",
+    ),
+    VariantMetric(
+        ("answered_error", "answered_error_low", "answered_error_high"),
+        lambda v: (v.answered.error, *(v.answered.error_interval or (None, None))) if v.answered else (None,) * 3,
+        title="wrong of these %",
+        cell=_with_interval,
+        legend="share of the answered images that are classified incorrectly, and its 95 % interval",
+    ),
     VariantMetric(
         ("memory_mib",),
         lambda v: (v.memory_mib,),

@@ -124,6 +124,13 @@ def verdict(paired: Paired, p: float) -> str:
     return f"{paired.points:+.2f} points ({paired.lost} lost, {paired.gained} gained), p {p_text(p)}: {called}"
 
 
+def short_verdict(paired: Paired, p: float) -> str:
+    """Describe a comparison in a table's cell, as `-0.25, p 0.625: within noise`; arguments as for `verdict`."""
+    if not paired.lost + paired.gained:
+        return "same images right"
+    return f"{paired.points:+.2f}, p {p_text(p)}: {'difference' if p <= ALPHA else 'within noise'}"
+
+
 def verdicts(comparisons: Mapping[str, Paired]) -> dict[str, str]:
     """Describe comparisons that are made together, by name."""
     adjusted = holm([paired.p_value for paired in comparisons.values()])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from edgekd.artifacts.certificate import Certificate
 from edgekd.artifacts.manifest import MAX_MS, CurvePoint
-from edgekd.bench.accuracy import Metrics
+from edgekd.bench.accuracy import Answered, Metrics
 from edgekd.bench.latency import Summary, summarise
 from edgekd.bench.suite import Suite
 from edgekd.data.split import check_classes, is_stray
@@ -119,6 +119,7 @@ class Variant:
         size_mib: Size of the files that the variant needs.
         interleaved_ms: For each round, samples of this variant and of the one that it was interleaved with in the same
             process (no-early-exit with full); empty for other variants.
+        answered: Images that are not passed on to a person; None if the policy passes none on.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Variant:
     overhead_ms: float
     size_mib: float
     interleaved_ms: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    answered: Answered | None = None
 
     def __post_init__(self) -> None:
         _check(len(self.predictions) == len(self.exits) == self.metrics.n > 0, "predictions, exits: one for each image")
@@ -179,6 +181,7 @@ class Target:
         limit: Limit that the suite sets, or None.
         met: True if the figure keeps it; None without one.
         sign: Direction of the limit.
+        p_value: p-value of a difference of accuracies on the same images; None for other figures.
     """
 
     name: str
@@ -188,10 +191,12 @@ class Target:
     limit: float | None = None
     met: bool | None = None
     sign: Literal["≤", "≥"] = "≤"
+    p_value: float | None = None
 
     def __post_init__(self) -> None:
         if (self.limit is None) != (self.met is None):
             raise ValueError("limit, met: both or none")
+        _check(self.p_value is None or 0 <= self.p_value <= 1, "p_value: from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,7 @@ class Record:
         classes: Class names.
         images: Paths of the test images, in the order of every variant's predictions.
         labels: Their class indices.
+        groups: Number of the picture that each was cut from; empty where no group is known.
         host: The machine.
         load_before: Load averages before the benchmark.
         load_after: Load averages after it.
@@ -242,6 +248,7 @@ class Record:
     variants: tuple[Variant, ...]
     targets: tuple[Target, ...] = ()
     warnings: tuple[str, ...] = ()
+    groups: tuple[int, ...] = ()
     certificate: Certificate | None = None
     schema: int = SCHEMA
 
@@ -249,6 +256,8 @@ class Record:
         check_classes(self.classes)
         _check(len(self.labels) == len(self.images) > 0, "images, labels: the same number of both, above 0")
         _check(all(0 <= c < len(self.classes) for c in self.labels), "labels: numbers of classes")
+        _check(len(self.groups) in (0, len(self.images)), "groups: one for each image, or none")
+        _check(all(0 <= g < len(self.images) for g in self.groups), "groups: numbers below that of the images")
         _check(not any(is_stray(i) for i in self.images), "images: paths that stay in the data folder")
         _check(self.threads > 0 and self.host.cores > 0 and self.host.memory_mib >= 0, "threads, host: above 0")
         _check(_not_negative((*self.load_before, *self.load_after, self.idle_watts or 0)), "load, watts: not negative")

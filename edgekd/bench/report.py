@@ -10,8 +10,18 @@ from string import Template
 from PIL import ImageOps
 
 from edgekd.bench import plots
+from edgekd.bench.comparisons import accuracy_note, accuracy_table
 from edgekd.bench.record import Record, Variant
-from edgekd.bench.tables import certificate_notes, host_text, notes, table, title
+from edgekd.bench.tables import (
+    Table,
+    certificate_notes,
+    class_tables,
+    host_text,
+    main_variant,
+    notes,
+    table,
+    title,
+)
 from edgekd.bench.targets import target_text
 from edgekd.data.preprocess import open_image
 from edgekd.files import atomic_write
@@ -40,18 +50,23 @@ def write_report(record: Record, path: Path, *, data: Path) -> None:
 
 def html(record: Record, *, data: Path) -> str:
     """Render the page; the same record and images give the same text."""
-    shown = record.find("cascade") or record.find("full") or record.variants[0]
+    shown, compared, classes = main_variant(record), accuracy_table(record), class_tables(record)
     certificate = certificate_notes(record)
     sections = [
-        _section("Results", _table(record), note=notes(record)),
+        _section("Results", _table(table(record)), note=notes(record)),
         _section(*_targets(record)) if record.targets else "",
         _section("Certificate", _list([markup(line) for line in certificate])) if certificate else "",
         _section("Keep in mind", _list([markup(w) for w in record.warnings]), kind="warnings")
         if record.warnings
         else "",
         _section("Accuracy against latency", plots.trade_off(record)),
+        _section("Accuracy on the same images", _table(compared), note=accuracy_note(record)) if compared else "",
         *(_cascade(record, shown, data) if shown.name == "cascade" else []),
         _section(f"Confusion matrix of {shown.name}", plots.confusion_svg(shown.metrics)),
+        _section(f"Classes of {shown.name}", "\n".join(map(_table, classes))) if classes else "",
+        _section(f"Calibration of {shown.name}", plots.reliability_svg(shown.metrics))
+        if shown.metrics.reliability
+        else "",
         _section("How it was measured", f'<p class="note">{markup(host_text(record))}</p>', note=_method(record)),
     ]
     lead = f"{shown.name}: {percent(shown.metrics.accuracy)} % accuracy, {shown.latency(1).mean:.2f} ms an image"
@@ -69,8 +84,8 @@ def _list(lines: list[str]) -> str:
     return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
 
 
-def _table(record: Record) -> str:
-    header, rows = table(record)
+def _table(cells: Table) -> str:
+    header, rows = cells
     head = "".join(f"<th>{markup(c)}</th>" for c in header)
     body = "\n".join(_row(row) for row in rows)
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from edgekd.bench.roc import SPECIFICITY
+
 VariantGroup: TypeAlias = Literal["exits", "cascade", "no-early-exit", "full", "final"]
 """Groups of variants; `exits` expands to one variant for each exit."""
 
@@ -40,6 +42,7 @@ class Suite:
         threads: Threads of every model; all cores that the process may use if None.
         variants: Variants of the engine to measure.
         targets: Limits that the record judges by.
+        specificity: Specificity at which each class's sensitivity is read off its ROC curve.
     """
 
     batch_sizes: tuple[int, ...]
@@ -51,6 +54,7 @@ class Suite:
     threads: int | None = None
     variants: tuple[VariantGroup, ...] = ("exits", "cascade", "no-early-exit", "full", "final")
     targets: Limits = field(default_factory=Limits)
+    specificity: float = SPECIFICITY
 
     def __post_init__(self) -> None:
         if self.batch_sizes[:1] != (1,) or list(self.batch_sizes) != sorted(set(self.batch_sizes)):
@@ -59,5 +63,7 @@ class Suite:
             raise ValueError("min_count: one for each batch size, 2 or more")
         if min(self.rounds, self.pool, 1 if self.threads is None else self.threads) < 1 or not self.variants:
             raise ValueError("rounds, pool, threads and variants: 1 or more")
+        if not 0 <= self.specificity <= 1:
+            raise ValueError("specificity: from 0 to 1")
         if not all(0 <= seconds <= 1e6 for seconds in (self.min_seconds, self.warmup_seconds)):
             raise ValueError("min_seconds, warmup_seconds: from 0 to a million")

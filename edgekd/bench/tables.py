@@ -6,9 +6,11 @@ from statistics import fmean
 
 from edgekd import text
 from edgekd.artifacts.certificate import certificate_sentence
+from edgekd.bench.comparisons import accuracy_note, accuracy_table
 from edgekd.bench.metrics import HEADLINES, METRICS, TIMING_METRICS, VARIANT_METRICS, Value, legend
 from edgekd.bench.record import Record, Timing, Variant
 from edgekd.bench.targets import target_text
+from edgekd.bench.text_tables import discrimination_rows, rate_rows
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows, as text."""
@@ -20,6 +22,8 @@ def markdown(record: Record) -> str:
         f"## {text.markdown(title(record))}",
         pipe_table(table(record)),
         text.markdown(notes(record)),
+        *_accuracies(record),
+        *_classes(record),
         "\n".join(f"- {text.markdown(target_text(t))}" for t in record.targets),
         "\n".join(f"- {text.markdown(line)}" for line in certificate_notes(record)),
         "\n".join(f"- Warning: {text.markdown(line)}" for line in record.warnings),
@@ -32,6 +36,29 @@ def certificate_notes(record: Record) -> list[str]:
     """Return the certificate in one sentence and its warnings; empty without one."""
     found = record.certificate
     return [f"Certified: {certificate_sentence(found)}", *found.warnings] if found else []
+
+
+def _accuracies(record: Record) -> list[str]:
+    found = accuracy_table(record)
+    return [pipe_table(found), text.markdown(accuracy_note(record))] if found else []
+
+
+def _classes(record: Record) -> list[str]:
+    return [pipe_table(found) for found in class_tables(record)]
+
+
+def class_tables(record: Record) -> list[Table]:
+    """Make the tables of the classes of the main variant; none for older records, which lack these measures."""
+    shown = main_variant(record)
+    if not shown.metrics.discrimination:
+        return []
+    made = (rate_rows(shown.name, shown.metrics), discrimination_rows(shown.name, shown.metrics))
+    return [(rows[0], rows[1:]) for rows in made]
+
+
+def main_variant(record: Record) -> Variant:
+    """Return the variant that answers as a user would run the engine."""
+    return record.find("cascade") or record.find("full") or record.variants[0]
 
 
 def title(record: Record) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean
 
 from edgekd.bench.accuracy import gap
+from edgekd.bench.comparisons import compare_variants
 from edgekd.bench.latency import UNSTABLE
+from edgekd.bench.paired import ALPHA, p_text
 from edgekd.bench.record import Record, Target, Variant
 
 
@@ -23,7 +26,9 @@ def targets(record: Record) -> tuple[Target, ...]:
     if cascade and full:
         gain = 100 * (cascade.metrics.accuracy - full.metrics.accuracy)
         least = None if limits.accuracy_drop is None else -limits.accuracy_drop
-        found.append(_at_least("accuracy of the cascade minus that of all exits' ensemble", gain, "points", least))
+        name = "accuracy of the cascade minus that of all exits' ensemble"
+        paired = compare_variants(record, cascade, full)
+        found.append(replace(_at_least(name, gain, "points", least), p_value=paired.p_value))
     if no_early_exit:
         rounds = tuple(fmean(staged) / fmean(whole) for staged, whole in no_early_exit.interleaved_ms)
         name = "cascade without early exit / monolithic engine, interleaved"
@@ -55,8 +60,11 @@ def target_text(t: Target) -> str:
     """Format a figure, its range over the rounds, its limit and the verdict."""
     spread = f" (rounds {min(t.rounds):.2f} to {max(t.rounds):.2f})" if len(t.rounds) > 1 else ""
     verdict = "" if t.met is None else f"; required {t.sign} {t.limit:g}: {'met' if t.met else 'NOT met'}"
+    noise = ""
+    if t.p_value is not None:
+        noise = f", {'a difference' if t.p_value <= ALPHA else 'within noise'} (p {p_text(t.p_value)})"
     signed = "+" if t.unit == "points" and t.sign == "≥" else ""
-    return f"{t.name}: {t.value:{signed}.2f} {t.unit}{spread}{verdict}"
+    return f"{t.name}: {t.value:{signed}.2f} {t.unit}{noise}{spread}{verdict}"
 
 
 def warnings(record: Record) -> tuple[str, ...]:

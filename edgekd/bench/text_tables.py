@@ -31,7 +31,7 @@ def text_table(results: Mapping[str, Metrics]) -> str:
     name, last = list(results.items())[-1]
     shown = _shown(last)
     more = f"the {len(shown)} of {len(last.per_class)} classes with the lowest sensitivity; --json prints all\n"
-    tables = [aligned(rows), aligned(_rates(name, last, shown)), aligned(_discrimination(name, last, shown))]
+    tables = [aligned(rows), aligned(rate_rows(name, last)), aligned(discrimination_rows(name, last))]
     return "\n\n".join(tables) + "\n" + (more if len(shown) < len(last.per_class) else "")
 
 
@@ -79,9 +79,10 @@ def _shown(result: Metrics) -> list[str]:
     return sorted(rates, key=lambda name: rates[name])[:SHOWN_CLASSES]
 
 
-def _rates(name: str, result: Metrics, shown: list[str]) -> list[list[str]]:
+def rate_rows(name: str, result: Metrics) -> list[list[str]]:
+    """Make a table of sensitivity, specificity and precision of each class; the header first."""
     rows = [[f"class ({name})", "images", "sensitivity [95 %]", "specificity [95 %]", "precision"]]
-    for class_ in shown:
+    for class_ in _shown(result):
         r = result.per_class[class_]
         sensitivity = with_interval(r.sensitivity, r.sensitivity_interval)
         specificity = with_interval(r.specificity, r.specificity_interval)
@@ -89,10 +90,11 @@ def _rates(name: str, result: Metrics, shown: list[str]) -> list[list[str]]:
     return rows
 
 
-def _discrimination(name: str, result: Metrics, shown: list[str]) -> list[list[str]]:
+def discrimination_rows(name: str, result: Metrics) -> list[list[str]]:
+    """Make a table of the areas of each class, and of its sensitivity at the fixed specificity; the header first."""
     at = f"sensitivity at {100 * result.specificity:g} % specificity"
     rows = [[f"class ({name})", "ROC-AUC [95 %]", "PR-AUC [95 %]", at]]
-    for class_ in shown:
+    for class_ in _shown(result):
         d = result.discrimination.get(class_, Discrimination())
         areas = ((d.roc_auc, d.roc_auc_interval), (d.pr_auc, d.pr_auc_interval))
         cells = [with_interval(*area, _decimal) for area in areas]

@@ -70,7 +70,7 @@ class BatchSamples:
 class WorkerResult:
     """Measurements of one worker; fields as in `edgekd.bench.record.Variant`, for one round.
 
-    In round 0 it also writes probabilities.npy (N, C) and exits.npy (N,).
+    In round 0 it also writes probabilities.npy (N, C), and exits.npy, confidence.npy and deferred.npy (N,).
     """
 
     load_ms: float
@@ -156,6 +156,8 @@ def _predict_all(predict: Predictor, images: Array, out: Path) -> None:
     decisions = [predict(np.ascontiguousarray(images[i : i + 1])) for i in range(len(images))]
     _save(out / "probabilities.npy", [d.probabilities for d in decisions])
     _save(out / "exits.npy", [d.exits for d in decisions])
+    _save(out / "confidence.npy", [d.confidence for d in decisions])
+    _save(out / "deferred.npy", [d.deferred for d in decisions])
 
 
 def _save(path: Path, rows: Sequence[npt.NDArray[np.generic]]) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from edgekd.conversion.preprocessing import PreprocessOptions
     from edgekd.conversion.source import TrainedClassifier
 
+CHECKED = 500
+"""Labelled images, about, on which the accuracy is measured first."""
+
 
 def add_exits(
     source: Annotated[Path, typer.Argument(help="Any ONNX image classifier, or a run folder.")],
@@ -67,6 +70,7 @@ def add_exits(
     channels: Annotated[
         str | None, typer.Option(help="rgb, bgr or grey.", callback=one_of(*get_args(Channels)))
     ] = None,
+    expect: Annotated[float | None, typer.Option(help="Accuracy in % that its makers state; needs labels.")] = None,
     exclude_bad: BadOption = False,
 ) -> None:
     """Add early exits to a trained classifier, whose own answers stay what they are; labels are not needed."""
@@ -106,8 +110,10 @@ def add_exits(
     classifier = read_classifier(source, classes=classes, preprocess=_options(preprocess, given))
     for note in classifier.notes:
         echo(f"note: {note}")
+    if split is None and expect is not None:
+        raise ConfigError("--expect needs labels", fix="give a split.json with --split")
     if split is not None:
-        _from_split(classifier, data, split, common)
+        _from_split(classifier, data, split, expect, common)
     else:
         _from_pictures(classifier, data, group or "none", heads_share, exclude_bad, common)
 
@@ -141,10 +147,23 @@ def _from_run(run: Path, data: Path | None, common: dict[str, Any]) -> None:
     _next(common["out"], data, run / "split.json")
 
 
-def _from_split(classifier: TrainedClassifier, data: Path, path: Path, common: dict[str, Any]) -> None:
-    from edgekd.cli.common import read_or_scan
+def _from_split(
+    classifier: TrainedClassifier, data: Path, path: Path, expect: float | None, common: dict[str, Any]
+) -> None:
+    import numpy as np
 
-    _with_labels(classifier, data, read_or_scan(data, path, classifier.classes), common)
+    from edgekd.cli.common import read_or_scan
+    from edgekd.conversion.plausibility import check_accuracy
+
+    split = read_or_scan(data, path, classifier.classes)
+    items = split.subset("train")
+    some = items[:: max(len(items) // CHECKED, 1)]
+    labels = np.array([item.label for item in some], np.int64)
+    found = check_accuracy(classifier, [data / item.path for item in some], labels, expect=expect)
+    echo(f"accuracy {found.accuracy:.1%} on {len(some)} training images")
+    if found.warning:
+        echo(f"warning: {found.warning}")
+    _with_labels(classifier, data, split, common)
     _next(common["out"], data, path)
 
 
@@ -215,8 +234,10 @@ def _print(report: ExitsReport, out: Path) -> None:
         f"{len(placed.chosen)} early exits: of {report.held_out} held-out pictures, {shares} leave there and at the "
         f"end, {placed.changed:.1%} with another answer, in {placed.time_ms:.2f} of {report.network_ms:.2f} ms"
     )
-    same = "are the network's to the bit" if report.difference == 0 else f"differ by {report.difference:.1e} at most"
-    echo(f"{out}: heads learned from {report.learned} pictures; the final logits {same}")
+    same = "are the network's to the bit" if report.difference == 0 else f"differ by at most {report.difference:.1e}"
+    staged = report.staged_difference
+    in_stages = f" (in stages, they differ by at most {staged:.1e})" if staged > report.difference else ""
+    echo(f"{out}: heads learned from {report.learned} pictures; the final logits {same}{in_stages}")
 
 
 def _options(source: str | None, given: dict[str, Any]) -> PreprocessOptions | None:

@@ -20,10 +20,18 @@ from edgekd.cli.common import (
     one_of,
     reserve,
 )
-from edgekd.errors import ConfigError
+from edgekd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from edgekd.artifacts.metadata import StudentModel
+    from edgekd.artifacts.recipe import Recipe
     from edgekd.compiler.build import Attempt
+    from edgekd.types import Array, Labels, Progress
+
+LEAST_SEEN = 20
+"""Fewest pictures without labels to compile with."""
+GATE_PICTURES = 500
+"""Most pictures without labels for the gate."""
 
 OptionalData = Annotated[
     Path | None, typer.Option("--data", help="Image folder, for calibration and the accuracy gate.")
@@ -63,8 +71,8 @@ def compile_(
 
     out = out or source.with_suffix(".engine")
     compile_recipe = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
-    if (data is None) != (split is None):
-        raise ConfigError("--data and --split go together", fix="give the images and the run's split.json")
+    if data is None and split is not None:
+        raise ConfigError("--split without --data", fix="give the images, too")
     refuse_other_folder(out)
     reserve(out, data=data)
     had_certificate = has_certificate(out)
@@ -77,6 +85,8 @@ def compile_(
             validation = load("val", progress=progress)
             if compile_recipe.precision == "int8":
                 calibration, _ = load("train", limit=compile_recipe.calibration_images, progress=progress)
+        elif data is not None:
+            calibration, validation = _seen_pictures(student, data, compile_recipe, progress)
     with bar("compile") as progress:
         manifest, attempts = compile_engine(
             student,
@@ -96,7 +106,46 @@ def compile_(
         echo(f"note: {note}")
     if had_certificate:
         echo("the certificate of the replaced engine is void: certify this one with edgekd tune --max-change 1")
-    next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
+    if data is not None and split is None:
+        echo("note: without labels, accuracy is agreement with the answers of student.onnx")
+        next_command("tune", out, "--data", data, "--max-change", 1.0, "--certainty", 0.9)
+    else:
+        next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
+
+
+def _seen_pictures(
+    student: StudentModel, data: Path, recipe: Recipe, progress: Progress
+) -> tuple[Array | None, tuple[Array, Labels]]:
+    """Load pictures that the network has learned from: every other one to calibrate, the rest for the gate.
+
+    The others are not read: they are left for a promise. The gate's labels are the network's own answers.
+
+    Raises:
+        ConfigError: It is not known what the network has learned from.
+        DataError: The folder holds hardly any of these pictures.
+    """
+    from edgekd.artifacts.training_images import seen
+    from edgekd.data.folders import check, scan_pictures
+    from edgekd.data.images import load_batch
+    from edgekd.host import default_threads
+    from edgekd.runtime.engine import reference_engine
+
+    if student.metadata.training_images is None:
+        raise ConfigError("--data and --split go together", fix="give the images and the run's split.json")
+    items = check(scan_pictures(data), exclude_bad=True, progress=progress).folder.items
+    known = seen(items, student.metadata.training_images)
+    if len(known) < LEAST_SEEN:
+        raise DataError(
+            f"{data} holds {len(known)} of the pictures that the network has learned from: {LEAST_SEEN} are needed",
+            fix="give the folder that was given to edgekd add-exits",
+        )
+    parts = known[::2][: recipe.calibration_images], known[1::2][:GATE_PICTURES]
+    preprocess = student.metadata.preprocess
+    calibration, images = (
+        load_batch([data / item.path for item in part], preprocess, progress=progress) for part in parts
+    )
+    final = reference_engine(student.model, student.metadata, threads=default_threads()).logits(images)[-1]
+    return calibration if recipe.precision == "int8" else None, (images, final.argmax(axis=1))
 
 
 def _attempts(attempts: Iterable[Attempt]) -> str:

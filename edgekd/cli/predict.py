@@ -50,7 +50,8 @@ def predict(
 ) -> None:
     """Classify images and folders of images, in the given order.
 
-    An unusable image gets a row with the reason, and the exit code is 1.
+    An image whose confidence is too low for an answer is marked as deferred to a person (edgekd tune --defer). An
+    unusable image gets a row with the reason, and the exit code is 1.
     """
     from edgekd.runtime.classifier import Classifier, Strategy
 
@@ -71,7 +72,7 @@ def predict(
             f"--top-k {top_k}: the network has {len(classifier.classes)} classes", fix="give a smaller number"
         )
     forms: dict[str, type[_Rows]] = {"json": _Json, "csv": _Csv, "table": _Table}
-    rows = forms[form](classifier.classes, top_k, probabilities)
+    rows = forms[form](classifier.classes, top_k, probabilities, classifier.policy.defer_below > 0)
     inputs, bad = [one for source in images for one in _inputs(source)], list[str]()
     with _sink(out) as write, bar("predict") as progress:
         write(rows.head)
@@ -174,6 +175,7 @@ class _Rows(ABC):
     classes: tuple[str, ...]
     top_k: int
     probabilities: bool
+    defers: bool
     tail = ""
 
     @property
@@ -205,7 +207,8 @@ class _Json(_Rows):
             table["error"] = _why(path, result)
         else:
             table |= {"label": result.label, "index": result.index, "confidence": result.confidence}
-            table |= {"exit": f"exit_{result.exit}", "probabilities": result.probabilities}
+            table |= {"exit": f"exit_{result.exit}", "deferred": result.deferred}
+            table["probabilities"] = result.probabilities
             if self.top_k > 1:
                 table["top"] = [{"label": name, "probability": p} for name, p in _top(result, self.top_k)]
         comma, self.comma = self.comma, ","
@@ -219,29 +222,38 @@ class _Csv(_Rows):
 
         top = [f"{what}_{k}" for k in range(2, self.top_k + 1) for what in ("label", "probability")]
         each = class_columns(self.classes) if self.probabilities else []
-        return csv_line(["file", "label", "confidence", "exit", "error", *top, *each])
+        return csv_line(["file", "label", "confidence", "exit", "deferred", "error", *top, *each])
 
     def row(self, path: Path, result: Prediction | DataError) -> str:
         if isinstance(result, DataError):
             more = 2 * (self.top_k - 1) + len(self.classes) * self.probabilities
-            return csv_line([str(path), "", "", "", _why(path, result), *[""] * more])
+            return csv_line([str(path), "", "", "", "", _why(path, result), *[""] * more])
         top = [cell for name, p in _top(result, self.top_k)[1:] for cell in (name, f"{p:.6f}")]
         each = [f"{p:.6f}" for p in result.probabilities] if self.probabilities else []
-        return csv_line([str(path), result.label, f"{result.confidence:.4f}", f"exit_{result.exit}", "", *top, *each])
+        decided = [f"{result.confidence:.4f}", f"exit_{result.exit}", str(result.deferred).lower()]
+        return csv_line([str(path), result.label, *decided, "", *top, *each])
 
 
 class _Table(_Rows):
-    """Columns of fixed width, the file last, so that each row can be printed at once."""
+    """Columns of fixed width, the file last, so that each row can be printed at once.
+
+    Where the policy defers images, a column marks them.
+    """
 
     @property
     def head(self) -> str:
-        return self._line("label", "confidence", "exit", *(f"#{k}" for k in range(2, self.top_k + 1)), "file")
+        deferred = ["deferred"] * self.defers
+        return self._line(
+            "label", "confidence", "exit", *deferred, *(f"#{k}" for k in range(2, self.top_k + 1)), "file"
+        )
 
     def row(self, path: Path, result: Prediction | DataError) -> str:
         if isinstance(result, DataError):
-            return self._line(*["–"] * (2 + self.top_k), f"{path}: {_why(path, result)}")
+            return self._line(*["–"] * (2 + self.top_k + self.defers), f"{path}: {_why(path, result)}")
         others = [f"{name} {p:.3f}" for name, p in _top(result, self.top_k)[1:]]
-        return self._line(result.label, f"{result.confidence:.3f}", f"exit_{result.exit}", *others, str(path))
+        deferred = ["yes" if result.deferred else ""] * self.defers
+        decided = (result.label, f"{result.confidence:.3f}", f"exit_{result.exit}")
+        return self._line(*decided, *deferred, *others, str(path))
 
     def _line(self, *cells: str) -> str:
         from edgekd.text import aligned
@@ -251,4 +263,4 @@ class _Table(_Rows):
     @cached_property
     def _widest(self) -> list[str]:
         longest = max([*self.classes, "label"], key=lambda name: cell_len(visible(name)))
-        return [longest, "confidence", "exit_0", *[f"{longest} 0.000"] * (self.top_k - 1)]
+        return [longest, "confidence", "exit_0", *["deferred"] * self.defers, *[f"{longest} 0.000"] * (self.top_k - 1)]

@@ -176,16 +176,24 @@ def certified_table(found: Certified) -> str:
 
 
 def _row(mark: str, tested: tuple[PathPoint, tuple[Evidence, ...]]) -> tuple[str, str, str, str, str, str]:
+    from edgekd.artifacts.certificate import is_untested
+
     point, evidence = tested
     thresholds = " ".join("never" if t > 1 else f"{t:.4f}" for t in point.policy.thresholds)
     return (
         f"{point.latency_ms:.3f}",
         " / ".join(f"{100 * share:.0f}" for share in point.shares),
         thresholds + (f", defer below {point.policy.defer_below:.4f}" if point.policy.defer_below else ""),
-        ", ".join(f"{one.losses:.4g} of {one.units}" for one in evidence),
-        ", ".join(f"{100 * one.upper_bound:.2f}" for one in evidence),
+        ", ".join(_losses(one) for one in evidence),
+        ", ".join("–" if is_untested(one) else f"{100 * one.upper_bound:.2f}" for one in evidence),
         mark,
     )
+
+
+def _losses(evidence: Evidence) -> str:
+    from edgekd.artifacts.certificate import is_untested
+
+    return "its own reference" if is_untested(evidence) else f"{evidence.losses:.4g} of {evidence.units}"
 
 
 def certificate_lines(certificate: Certificate) -> list[str]:

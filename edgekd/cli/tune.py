@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -39,9 +41,12 @@ from edgekd.errors import ConfigError, check_known
 
 if TYPE_CHECKING:
     from edgekd.artifacts.manifest import CurvePoint
+    from edgekd.artifacts.metadata import ModelMetadata
+    from edgekd.runtime.certificate_images import CertificateImages
     from edgekd.runtime.certify import Request
     from edgekd.runtime.engine import Engine
     from edgekd.runtime.tuning import Tuned
+    from edgekd.types import Array
 
 
 def tune(
@@ -101,9 +106,9 @@ def tune(
         raise ConfigError(f"{engine} is not an engine folder", fix="thresholds are part of an engine: compile it first")
     reserve(engine / MANIFEST)
     opened = open_engine(engine, threads=threads)
-    promises, matrix = promises_of(
+    promised = functools.partial(
+        promises_of,
         opened.metadata.classes,
-        exits=len(opened.metadata.exits),
         max_change=max_change,
         max_lost=max_lost,
         max_drop=max_drop,
@@ -114,6 +119,7 @@ def tune(
         defer=defer,
         per_exit=per_exit,
     )
+    promises, matrix = promised(exits=len(opened.metadata.exits))
     if promises:
         if max_accuracy_drop is not None or latency_ms is not None:
             raise ConfigError("a promise and --max-accuracy-drop or --latency-ms", fix="give only the promise")
@@ -122,7 +128,18 @@ def tune(
         other = open_engine(reference, threads=threads) if reference else None
         name = reference.name if reference else "without early exit"
         request = Request(promises, certainty, matrix, other, name, seed)
-        _certify(opened, engine, data, split, request, group=group, confidence=confidence, average=average)
+        certificate_images = _images(opened.metadata, data, split, request, group)
+        search = {"confidence": confidence, "average": average}
+        pixels = None
+        if not keep_exits:
+            opened, pixels = _prune(opened, engine, certificate_images, request, search)
+            request = dataclasses.replace(request, promises=promised(exits=len(opened.metadata.exits))[0])
+        _certify(opened, engine, certificate_images, request, search, pixels=pixels)
+        if split is not None:
+            record = engine.parent / f"{engine.stem}-record.json"
+            next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
+        else:
+            next_command("predict", engine, data)
         return
     check_goal(max_accuracy_drop, latency_ms)
     if split is None:
@@ -161,35 +178,65 @@ def tune(
     next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
 
 
+def _images(
+    metadata: ModelMetadata, data: Path, split: Path | None, request: Request, group: str | None
+) -> CertificateImages:
+    """Read which images choose settings, and which test them."""
+    from edgekd.runtime.certificate_images import images_of_folder, images_of_split
+
+    if split is not None:
+        return images_of_split(data, read_or_scan(data, split, metadata.classes), group=group, seed=request.seed)
+    labelled = needs_labels(request.promises)
+    with bar("check images") as progress:
+        return images_of_folder(data, metadata, group=group, with_labels=labelled, seed=request.seed, progress=progress)
+
+
+def _prune(
+    opened: Engine, engine: Path, images: CertificateImages, request: Request, search: dict[str, str]
+) -> tuple[Engine, Array]:
+    """Cut out exits that do not pay with a setting that is likely to be certified.
+
+    Returns:
+        The engine as it is then, and the pixels of the images that decided.
+    """
+    from edgekd.compiler.exit_selection import tune_exits
+    from edgekd.runtime.certify import path_images, path_search
+
+    chosen, pixels = path_images(images, opened.metadata.preprocess, seed=request.seed)
+    find = path_search(chosen, len(images.test), request, opened.metadata.classes, **search)
+    with bar("select exits") as progress:
+        selection = tune_exits(engine, find, pixels, threads=opened.threads, progress=progress)
+    for message in selection.messages:
+        echo(message)
+    return selection.engine, pixels
+
+
 def _certify(
     opened: Engine,
     engine: Path,
-    data: Path,
-    split: Path | None,
+    images: CertificateImages,
     request: Request,
+    search: dict[str, str],
     *,
-    group: str | None,
-    confidence: str,
-    average: str,
+    pixels: Array | None,
 ) -> None:
-    """Search for a certificate, and write the policy with or without it."""
-    from edgekd.certification.losses import can_exit_early
-    from edgekd.runtime.certificate_images import images_of_folder, images_of_split
-    from edgekd.runtime.certify import save_certified, search_certificate
+    """Search for a certificate, and write the policy with or without it.
 
-    classes = opened.metadata.classes
-    if split is not None:
-        images = images_of_split(data, read_or_scan(data, split, classes), seed=request.seed)
-    else:
-        labelled = needs_labels(request.promises)
-        with bar("check images") as progress:
-            images = images_of_folder(
-                data, opened.metadata, group=group, with_labels=labelled, seed=request.seed, progress=progress
-            )
+    A certified setting that is no faster than the plain network is not used; without early exit, no answer changes.
+    """
+    from edgekd.certification.losses import can_exit_early
+    from edgekd.compiler.gain import measure_gain
+    from edgekd.runtime.certify import save_certified, search_certificate, without_early_exit
+
     with bar("tune") as progress:
-        found = search_certificate(opened, images, request, confidence=confidence, average=average, progress=progress)
-    digest = opened.manifest.digest if opened.manifest else ""
-    save_certified(engine, found.policy, found.certificate, found.attempt, digest=digest)
+        found = search_certificate(opened, images, request, **search, progress=progress)
+    if pixels is not None and can_exit_early(found.policy):
+        gain = measure_gain(opened, found.policy, pixels)
+        echo(f"the certified setting beside the plain network: {gain}")
+        if gain.is_clear and not gain.pays and not request.is_absolute:
+            echo("it is no faster, so it is not used")
+            found = without_early_exit(found)
+    save_certified(engine, found.policy, found.certificate, found.attempt, digest=opened.digest)
     echo(certified_table(found))
     for line in found.limits:
         echo(line)
@@ -197,11 +244,6 @@ def _certify(
         echo("no early exit is certified: the engine now answers without early exit")
     for line in certificate_lines(found.certificate) if found.certificate else ():
         echo(line)
-    if split is not None:
-        record = engine.parent / f"{engine.stem}-record.json"
-        next_command("bench", engine, "--suite", "quick", "--data", data, "--split", split, "--out", record)
-    else:
-        next_command("predict", engine, data)
 
 
 def _curve(tuned: Tuned) -> str:

@@ -93,7 +93,7 @@ def tune_exits(
     tuned = search(logits, stage_ms(engine, images[:1]))
     names, gain = list(engine.metadata.outputs), None
     with temporary_folder("pruned") as temporary:
-        while len(names) > 1 and not keep_exits:
+        while len(names) > 1 and not (keep_exits or tuned.policy.is_last_exit):
             gain = measure_gain(engine, tuned.policy, images)
             times = _times(engine, images)
             choose = worthwhile_exits if gain.is_clear else used_exits
@@ -118,6 +118,7 @@ def tune_exits(
             engine, path, logits, tuned = pruned, out, found, retuned
             names, gain = [names[k] for k in keep], None
         if path != folder:
+            messages.append("compile again to have the exits back that were cut out, for example for another goal")
             replace_engine(folder, path, digest=first.digest)
             engine.close()
             first.close()
@@ -125,6 +126,8 @@ def tune_exits(
     span.fraction(1)
     if gain:
         messages.append(f"the cascade beside the plain network: {gain}")
+    elif len(names) > 1 and tuned.policy.is_last_exit:
+        messages.append("no early exit keeps the goal: the engine answers as the plain network, which it then runs")
     elif len(names) == 1:
         messages.append("the engine is the plain network, without early exit")
     return Selection(engine, logits, tuned, gain, tuple(messages))

@@ -59,7 +59,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Gain:
-    """What the exits of an engine bring under a policy.
+    """Gain of the exits of an engine under a policy.
 
     Attributes:
         by_size: Batch size to the measurement.

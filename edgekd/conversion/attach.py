@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -32,18 +32,18 @@ def attach(
     """
     student = onnx.ModelProto()
     student.CopyFrom(model)
-    graph, exits = student.graph, list[Exit]()
-    own = graph.output[0]
-    _rename(graph, own.name, f"exit_{len(cuts)}")
+    graph, own, output = student.graph, student.graph.output[0], f"exit_{len(cuts)}"
+    names = _reserved(graph) | {own.name: output}
+    _rename(graph, names)
+    renamed = [replace(cut, tensors=tuple(names.get(n, n) for n in cut.tensors)) for cut in (*cuts, last)]
     del graph.output[:]
-    for k, (cut, head) in enumerate(zip(cuts, heads)):
+    for k, (cut, head) in enumerate(zip(renamed, heads)):
         _add_head(graph, cut, head, prefix=f"head_{k}_", output=f"exit_{k}", opset=opset_of(model))
         graph.output.append(_value(f"exit_{k}", (head.layers[-1][0].shape[0],)))
-        exits.append(Exit(f"exit_{k}", cut.tensors))
-    own.name = f"exit_{len(cuts)}"
+    own.name = output
     graph.output.append(own)
     onnx.checker.check_model(student, full_check=True)
-    return student, (*exits, Exit(own.name, last.tensors))
+    return student, tuple(Exit(f"exit_{k}", cut.tensors) for k, cut in enumerate(renamed))
 
 
 def head_graph(cut: CutPoint, head: Head, *, opset: int = 17) -> onnx.ModelProto:
@@ -73,12 +73,16 @@ def _value(name: str, row: tuple[int, ...]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *row])
 
 
-def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Rename a tensor wherever it is written or read."""
+def _reserved(graph: onnx.GraphProto) -> dict[str, str]:
+    """Return other names for the tensors that are called like those of exits and heads."""
+    tensors = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
+    return {name: f"network_{name}" for name in tensors if name.startswith(("exit_", "head_"))}
 
-    def renamed(names: Any) -> None:
-        names[:] = [new if name == old else name for name in names]
 
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Rename tensors wherever they are written or read."""
     for node in graph.node:
-        renamed(node.input)
-        renamed(node.output)
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for named in (*graph.initializer, *graph.value_info):
+        named.name = names.get(named.name, named.name)

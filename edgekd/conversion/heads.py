@@ -20,14 +20,16 @@ DECAYS = 0.01, 0.3, 3.0
 """Weight decays that are tried on the candidate in the middle; the best of each kind is used for all."""
 HIDDEN = 128
 """Units of the hidden layer; a quarter of the classes if that is more."""
-BATCH = 256
-EPOCHS = 40
-STEPS = 300, 1500
+BATCH = 512
+EPOCHS = 30
+STEPS = 200, 600
 """Fewest and most steps of a training."""
 RATE = 3e-3
 """Peak of the one-cycle learning rate."""
 LABEL_WEIGHT = 0.25
 """Weight of the labels' cross-entropy, where there are labels, beside that of the network's answers."""
+LEAST_DEVIATION = 1e-3
+"""Least standard deviation of a feature, as a fraction of its mean: what varies less is mostly rounding."""
 CHUNK = 1024
 """Pictures whose features are in memory together when all are gone through."""
 
@@ -105,15 +107,24 @@ def _train(pooled: Array, lesson: Lesson, kind: Kind, decay: float, seed: int) -
     """Train one head with AdamW and a one-cycle rate, on batches that are read from the file of the features."""
     import torch
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for such small products, threads wait for each other longer than they work
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _trained(pooled, lesson, kind, decay, np.random.default_rng(seed))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trained(pooled: Array, lesson: Lesson, kind: Kind, decay: float, rng: np.random.Generator) -> Head:
+    import torch
+
     views, classes = lesson.answers.shape[1:]
     mean, deviation = _moments(pooled, lesson.learned)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _network(kind, len(mean), classes)
-    network.train()
-    rng, count = np.random.default_rng(seed), len(lesson.learned) * views
+    network, count = _network(kind, len(mean), classes).train(), len(lesson.learned) * views
     steps = min(max(EPOCHS * math.ceil(count / BATCH), STEPS[0]), STEPS[1])
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     for rows in _batches(lesson.learned, views, steps, rng):
         features = torch.from_numpy((pooled[rows] - mean) / deviation)
@@ -165,9 +176,9 @@ def _chunks(rows: Labels) -> list[Labels]:
 
 
 def _moments(pooled: Array, rows: Labels) -> tuple[Array, Array]:
-    """Return the mean and the standard deviation (F,) of the features, a feature that hardly varies having a large one.
+    """Return the mean and the standard deviation (F,) of the features.
 
-    The deviations are at least a thousandth of the features' mean deviation.
+    Where the deviation is less than `LEAST_DEVIATION` of the mean, it is infinite: the feature is not used.
     """
     total = squares = np.zeros(pooled.shape[2], np.float64)
     count = len(rows) * pooled.shape[1]
@@ -177,8 +188,8 @@ def _moments(pooled: Array, rows: Labels) -> tuple[Array, Array]:
     for chunk in _chunks(rows):
         squares = squares + ((pooled[chunk] - mean) ** 2).sum(axis=(0, 1))
     deviation = np.sqrt(squares / count)
-    floor = max(1e-3 * float(deviation.mean()), 1e-12)
-    return mean.astype(np.float32), np.maximum(deviation, floor).astype(np.float32)
+    deviation = np.where(deviation > LEAST_DEVIATION * np.abs(mean), deviation, np.inf)
+    return mean.astype(np.float32), deviation.astype(np.float32)
 
 
 def _layers(network: nn.Sequential, mean: Array, deviation: Array) -> tuple[tuple[Array, Array], ...]:

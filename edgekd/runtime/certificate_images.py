@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -71,12 +72,13 @@ def groups_of(images: Sequence[Image]) -> npt.NDArray[np.int64] | None:
     return None if len(names) == len(images) else np.asarray(index, np.int64)
 
 
-def images_of_split(data: Path, split: Split, *, seed: int) -> CertificateImages:
+def images_of_split(data: Path, split: Split, *, group: str | None = None, seed: int) -> CertificateImages:
     """Take the images of a split: the subset `val` chooses, and `certify` tests; without one, `val` is divided.
 
     Args:
         data: The data folder.
         split: The split of the run that the network comes from.
+        group: Rule that names the groups; None for that of the split. With `none`, images count as independent.
         seed: Seed of the division.
 
     Raises:
@@ -85,6 +87,10 @@ def images_of_split(data: Path, split: Split, *, seed: int) -> CertificateImages
     """
     warnings = []
     val, apart = split.subset("val"), split.subsets.get("certify", ())
+    if group == "none" and any(i.group for i in val):
+        warnings.append("--group none: images of one picture count as independent; other pictures are not promised")
+    if group is not None:
+        val, apart = (_regrouped(items, group) for items in (val, apart))
     if apart:
         path, test = val, apart
     else:
@@ -93,13 +99,18 @@ def images_of_split(data: Path, split: Split, *, seed: int) -> CertificateImages
             "the test images are validation images, which also chose the epoch and passed the gate of compile; "
             "images of a subset of their own (--split ratio:3,1,1,1) choose nothing"
         )
-    if split.leaking:
+    if split.leaking and group != "none":
         warnings.append(
             f"the split is random, but {split.leaking} of {split.groups} pictures have images in several subsets: "
             "nothing is promised for images of other pictures; split by group"
         )
     require_unchanged([*path, *test], data)
-    return CertificateImages(data, tuple(path), tuple(test), split.group, tuple(warnings), bool(apart))
+    return CertificateImages(data, tuple(path), tuple(test), group or split.group, tuple(warnings), bool(apart))
+
+
+def _regrouped(items: tuple[Item, ...], group: str) -> tuple[Item, ...]:
+    keys = [""] * len(items) if group == "none" else group_keys([i.path for i in items], group)
+    return tuple(dataclasses.replace(i, group=key) for i, key in zip(items, keys))
 
 
 def images_of_folder(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ from edgekd.certification import drift
 from edgekd.certification.fixed_sequence import CertificationResult, Design, certify_path, evidence_of
 from edgekd.certification.losses import Floats, Outcome, Sample, can_exit_early, eligible, losses
 from edgekd.data.images import load_batches
+from edgekd.data.preprocess import Preprocess
 from edgekd.errors import ArtifactError, ConfigError
 from edgekd.policy import Decision, Policy, decide, simulate
 from edgekd.runtime.certificate_images import PATH_SHARE, CertificateImages, Image, digest_of, groups_of, labels_of
@@ -44,6 +46,8 @@ from edgekd.types import Array, Labels, Progress
 
 log = logging.getLogger(__name__)
 BATCH = 32
+SELECTION_IMAGES = 512
+"""Images whose pixels are kept in memory for the selection of exits."""
 DEFERRALS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 """Shares of the path images to defer that are tried with each of `DEFERRED_POINTS` settings."""
 DEFERRED_POINTS = 12
@@ -70,6 +74,11 @@ class Request:
     reference: Engine | None = None
     reference_name: str = "without early exit"
     seed: int = 0
+
+    @property
+    def is_absolute(self) -> bool:
+        """True if the engine without early exit may break a promise, too."""
+        return self.reference is not None or any(p.loss in ABSOLUTE for p in self.promises)
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def search_certificate(
         path.logits,
         path.labels,
         stages,
-        loss=_path_loss(request, path, classes),
+        loss=_path_loss(request, path, classes)[0],
         confidence=confidence,
         average=average,
     )
@@ -158,9 +167,8 @@ def search_certificate(
     best = points[chosen if chosen is not None else 0]
     policy = best.policy if chosen is not None else best.policy.without_early_exit()
     limits = _limits(result, request, images)
-    is_absolute = request.reference is not None or any(p.loss in ABSOLUTE for p in request.promises)
     certificate, attempt = None, _attempt(images, request, policy)
-    if chosen is None or outcome is None or not (is_absolute or can_exit_early(policy)):
+    if chosen is None or outcome is None or not (request.is_absolute or can_exit_early(policy)):
         attempt = dataclasses.replace(attempt, result=f"no early exit is certified: {'; '.join(limits)}")
     else:
         certificate = dataclasses.replace(
@@ -254,7 +262,7 @@ def _record(
     for batch in load_batches([folder / i.path for i in images], preprocess, batch=BATCH, progress=progress):
         found.append(engine.staged_logits(batch))
         if reference is not None:
-            others.append(reference.logits(batch))
+            others.append(reference.logits(batch)[-len(engine.metadata.exits) :])  # the last one decides
     return np.concatenate(found, axis=1), np.concatenate(others, axis=1) if others else None
 
 
@@ -262,8 +270,48 @@ def _sample(logits: Array, images: Sequence[Image], reference: Array | None) -> 
     return Sample(logits, labels_of(images), groups_of(images), reference)
 
 
-def _path_loss(request: Request, path: Sample, classes: tuple[str, ...]) -> PathLoss:
-    """Return the sum of the promised losses of answers against reference answers, the strictest promise weighing 1."""
+def path_images(images: CertificateImages, preprocess: Preprocess, *, seed: int) -> tuple[tuple[Image, ...], Array]:
+    """Draw path images for the selection of exits, at most `SELECTION_IMAGES`; return them and their pixels."""
+    drawn = np.random.default_rng(seed).permutation(len(images.path))[:SELECTION_IMAGES]
+    chosen = tuple(images.path[i] for i in sorted(drawn.tolist()))
+    return chosen, np.concatenate(list(load_batches([images.folder / i.path for i in chosen], preprocess)))
+
+
+def without_early_exit(found: Certified) -> Certified:
+    """Return the outcome if the certified setting is not used, as it is no faster than the plain network."""
+    attempt = dataclasses.replace(found.attempt, result=f"{found.attempt.result}; no faster than the plain network")
+    return dataclasses.replace(found, policy=found.policy.without_early_exit(), certificate=None, attempt=attempt)
+
+
+def path_search(
+    images: Sequence[Image], tests: int, request: Request, classes: tuple[str, ...], *, confidence: str, average: str
+) -> Callable[[Array, tuple[float, ...]], PathPoint]:
+    """Return a search for the fastest setting that is likely to be certified, for `exit_selection.tune_exits`.
+
+    Args:
+        images: Path images whose logits are searched.
+        tests: Number of test images, by which a loss must be below its limit with some margin.
+        request: What to certify.
+        classes: Names of the classes.
+        confidence: See `threshold_path`.
+        average: See `threshold_path`.
+    """
+    labels, groups = labels_of(images), groups_of(images)
+
+    def search(logits: Array, stages: tuple[float, ...]) -> PathPoint:
+        loss, limit = _path_loss(request, Sample(logits, labels, groups, None), classes)
+        points = threshold_path(logits, labels, stages, loss=loss, confidence=confidence, average=average)
+        margin = NormalDist().inv_cdf(request.certainty)
+        return [p for p in points if p.loss + margin * math.sqrt(p.loss / max(tests, 1)) <= limit][-1]
+
+    return search
+
+
+def _path_loss(request: Request, path: Sample, classes: tuple[str, ...]) -> tuple[PathLoss, float]:
+    """Return the sum of the promised losses of answers against reference answers, and the limit of the strictest one.
+
+    The strictest promise weighs 1, the others as much as makes their limits the same.
+    """
     relative: dict[Loss, Loss] = {"sensitivity": "miss", "defer": "lost"}
     promises = {dataclasses.replace(p, loss=relative.get(p.loss, p.loss), exit=None) for p in request.promises}
     concerned = {promise: eligible(promise, path, classes) for promise in promises}
@@ -279,7 +327,7 @@ def _path_loss(request: Request, path: Sample, classes: tuple[str, ...]) -> Path
             total += values * strictest / limit
         return total
 
-    return loss
+    return loss, strictest
 
 
 def _with_deferral(points: tuple[PathPoint, ...], logits: Array) -> tuple[PathPoint, ...]:
@@ -353,10 +401,12 @@ def _limits(result: CertificationResult, request: Request, images: CertificateIm
         name = " ".join(filter(None, (promise.loss, promise.class_name)))
         text = f"{name}: {units} {of} certify {100 * result.smallest[i]:.2f} % at best"
         if needed is None:
-            text += f", but the next setting loses too much for {100 * promise.limit:g} %, however many {of} there are"
+            text += f", but the next setting loses more than {100 * promise.limit:g} %, however many {of} there are"
         elif needed > units:
             more = math.ceil((needed - units) / share)
             text += f"; the next setting needs about {more} more {of} for {100 * promise.limit:g} %"
+        if result.failed is not None and (bound := result.evidence[result.failed][i].upper_bound) > promise.limit:
+            text += f"; its upper bound is {100 * bound:.2f} %"
         lines.append(text)
     return tuple(lines)
 

@@ -24,7 +24,7 @@ Strategy: TypeAlias = Literal["cascade", "full", "final"]
 One = TypeVar("One", bound=Source)
 BATCH = 32
 """Largest batch of an engine whose stages were not timed."""
-COLUMNS = ("path", "file", "label", "confidence", "exit", "error")
+COLUMNS = ("path", "file", "label", "confidence", "exit", "deferred", "error")
 """Columns beside the probabilities in `Prediction.row` and in the output of `edgekd predict`."""
 
 
@@ -53,13 +53,17 @@ class Prediction:
     deferred: bool = False
 
     def row(self) -> dict[str, str | float | None]:
-        """Return path, label, confidence, exit and the probability of each class (see `class_columns`) as a flat row.
+        """Return path, label, confidence, exit, deferred and each class's probability (see `class_columns`) as a row.
 
         `pandas.DataFrame([p.row() for p in predictions])` makes a table of predictions.
         """
         path = None if self.path is None else str(self.path)
-        row = {"path": path, "label": self.label, "confidence": self.confidence, "exit": self.exit}
-        return row | dict(zip(class_columns(self.classes), self.probabilities))
+        row: dict[str, str | float | None] = {"path": path, "label": self.label, "confidence": self.confidence}
+        return (
+            row
+            | {"exit": self.exit, "deferred": self.deferred}
+            | dict(zip(class_columns(self.classes), self.probabilities))
+        )
 
 
 def class_columns(classes: Sequence[str]) -> list[str]:
@@ -118,7 +122,7 @@ class Classifier:
         if device_side_exit and self.strategy != "cascade":
             raise ConfigError(f"--device-side-exit ends cascades, not '{self.strategy}'", fix="run edgekd tune")
         self._decider = engine.device_cascade(self.policy) if device_side_exit else None
-        self._runs_stages = self.strategy == "cascade" and not _is_last_exit(self.policy)
+        self._runs_stages = self.strategy == "cascade" and not self.policy.is_last_exit
         if self._runs_stages:
             self._staged_runner = engine.staged_runner()
         else:
@@ -316,11 +320,6 @@ class Classifier:
     def _next_size(self, exit: int, survivors: int, current: int) -> int:
         size = _padded(survivors, self._buckets)
         return size if exit == 0 else next_batch(size, current, self._stage_ms[exit])
-
-
-def _is_last_exit(policy: Policy) -> bool:
-    """Return True if a policy's answers are those of the last exit alone."""
-    return policy.never_exits and (policy.average != "mean" or len(policy.temperatures) == 1)
 
 
 def _reopen(path: Path, options: dict[str, Any], digest: str) -> Classifier:

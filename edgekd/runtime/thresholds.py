@@ -5,11 +5,13 @@ log-odds of the confidence (Platt 1999). One number δ then sets all thresholds:
 is at most δ times the time that it saves. So the thresholds of an engine form one curve from "never" to "always at the
 first exit", and a point of it owes little to luck: of many free combinations, the best on some images is often not the
 best on others. PCEE (arXiv 2412.19325) has one δ as well, from the accuracy at similar confidences and regardless of
-time. `benchmarks/exit_policies.py` compares this with a grid of thresholds, isotonic regression and coordinate descent.
+time. `benchmarks/exit_policies.py` compares this with a grid of thresholds, isotonic regression and coordinate descent;
+benchmarks/results/exit-policies.md has the results.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +23,10 @@ from edgekd.types import Array, Labels
 Floats = npt.NDArray[np.float64]
 LEVELS = 200
 """Number of values of δ that are tried."""
+COMBINATIONS = 2000
+"""Largest number of combinations of a grid of thresholds."""
+GRID_EXITS = 5
+"""Largest number of exits with such a grid: with more, it would have too few thresholds for each."""
 FIT_ELEMENTS = 1_000_000
 """Largest number of logits of one exit that a temperature or pooling weights are fitted to: they are few parameters."""
 _LARGEST = float(np.nextafter(np.float32(1), np.float32(0)))
@@ -146,6 +152,22 @@ def candidate_thresholds(confidences: Array, losses: Floats, stages: Sequence[fl
         thresholds[:, exit] = np.where(needed > _LARGEST, NEVER_EXIT, needed)
     thresholds[0], thresholds[-1] = NEVER_EXIT, 0
     return np.asarray(thresholds, np.float32)
+
+
+def threshold_grid(confidences: Array) -> Array:
+    """Return every combination (S, E - 1) of a few quantiles of the confidence; none beyond `GRID_EXITS` exits.
+
+    Where some exits are more accurate than later ones, an image may gain from leaving, and the thresholds that keep the
+    accuracy are not those that keep the answers: free combinations then have faster settings than
+    `candidate_thresholds`. Most quantiles are low, because the images at a late exit have a low confidence.
+    """
+    exits = len(confidences)
+    if not 1 < exits <= GRID_EXITS:
+        return np.empty((0, exits - 1), np.float32)
+    each = min(50, int(COMBINATIONS ** (1 / (exits - 1)) + 1e-9))
+    quantiles = np.linspace(0, 1, each)[1:-1] ** 2
+    columns = [[0.0, *np.quantile(of_exit, quantiles), NEVER_EXIT] for of_exit in confidences[:-1]]
+    return np.array(list(itertools.product(*columns)), np.float32)
 
 
 def _log_odds(confidences: Array) -> Floats:

@@ -1,9 +1,10 @@
 """Choose temperatures, averaging, confidence measure and exit thresholds on images, on the compiled engine.
 
 `tune` is the quick way: the fastest setting within an allowed drop on the validation images, or the most accurate one
-within a latency. It promises nothing, since the images that chose the setting cannot judge it; a margin of one standard
-error (the square root of the number of images that only one of cascade and reference classifies correctly) keeps the
-mean drop on new images near the allowed one. `threshold_path` lists settings for a promise that is tested on other
+within a latency. It promises nothing, since the images that chose the setting cannot judge it. A margin of one standard
+error (the square root of the number of images that only one of cascade and reference classifies correctly) kept the
+mean drop on new images below 1 point where 1 was asked, but not below 0.3: 300 or 800 images cannot tell that apart
+(benchmarks/results/exit-policies.md). `threshold_path` lists settings for a promise that is tested on other
 images (`edgekd.certification`).
 """
 
@@ -32,6 +33,7 @@ from edgekd.runtime.thresholds import (
     exits_taken,
     fit_pooling,
     fit_temperature,
+    threshold_grid,
 )
 from edgekd.types import Array, Labels, Progress
 
@@ -42,8 +44,9 @@ Loss: TypeAlias = Callable[[Labels, Labels], npt.NDArray[Any]]
 PATH_POINTS = 60
 """Largest number of settings in a path."""
 CURVE_POINTS = 25
-MEASURES = ("max_probability", "margin", "entropy")
-"""Confidence measures that `auto` chooses from."""
+MEASURES = ("max_probability", "margin")
+"""Confidence measures that `auto` chooses from; entropy is worse with
+the mean and no better otherwise (benchmarks/results/exit-policies.md)."""
 AUTO = "auto"
 """As a confidence measure or average: choose it on the images."""
 
@@ -284,9 +287,15 @@ class _Family:
 
 
 def _families(
-    logits: Array, targets: Labels, stages: tuple[float, ...], averages: Sequence[str], confidence: str
+    logits: Array,
+    targets: Labels,
+    stages: tuple[float, ...],
+    averages: Sequence[str],
+    confidence: str,
+    *,
+    combine: bool = False,
 ) -> Iterator[_Family]:
-    """Yield the settings of each average and confidence measure."""
+    """Yield the settings of each average and confidence measure, with `combine` those of `threshold_grid` too."""
     check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
     measures = MEASURES if confidence == AUTO else (confidence,)
     temperatures = tuple(fit_temperature(exit_logits, targets) for exit_logits in logits)
@@ -298,6 +307,8 @@ def _families(
         losses = (answers != answers[-1]).astype(np.float64)
         for measure, confidences in zip(measures, every):
             thresholds = candidate_thresholds(confidences, losses, stages)
+            if combine:
+                thresholds = np.concatenate([thresholds, threshold_grid(confidences)])
             taken = exits_taken(confidences, thresholds)
             shares = np.stack([(taken == exit).mean(axis=1) for exit in range(len(logits))], axis=1)
             named = dataclasses.replace(policy, confidence=measure)
@@ -332,8 +343,8 @@ def choose(
     """
     if reference is None:
         reference = right_without_early_exit(logits, labels)
-    averages = get_args(Average) if average == AUTO else (average,)
-    families = list(_families(logits, labels, stages, averages, confidence))
+    averages = _averages(logits, labels) if average == AUTO else (average,)
+    families = list(_families(logits, labels, stages, averages, confidence, combine=True))
     right = [family.answers == labels for family in families]
     count = len(labels)
     grid = _Grid(
@@ -360,6 +371,19 @@ def choose(
         shares=chosen.shares,
         curve=_curve(family, accuracy),
     )
+
+
+def _averages(logits: Array, labels: Labels) -> tuple[str, ...]:
+    """Return the averages to compare: those with the more accurate answers where no image exits early.
+
+    The ensemble and the last exit have to differ by more than one standard error. Otherwise the worse of them would be
+    chosen where it has luck.
+    """
+    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    gain = np.count_nonzero(ensemble_right) - np.count_nonzero(final_right)
+    if gain**2 <= np.count_nonzero(ensemble_right != final_right):
+        return get_args(Average)
+    return ("mean",) if gain > 0 else ("own", "geometric")
 
 
 def right_without_early_exit(logits: Array, labels: Labels) -> npt.NDArray[np.bool_]:

@@ -89,6 +89,14 @@ def test_a_measure_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         source(Policy((1.0,), confidence="entropy"))
 
 
+def test_a_geometric_mean_on_the_gpu_is_refused(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    box("10.16")
+    pooling = ((1.0,), (0.5, 0.5), (0.0, 0.0, 1.0))
+    policy = Policy((1.0,) * 3, (0.5, 0.5), average="geometric", pooling=pooling)
+    with pytest.raises(BackendError, match=r"weighted geometric mean[\s\S]*--average own"):
+        Classifier(engine_of(small_student, tmp_path), policy=policy, device_side_exit=True)
+
+
 def test_where_the_gpu_cannot(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     policy = Policy((1.0,) * 3, (0.5, 0.5))
     with pytest.raises(

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from helpers.records import HOST, sample
+from helpers.records import CERTIFICATE, HOST, sample
 
 from edgekd.bench.compare import compare
 from edgekd.errors import ConfigError
@@ -15,11 +15,33 @@ def test_alike_records_make_one_table() -> None:
     variants = tuple(v for v in one.variants if v.name != "exit_0")
     two = dataclasses.replace(one, variants=variants, load_before=(0.0, 0.0, 0.0), created="later", command="other")
     text = compare({"a.json": one, "b.json": two})
-    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()}
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = {line[1].strip(): [c.strip() for c in line[2:-1]] for line in lines}
     assert rows["variant"][0] == "a.json: mean ms"
     assert rows["exit_0"][4:] == ["–"] * 4
     assert rows["cascade"][1] == rows["cascade"][5] == "1.00"
     assert rows["cascade"][2:4] == ["87.50", "12.2"]
+
+
+def test_accuracies_on_the_same_images_are_tested() -> None:
+    """Of 8 images, exit_0 has 3 wrong; in the other record it has none, and no 3 images are a difference."""
+    one = sample()
+    right = tuple(dataclasses.replace(v, predictions=one.labels) for v in one.variants)
+    two = dataclasses.replace(one, variants=right)
+    text = compare({"a.json": one, "b.json": two})
+    assert "- accuracy of exit_0 of b.json against a.json: +37.50 points (0 lost, 3 gained)" in text
+    assert "a difference" not in text
+    assert "McNemar's exact test, p adjusted for 5 comparisons" in text
+    other = dataclasses.replace(one, images=one.images[::-1], labels=one.labels[::-1])
+    assert "b.json: other test images than a.json" in compare({"a.json": one, "b.json": other})
+
+
+def test_certificates_are_beside_each_other() -> None:
+    certified = dataclasses.replace(sample(), certificate=CERTIFICATE)
+    text = compare({"a.json": sample(), "b.json": certified})
+    assert "- a.json: nothing is certified" in text
+    assert "- b.json: With 90 % certainty" in text
+    assert "is certified" not in compare({"a.json": sample(), "b.json": sample()})
 
 
 def test_refusal_names_every_difference() -> None:

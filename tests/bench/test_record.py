@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.records import LIMITS, SUITE, sample, variant
+from helpers.records import CERTIFICATE, LIMITS, SUITE, sample, variant
 
 from edgekd import config
+from edgekd.bench.accuracy import Answered
 from edgekd.bench.compare import compare
+from edgekd.bench.comparisons import accuracy_note, accuracy_table
 from edgekd.bench.metrics import METRICS
 from edgekd.bench.record import Timing, read_record, refuse_existing, write_record
 from edgekd.bench.suite import Limits, Suite
@@ -29,6 +31,56 @@ def test_written_and_read_is_the_same(tmp_path: Path) -> None:
     assert '"[ 1, 2 ]"' in text  # lists of numbers are put on one line, texts that look like one are left
     assert max(map(len, text.splitlines())) > 200
     assert len(text.splitlines()) < 1000
+
+
+def test_accuracies_are_tested_on_the_same_images() -> None:
+    """Answers of plain: images 0 and 1 wrong; of the cascade: image 0. By pairs of images, these are one group."""
+    header, rows = accuracy_table(sample()) or ([], [])
+    assert header == ["accuracy, points", "against no-early-exit", "against plain"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["cascade"] == ["same images right", "+12.50, p 1.000: within noise"]
+    assert cells["no-early-exit"][0] == ""
+    assert "plain" not in cells
+    assert "does not state which images belong together" in accuracy_note(sample())
+    grouped = dataclasses.replace(sample(), groups=(0, 0, 1, 1, 2, 2, 3, 3))
+    assert "exact sign-flip test over 4 groups of images" in accuracy_note(grouped)
+    assert "accuracy, points" in markdown(grouped)
+    alone = dataclasses.replace(sample(), variants=sample().variants[:1])
+    assert accuracy_table(alone) is None
+
+
+def test_classes_certificate_and_deferral_are_on_the_page() -> None:
+    deferring = tuple(
+        dataclasses.replace(v, answered=Answered(6, 0.75, (0.35, 0.97), 0.0, (0.0, 0.46))) for v in sample().variants
+    )
+    page = markdown(dataclasses.replace(sample(), variants=deferring, certificate=CERTIFICATE))
+    assert "Certified: With 90 % certainty, for images like those tested" in page
+    assert "75.00 [35.00, 97.00]" in page
+    assert "sensitivity at 95 % specificity" in page
+    assert "Certified" not in markdown(sample())
+    assert "answered %" not in markdown(sample())
+
+
+def test_older_records_have_none_of_the_newer_measures(tmp_path: Path) -> None:
+    """As written before: no intervals, areas, groups or certificate. They are read and shown as they were."""
+    write_record(path := tmp_path / "record.json", sample())
+    old = json.loads(path.read_text())
+    for key in ("groups", "certificate"):
+        del old[key]
+    del old["suite"]["specificity"]
+    for v in old["variants"]:
+        del v["answered"]
+        v["metrics"] = {k: v["metrics"][k] for k in ("n", "accuracy", "macro", "per_class", "confusion", "ece")}
+        for rates in (v["metrics"]["macro"], *v["metrics"]["per_class"].values()):
+            del rates["sensitivity_interval"], rates["specificity_interval"]
+    path.write_text(json.dumps(old))
+    record = read_record(path)
+    assert record.variants[0].metrics.accuracy_interval is None
+    page = markdown(record)
+    assert "ROC-AUC" not in page
+    assert "| [95 %] |" not in page
+    assert "| [95 %] |" in markdown(sample())
+    assert "against plain" in page
 
 
 def test_a_record_is_never_changed(tmp_path: Path) -> None:
@@ -125,7 +177,11 @@ def test_targets_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(0, "+12.50 points; required ≥ -0.5: met"), (2, "-12.50 points; required ≥ -0.5: NOT")]
+    ("wrong", "said"),
+    [
+        (0, "+12.50 points, within noise (p 1.000); required ≥ -0.5: met"),
+        (2, "-12.50 points, within noise (p 1.000); required ≥ -0.5: NOT"),
+    ],
 )
 def test_a_cascade_above_or_below_all_exits_reads_well(wrong: int, said: str) -> None:
     record = sample()
@@ -188,7 +244,7 @@ def test_warnings() -> None:
 def test_markdown_is_a_table_of_all_variants() -> None:
     text = markdown(sample())
     assert text == markdown(sample())
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [line for line in text.split("\n\n")[1].splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 5 + 1
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1
     assert "50 / 25 / 25" in next(row for row in rows if row.startswith("| cascade"))
@@ -218,7 +274,9 @@ def test_every_view_shows_every_metric() -> None:
     record = sample()
     header, page, compared = table(record)[0], notes(record), compare({"a": record, "b": record}).splitlines()[0]
     columns = to_csv(record).splitlines()[0].split(",")
-    assert [m.title for m in METRICS if m.title and not m.is_shown(record)] == ["p99", "energy mJ"]
+    assert [m.title for m in METRICS if m.title and not m.is_shown(record)] == [
+        *("p99", "energy mJ", "answered %", "wrong of these %"),
+    ]
     for metric in METRICS:
         assert set(metric.csv) <= set(columns)
         if metric.is_shown(record):

@@ -65,7 +65,7 @@ def test_page_is_whole_and_stands_alone(data: Path, tmp_path: Path) -> None:
     page = Balanced()
     page.feed((tmp_path / "report.html").read_text())
     assert page.open == []
-    assert page.seen.count("svg") == 4
+    assert page.seen.count("svg") == 5
     assert page.seen.count("img") == 8
     assert all(link.startswith(("data:image/", "#")) for link in page.links)
     assert "round <b>, predicted long | thin" in page.text  # the first image is answered wrongly
@@ -94,7 +94,7 @@ def test_page_without_cascade(data: Path) -> None:
     record = sample()
     variants = tuple(v for v in record.variants if v.name in ("exit_0", "full"))
     page = html(dataclasses.replace(record, variants=variants, curve=(), targets=(), warnings=()), data=data)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "Confusion matrix of full" in page
     assert "Where images exit" not in page
 

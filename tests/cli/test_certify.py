@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 from helpers.cli import edgekd
-from helpers.two_lights import write_network, write_pictures
+from helpers.two_lights import CLASSES, write_network, write_pictures
 
 from edgekd.artifacts.certificate import Promise
 from edgekd.artifacts.manifest import MANIFEST, read_manifest, void_reason, write_manifest
 from edgekd.artifacts.training_images import TrainingImages
 from edgekd.bench.measure import engine_facts
 from edgekd.certification.losses import can_exit_early
+from edgekd.data.folders import check, scan
 from edgekd.data.pictures import find_pictures
+from edgekd.data.splitting import make_split
 from edgekd.runtime.engine import open_engine
+from edgekd.serialization import to_json
+
+TUNE = "tune", "--keep-exits"  # the network is so small that no exit pays
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def engine(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_certificate_without_labels(folder: Path, engine: Path) -> None:
-    shown = edgekd("tune", engine, "--data", folder / "pictures", "--max-change", "2", "--certainty", "0.9")
+    shown = edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "2", "--certainty", "0.9")
     manifest = read_manifest(engine)
     found = manifest.certificate
     assert found is not None
@@ -69,7 +74,7 @@ def test_a_certificate_without_labels(folder: Path, engine: Path) -> None:
 
 
 def test_nothing_certified_is_an_answer(folder: Path, engine: Path) -> None:
-    shown = edgekd("tune", engine, "--data", folder / "pictures", "--max-change", "0.1")
+    shown = edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "0.1")
     manifest = read_manifest(engine)
     assert manifest.certificate is None
     assert manifest.metadata.policy.is_tuned
@@ -82,29 +87,29 @@ def test_nothing_certified_is_an_answer(folder: Path, engine: Path) -> None:
 
 def test_further_searches_on_the_same_images_are_counted(folder: Path, engine: Path) -> None:
     for seed, said in (("0", False), ("0", False), ("1", True)):
-        shown = edgekd("tune", engine, "--data", folder / "pictures", "--max-change", "4", "--seed", seed)
+        shown = edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "4", "--seed", seed)
         assert ("search 2 on the same images: all of them are right with 80 % certainty only" in shown) == said
     assert len(read_manifest(engine).attempts) == 2
 
 
 def test_labels_sensitivity_and_deferral(folder: Path, engine: Path) -> None:
     words = ("--max-drop", "2", "--min-sensitivity", "dark=0.95", "--defer", "2")
-    shown = edgekd("tune", engine, "--data", folder / "pictures", *words)
+    shown = edgekd(*TUNE, engine, "--data", folder / "pictures", *words)
     found = read_manifest(engine).certificate
     assert found is not None
     assert {one.promise.loss for one in found.evidence} == {"drop", "sensitivity", "defer"}
     assert "of the answered images of dark, at least 95 % are recognised" in shown
-    per_exit = edgekd("tune", engine, "--data", folder / "pictures", "--max-lost", "3", "--per-exit")
+    per_exit = edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-lost", "3", "--per-exit")
     assert "among the images that take exit 0 or an earlier one" in per_exit
 
 
 def test_costs(folder: Path, engine: Path, tmp_path: Path) -> None:
     costs = tmp_path / "costs.csv"
     costs.write_text("true,bright,dark\ndark,10,0\nbright,0,1\n")
-    shown = edgekd("tune", engine, "--data", folder / "pictures", "--costs", costs, "--max-cost", "0.3")
+    shown = edgekd(*TUNE, engine, "--data", folder / "pictures", "--costs", costs, "--max-cost", "0.3")
     assert "the mean cost exceeds that of the same engine without early exit by at most 3 %" in shown
     costs.write_text("true,bright\ndark,10\n")
-    words = ("tune", engine, "--data", folder / "pictures", "--costs", costs, "--max-cost")
+    words = (*TUNE, engine, "--data", folder / "pictures", "--costs", costs, "--max-cost")
     assert "costs of all pairs of classes" in edgekd(*words, "0.3", code=1)
 
 
@@ -115,20 +120,53 @@ def test_groups_that_were_trained_on_are_left_out(folder: Path, tmp_path: Path) 
     write_network(tmp_path / "student.onnx", training_images=TrainingImages.of(seen, rule))
     made = ("compile", tmp_path / "student.onnx", "--backend", "onnxruntime", "--recipe", "fp32")
     edgekd(*made, "--out", tmp_path / "engine")
-    edgekd("tune", tmp_path / "engine", "--data", folder / "pictures", "--max-change", "5")
+    edgekd(*TUNE, tmp_path / "engine", "--data", folder / "pictures", "--max-change", "5")
     found = read_manifest(tmp_path / "engine").certificate
     assert found is not None
     assert (found.path_images, found.images, found.groups) == (120, 180, 90)
     assert found.evidence[0].units == 90
     assert found.evidence[0].unit in ("one image a group", "group mean")
     assert not found.warnings
-    ends = edgekd("tune", tmp_path / "engine", "--data", folder / "new", "--max-change", "5", "--group", "none", code=1)
+    ends = edgekd(
+        *TUNE,
+        tmp_path / "engine",
+        "--data",
+        folder / "new",
+        "--max-change",
+        "5",
+        "--group",
+        "none",
+        code=1,
+    )
     assert "have no groups" in ends
+
+
+def test_the_subsets_of_a_split(folder: Path, engine: Path, tmp_path: Path) -> None:
+    """400 pictures, 200 groups: 80 of a subset `certify`, without one 3 in 5 of the validation pictures."""
+    checked = check(scan(folder / "pictures", classes=CLASSES))
+    for name, method, counts, warned in (
+        ("apart", "ratio:1,2,1,1", (160, 80, 40), False),
+        ("spent", "ratio:1,3,1", (96, 144, 72), True),
+    ):
+        path = tmp_path / f"{name}.json"
+        split = make_split(checked, method=method, group=r"-(g\d+x\d+)\.")
+        path.write_bytes(to_json(split))
+        words = (*TUNE, engine, "--data", folder / "pictures", "--split", path, "--max-drop", "8")
+        shown = edgekd(*words)
+        found = read_manifest(engine).certificate
+        assert found is not None
+        assert (found.path_images, found.images, found.groups) == counts
+        assert ("also chose the epoch" in shown) == warned
+        shown = edgekd(*words, "--group", "none")
+        found = read_manifest(engine).certificate
+        assert found is not None
+        assert (found.groups, found.evidence[0].unit) == (0, "image")
+        assert "images of one picture count as independent" in shown
 
 
 def test_the_float_network_as_the_reference(folder: Path, engine: Path) -> None:
     words = ("--max-change", "2", "--reference", folder / "student.onnx")
-    shown = edgekd("tune", engine, "--data", folder / "pictures", *words)
+    shown = edgekd(*TUNE, engine, "--data", folder / "pictures", *words)
     found = read_manifest(engine).certificate
     assert found is not None
     assert (found.reference, len(found.reference_sha256)) == ("student.onnx", 64)
@@ -137,7 +175,7 @@ def test_the_float_network_as_the_reference(folder: Path, engine: Path) -> None:
 
 
 def test_what_voids_a_certificate(folder: Path, engine: Path) -> None:
-    edgekd("tune", engine, "--data", folder / "pictures", "--max-change", "2")
+    edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "2")
     manifest = read_manifest(engine)
     policy = dataclasses.replace(manifest.metadata.policy, thresholds=(0.5,))
     metadata = dataclasses.replace(manifest.metadata, policy=policy)
@@ -165,7 +203,7 @@ def test_what_voids_a_certificate(folder: Path, engine: Path) -> None:
 )
 def test_promises_that_cannot_be_made(words: list[str], said: str, folder: Path, engine: Path) -> None:
     before = (engine / MANIFEST).read_bytes()
-    assert said in edgekd("tune", engine, "--data", folder / "pictures", *words, code=1)
+    assert said in edgekd(*TUNE, engine, "--data", folder / "pictures", *words, code=1)
     assert (engine / MANIFEST).read_bytes() == before
 
 
@@ -173,7 +211,7 @@ def test_a_fixed_policy_needs_a_promise_and_images(folder: Path, engine: Path) -
     assert "has no certificate" in edgekd("certify", engine, "--data", folder / "new", code=1)
     assert "has no certificate" in edgekd("certify", engine, "--check", folder / "new", code=1)
     assert "give one" in edgekd("certify", engine, code=1)
-    edgekd("tune", engine, "--data", folder / "pictures", "--max-change", "2")
+    edgekd(*TUNE, engine, "--data", folder / "pictures", "--max-change", "2")
     shown = edgekd("certify", engine, "--data", folder / "hard", "--max-change", "0.2")
     assert "not certified: at most 0.2 %" in shown
     assert "the certificate of earlier images stays" in shown

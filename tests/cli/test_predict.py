@@ -198,7 +198,7 @@ def test_rows_printed_before_an_interrupt_are_complete(
         assert 68 <= len(json.loads(text)) < 20_000
     else:
         assert text.endswith("\n")
-        assert {line.count(",") for line in text.splitlines()} == {4}
+        assert {line.count(",") for line in text.splitlines()} == {5}
 
 
 def test_the_package_shows_its_api() -> None:
@@ -250,9 +250,30 @@ def test_a_classifier_tells_what_it_is_and_closes(two_maps_onnx: Path, pictures:
 def test_predictions_are_rows_with_a_column_for_each_class(two_maps_onnx: Path, pictures: Path) -> None:
     answer = Classifier(two_maps_onnx, threads=1).predict(pictures / "a.png")
     plain = {"path": str(pictures / "a.png"), "label": answer.label, "confidence": answer.confidence, "exit": 1}
-    assert answer.row() == plain | dict(zip("abcde", answer.probabilities))
+    assert answer.row() == plain | {"deferred": False} | dict(zip("abcde", answer.probabilities))
     assert class_columns(("error", "b", "label")) == ["error (class)", "b", "label (class)"]
     assert Prediction("label", 0, 1.0, 0, (0.7, 0.3), classes=("label", "b")).row()["label (class)"] == 0.7
+
+
+def test_deferred_images_are_marked(two_maps_onnx: Path, pictures: Path, tmp_path: Path) -> None:
+    """A threshold between the confidences of two images defers one of them, in every format."""
+    files = [pictures / "a.png", pictures / "b.png"]
+    found = {str(p.path): p.confidence for p in Classifier(two_maps_onnx, threads=1).predict(files)}
+    low, high = sorted(found.values())
+    assert low < high
+    model, metadata = read_onnx(two_maps_onnx)
+    policy = dataclasses.replace(metadata.policy, defer_below=(low + high) / 2)
+    put_metadata(model, dataclasses.replace(metadata, policy=policy))
+    onnx.save(model, str(mine := tmp_path / "deferring.onnx"))
+    expected = {file: confidence == low for file, confidence in found.items()}
+    rows = csv.DictReader(io.StringIO(edgekd("predict", mine, *files, "--csv")))
+    assert {row["file"]: row["deferred"] == "true" for row in rows} == expected
+    objects = json.loads(edgekd("predict", mine, *files, "--json"))
+    assert {row["file"]: row["deferred"] for row in objects} == expected
+    head, *lines = edgekd("predict", mine, *files).splitlines()
+    assert head.split() == ["label", "confidence", "exit", "deferred", "file"]
+    assert {line.split()[-1]: "yes" in line.split() for line in lines} == expected
+    assert "deferred" not in edgekd("predict", two_maps_onnx, *files)
 
 
 def test_a_pickled_classifier_is_the_same_engine_or_none(two_maps_onnx: Path, pictures: Path, tmp_path: Path) -> None:

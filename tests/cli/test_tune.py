@@ -9,8 +9,9 @@ from pathlib import Path
 import onnx
 import pytest
 from helpers.cli import edgekd
+from helpers.two_lights import write_network, write_pictures
 
-from edgekd.artifacts.manifest import read_manifest
+from edgekd.artifacts.manifest import read_manifest, void_reason
 from edgekd.artifacts.metadata import put_metadata, read_student
 from edgekd.compiler import exit_selection
 from edgekd.compiler.gain import Gain, Ratio
@@ -21,6 +22,7 @@ from edgekd.runtime.classifier import Classifier
 from edgekd.serialization import to_json
 from edgekd.testing.students import small_student
 
+FASTER = Gain({1: Ratio(0.5, 1.0, 0.5, 0.49, 0.51), 32: Ratio(16.0, 32.0, 0.5, 0.49, 0.51)})
 SLOWER = Gain({1: Ratio(1.3, 1.0, 1.3, 1.29, 1.31), 32: Ratio(42.0, 32.0, 1.31, 1.3, 1.32)})
 
 
@@ -67,3 +69,28 @@ def test_exits_are_kept_on_request(files: tuple[Path, ...], monkeypatch: pytest.
     monkeypatch.setattr(exit_selection, "measure_gain", lambda *_: pytest.fail("it measured"))
     edgekd("tune", engine, "--data", cells, "--split", split, "--latency-ms", "100", "--keep-exits")
     assert len(read_manifest(engine).metadata.exits) == 3
+
+
+def test_a_promise_is_certified_for_the_exits_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit is kept while it pays; where the certified setting does not, the engine answers without early exit."""
+    write_pictures(tmp_path / "pictures", 400, group=2)
+    write_network(tmp_path / "student.onnx")
+    engine = tmp_path / "student.engine"
+    edgekd("compile", tmp_path / "student.onnx", "--backend", "onnxruntime", "--set", "batch_sizes=[1,32]")
+    words = ("tune", engine, "--data", tmp_path / "pictures", "--max-change", "2")
+    for module in ("exit_selection", "gain"):
+        monkeypatch.setattr(f"edgekd.compiler.{module}.measure_gain", lambda *_: FASTER)
+    said = edgekd(*words)
+    assert "the certified setting beside the plain network: batch 1" in said
+    manifest = read_manifest(engine)
+    assert manifest.certificate is not None
+    assert len(manifest.metadata.exits) == 2
+    assert void_reason(manifest) == ""
+    monkeypatch.setattr("edgekd.compiler.gain.measure_gain", lambda *_: SLOWER)
+    assert "it is no faster, so it is not used" in edgekd(*words)
+    manifest = read_manifest(engine)
+    assert manifest.certificate is None
+    assert manifest.metadata.policy.is_last_exit
+    monkeypatch.setattr(exit_selection, "measure_gain", lambda *_: SLOWER)
+    assert "exit_0 does not pay and is cut out" in edgekd(*words)
+    assert len(read_manifest(engine).metadata.exits) == 1

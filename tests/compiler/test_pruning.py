@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from fakes.machine import Box, compiled, recipe
 
 from edgekd.artifacts.manifest import NETWORK_FILE, Manifest, read_manifest, write_manifest
 from edgekd.artifacts.metadata import read_student
@@ -63,6 +65,19 @@ def test_the_exits_that_are_kept_answer_as_before(engine: Path, keep: tuple[int,
     assert {p.name for p in engine.iterdir()} == {*pruned.files, "manifest.json"}
     decision = Classifier(after).run(IMAGES)
     assert set(decision.exits.tolist()) <= set(range(len(keep)))
+
+
+@pytest.mark.parametrize(("name", "keep"), [("int8", (0, 2)), ("fp16", (2,))])
+def test_tensorrt_engines(
+    box: Callable[..., Box], small_student: Path, tmp_path: Path, name: str, keep: tuple[int, ...]
+) -> None:
+    """On the strict fake of TensorRT, with a check of every batch size."""
+    box("10.3")
+    compiled(small_student, tmp_path / "e", recipe(name, batch_sizes=(1, 4)))
+    before = open_engine(tmp_path / "e", threads=1).logits(IMAGES, batch_size=4)
+    prune_exits(tmp_path / "e", keep, images=IMAGES)
+    after = open_engine(tmp_path / "e", threads=1).logits(IMAGES, batch_size=4)
+    np.testing.assert_allclose(after, before[list(keep)], atol=1e-3)
 
 
 def test_an_engine_without_early_exits_is_the_plain_network(engine: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 
 import numpy as np
 
+from edgekd.artifacts.certificate import Certificate, Evidence, Promise
 from edgekd.artifacts.manifest import CurvePoint
 from edgekd.bench.accuracy import metrics
 from edgekd.bench.record import EngineFacts, Record, SplitFacts, Timing, Variant
@@ -38,6 +39,18 @@ HOST = HostInfo(
     python="3.11.7",
     versions={"numpy": "2.0"},
     backends={"openvino": {"version": "2026.4"}},
+)
+
+
+CERTIFICATE = Certificate(
+    evidence=(Evidence(Promise("change", 0.01), "change", "binomial", "image", 500, 1.0, 0.0078, 0.04),),
+    certainty=0.9,
+    reference="without early exit",
+    images=500,
+    images_sha256="a" * 64,
+    engine_sha256="b" * 64,
+    policy_sha256="c" * 64,
+    preprocess_sha256="d" * 64,
 )
 
 

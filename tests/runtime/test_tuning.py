@@ -121,6 +121,18 @@ def test_a_path_leads_from_never_to_the_fastest() -> None:
         assert point.latency_ms == pytest.approx(np.cumsum(stages)[found.exits].mean())
 
 
+def test_the_average_is_chosen_by_the_accuracy_without_early_exit() -> None:
+    """Exits with the same signal and noise of their own: the mean is better. One good exit at the end: the last is."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 600)
+    signal = 2 * np.eye(4)[labels]
+    alike = np.float32(signal + rng.normal(size=(3, 600, 4)))
+    assert choose(alike, labels, MS, max_accuracy_drop=1).policy.average == "mean"
+    alike[2] += np.float32(6 * np.eye(4)[labels])
+    alike[:2] *= 9  # early exits that are sure and often wrong
+    assert choose(alike, labels, MS, max_accuracy_drop=1).policy.average in ("own", "geometric")
+
+
 def test_too_few_images_for_the_margin(caplog: pytest.LogCaptureFixture) -> None:
     logits = np.float32([[[2, 0]] * 9 + [[0, 2]], [[0.1, 0]] * 7 + [[0, 0.1], [0, 5], [5, 0]]])
     labels = np.zeros(10, np.int64)  # exit 0 is wrong about image 9, exit 1 about 7 and 8, the ensemble about 8
