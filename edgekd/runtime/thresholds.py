@@ -157,8 +157,8 @@ def candidate_thresholds(confidences: Array, losses: Floats, stages: Sequence[fl
 def threshold_grid(confidences: Array) -> Array:
     """Return every combination (S, E - 1) of a few quantiles of the confidence; none beyond `GRID_EXITS` exits.
 
-    Where some exits are more accurate than later ones, an image may gain from leaving, and the thresholds that keep the
-    accuracy are not those that keep the answers: free combinations then have faster settings than
+    Where some exits are more accurate than later ones, an image may gain from an early exit, and the thresholds that
+    keep the accuracy are not those that keep the answers: free combinations then have faster settings than
     `candidate_thresholds`. Most quantiles are low, because the images at a late exit have a low confidence.
     """
     exits = len(confidences)

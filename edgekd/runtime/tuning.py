@@ -3,7 +3,7 @@
 `tune` is the quick way: the fastest setting within an allowed drop on the validation images, or the most accurate one
 within a latency. It promises nothing, since the images that chose the setting cannot judge it. A margin of one standard
 error (the square root of the number of images that only one of cascade and reference classifies correctly) kept the
-mean drop on new images below 1 point where 1 was asked, but not below 0.3: 300 or 800 images cannot tell that apart
+mean drop on new images below 1 point where 1 was allowed, but not below 0.3: 300 or 800 images cannot tell that apart
 (benchmarks/results/exit-policies.md). `threshold_path` lists settings for a promise that is tested on other
 images (`edgekd.certification`).
 """
