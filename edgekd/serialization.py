@@ -135,7 +135,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Fact]:
     """Flatten nested tables, as records keep what other versions of edgekd may name otherwise.
 
     Args:
-        tree: Tables of values and lists of values.
+        tree: Tables of values and lists; of a list of tables or lists, the index of each is a key.
         prefix: Put before each key.
 
     Returns:
@@ -143,6 +143,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Fact]:
     """
     found: dict[str, Fact] = {}
     for key, value in tree.items():
+        if isinstance(value, (list, tuple)) and any(isinstance(v, (Mapping, list, tuple)) for v in value):
+            value = {str(i): v for i, v in enumerate(value)}
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{key}.")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -85,6 +86,23 @@ def test_tables_are_the_records() -> None:
         assert text.strip() == pipe_table(summary_table(record)).strip(), path
         assert (ROOT / path).with_suffix(".md").read_text() == markdown(record)
         assert (ROOT / path).with_suffix(".csv").read_text() == to_csv(record)
+
+
+def test_the_certified_table_is_that_of_the_records() -> None:
+    spec = importlib.util.spec_from_file_location("certified", ROOT / "benchmarks" / "certified.py")
+    assert spec is not None
+    assert spec.loader is not None
+    certified = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(certified)
+    folder = ROOT / "benchmarks" / "results" / "certified"
+    names = {
+        "SIPaKMeD, exits on the frozen network": "sipakmed-frozen",
+        "SIPaKMeD, student trained jointly": "sipakmed-joint",
+        "Kather 2016, exits on the frozen network": "kather-frozen",
+    }
+    table = certified.table({name: read_record(folder / f"{file}.json") for name, file in names.items()})
+    assert f"<!-- benchmarks/results/certified.md -->\n{table.strip()}\n\n" in README
+    assert folder.with_suffix(".md").read_text().strip() == table.strip()
 
 
 def test_links_and_make_targets_exist() -> None:
