@@ -125,9 +125,7 @@ def _no_cut_point(alive: Sequence[tuple[str, ...]], shares: Sequence[float]) -> 
     if not any(0 < share < 1 for share in shares):
         where = "it has a single layer with weights"
     elif not inner:
-        before = max((share for share in shares if share < SHARES[0]), default=0.0)
-        after = min(share for share in shares if share > SHARES[1])
-        where = f"a single layer has {after - before:.1%} of its multiplications"
+        where = "a single layer has nearly all of its multiplications"
     else:
         count, share = min(inner)
         tensors = "one tensor, which has no batch axis of its own," if count == 1 else f"{count} tensors"

@@ -56,5 +56,5 @@ def test_a_network_without_a_cut_point_is_refused_with_its_narrowest_place() -> 
 
 def test_a_network_with_nearly_all_in_one_layer_is_refused() -> None:
     layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 64), nn.ReLU(), nn.Linear(64, 5))
-    with pytest.raises(ConfigError, match=r"a single layer has 99\.4% of its multiplications"):
+    with pytest.raises(ConfigError, match="a single layer has nearly all of its multiplications"):
         find_cut_points(exported(layers))

@@ -49,7 +49,7 @@ def test_an_exit_that_costs_more_than_it_saves_is_left_out() -> None:
 
 def test_thresholds_of_one_half_are_applied_to_the_other() -> None:
     first = np.arange(10) % 2 == 0
-    # even pictures: the confident ones are right, so the exit answers all four; odd ones: the two most confident are wrong
+    # even pictures: the four confident ones are right; odd ones: the two most confident are wrong
     logits = np.array([RIGHT] * 7 + [[0.0, 12.0], WRONG, [0.0, 12.0]], np.float32)
     times = Times(np.array([1], np.float32), np.array([0.1], np.float32), 10.0)
     assert place_exits(times, [logits[first]], ANSWERS[first]).shares == pytest.approx((0.8, 0.2))
