@@ -67,6 +67,9 @@ def add_exits(
             help="bilinear, bicubic, lanczos, nearest, box or hamming.", callback=one_of(*get_args(Interpolation))
         ),
     ] = None,
+    no_antialias: Annotated[
+        bool, typer.Option("--no-antialias", help="Resize as TensorFlow and OpenCV do: bilinear without antialiasing.")
+    ] = False,
     channels: Annotated[
         str | None, typer.Option(help="rgb, bgr or grey.", callback=one_of(*get_args(Channels)))
     ] = None,
@@ -76,8 +79,8 @@ def add_exits(
     """Add early exits to a trained classifier, whose own answers stay what they are; labels are not needed."""
     from edgekd.files import NETWORK
 
-    if not 0 < heads_share < 1:
-        raise ConfigError(f"--heads-share {heads_share} is no share", fix="give a number between 0 and 1")
+    if not 0 < heads_share <= 1:
+        raise ConfigError(f"--heads-share {heads_share} is no share", fix="give a number above 0 and up to 1")
     reserve(out, NETWORK, data=data)
     given: dict[str, Any] = {
         "image_size": image_size,
@@ -88,6 +91,7 @@ def add_exits(
         "resize_size": resize_size,
         "crop": crop,
         "interpolation": interpolation,
+        "antialias": False if no_antialias else None,
         "channels": channels,
     }
     common = {"out": out, "exits": exits, "views": views, "cache": cache, "seed": seed}
@@ -190,23 +194,28 @@ def _with_labels(classifier: TrainedClassifier, data: Path, split: Any, common: 
             **common,
         )
     _print(report, common["out"])
+    echo("note: these are training images: an overfitted network and its exits do worse on new ones")
 
 
 def _from_pictures(
     classifier: TrainedClassifier, data: Path, group: str, share: float, exclude_bad: bool, common: dict[str, Any]
 ) -> None:
     """Learn from a share of pictures without labels."""
-    from edgekd.conversion.add_exits import add_exits
+    from edgekd.conversion.add_exits import add_exits, require_enough
     from edgekd.data.pictures import find_pictures
     from edgekd.data.splitting import divide
 
     with bar("check pictures") as progress:
         pictures = find_pictures(data, group=group, exclude_bad=exclude_bad, progress=progress)
-    seen, rest = divide(pictures, share, common["seed"])
+    seen, rest = (pictures, ()) if share == 1 else divide(pictures, share, common["seed"])
+    require_enough(len(seen), given=len(pictures))
     with bar("add exits") as progress:
         report = add_exits(classifier, seen, data=data, group=group, progress=progress, **common)
     _print(report, common["out"])
-    echo(f"{len(rest)} of {len(pictures)} pictures were not used: tune can make a promise with them")
+    if rest:
+        echo(f"{len(rest)} of {len(pictures)} pictures were not used: tune can make a promise with them")
+    else:
+        echo("all pictures were used: tune needs others for a promise")
     _next(common["out"], data, None)
 
 
@@ -228,12 +237,14 @@ def _print(report: ExitsReport, out: Path) -> None:
         chosen = "exit" if one.chosen else ""
         rows.append((one.cut.name, shapes, *times, f"{one.cut.share:.0%}", one.head.kind, *answers, chosen))
     echo(aligned(rows))
-    placed = report.placement
-    shares = " / ".join(f"{share:.0%}" for share in placed.shares)
+    checked = report.checked
+    shares = " / ".join(f"{share:.0%}" for share in checked.shares)
     echo(
-        f"{len(placed.chosen)} early exits: of {report.held_out} held-out pictures, {shares} leave there and at the "
-        f"end, {placed.changed:.1%} with another answer, in {placed.time_ms:.2f} of {report.network_ms:.2f} ms"
+        f"{len(checked.chosen)} early exits: of {report.held_out} held-out pictures, {shares} leave there and at the "
+        f"end, {checked.changed:.1%} with another answer, in {checked.time_ms:.2f} of {report.network_ms:.2f} ms; "
+        "thresholds were chosen on one half and applied to the other, both ways"
     )
+    echo("note: heads and places were chosen on these pictures, too: new ones may do worse, which edgekd tune measures")
     same = "are the network's to the bit" if report.difference == 0 else f"differ by at most {report.difference:.1e}"
     staged = report.staged_difference
     in_stages = f" (in stages, they differ by at most {staged:.1e})" if staged > report.difference else ""

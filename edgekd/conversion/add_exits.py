@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from edgekd.artifacts import onnx_checks
@@ -18,7 +19,16 @@ from edgekd.conversion.attach import attach
 from edgekd.conversion.cut_points import CutPoint, candidates, find_cut_points
 from edgekd.conversion.features import features, opened_graph
 from edgekd.conversion.heads import Head, Lesson, train_heads
-from edgekd.conversion.placement import LIMIT, MAX_EXITS, Placement, Times, answered, measure_times, place_exits
+from edgekd.conversion.placement import (
+    LIMIT,
+    MAX_EXITS,
+    Placement,
+    Times,
+    answered,
+    cross_validate,
+    measure_times,
+    place_exits,
+)
 from edgekd.conversion.plausibility import check_answers
 from edgekd.conversion.source import TrainedClassifier
 from edgekd.data.images import load_batch
@@ -80,6 +90,7 @@ class ExitsReport:
     Attributes:
         candidates: All candidates, in order.
         placement: The chosen exits.
+        checked: What they do to held-out pictures that did not choose their thresholds.
         network_ms: Milliseconds of the whole network, for one image.
         difference: Largest difference of the student's final logits from the network's; 0 if they agree to the bit.
         staged_difference: The same where the student runs in stages: ONNX Runtime fuses less across their ends.
@@ -89,6 +100,7 @@ class ExitsReport:
 
     candidates: tuple[Candidate, ...]
     placement: Placement
+    checked: Placement
     network_ms: float
     difference: float
     staged_difference: float
@@ -139,11 +151,7 @@ def add_exits(
     refuse_other(out, NETWORK)
     found = find_cut_points(classifier.model)
     cuts = _named(found, exits) or candidates(found)
-    if len(pictures) < LEAST_PICTURES:
-        raise DataError(
-            f"{len(pictures)} pictures are too few to train exit heads: at least {LEAST_PICTURES} are needed",
-            fix="give more pictures, or a larger --heads-share of them",
-        )
+    require_enough(len(pictures))
     span = Span(progress)
     lesson_rows = _divided(pictures, seed)
     with features(
@@ -171,10 +179,13 @@ def add_exits(
     held_out = answers[lesson.held_out]
     times = measure_times(classifier.model, cuts, heads)
     placement = _placed(exits, times, heads, held_out)
+    half = _half([pictures[row] for row in lesson.held_out], seed)
+    checked = _checked(placement, times, heads, held_out, half)
     model, metadata, differences = _student(classifier, found, cuts, heads, placement, pictures, data)
     report = ExitsReport(
         _table(cuts, heads, times, placement, held_out),
         placement,
+        checked,
         times.network,
         *differences,
         len(lesson.learned),
@@ -188,6 +199,40 @@ def add_exits(
     atomic_write(out, written)
     span.fraction(1)
     return report
+
+
+def require_enough(count: int, *, given: int | None = None) -> None:
+    """Check that there are enough pictures for heads.
+
+    Args:
+        count: Pictures for heads.
+        given: All pictures, if more.
+
+    Raises:
+        DataError: There are too few.
+    """
+    if count < LEAST_PICTURES:
+        share = "" if given in (None, count) else f" ({count} of them for the exit heads)"
+        raise DataError(
+            f"{given or count} pictures{share} are too few to train exit heads: at least {LEAST_PICTURES} are needed",
+            fix="give more pictures, or a larger --heads-share of them" if share else "give more pictures",
+        )
+
+
+def _half(pictures: Sequence[Learned], seed: int) -> npt.NDArray[np.bool_]:
+    """Return the mask of one half of the held-out pictures: of the groups, or of a single group's pictures."""
+    if len({picture.group or picture.path for picture in pictures}) == 1:
+        return np.random.default_rng(seed).permutation(len(pictures)) < len(pictures) // 2
+    paths = {picture.path for picture in divide(pictures, 0.5, seed)[0]}
+    return np.array([picture.path in paths for picture in pictures])
+
+
+def _checked(
+    placement: Placement, times: Times, heads: Sequence[Head], answers: Labels, half: npt.NDArray[np.bool_]
+) -> Placement:
+    rows = list(placement.chosen)
+    own = Times(times.before[rows], times.exits[rows], times.network)
+    return cross_validate(own, [heads[row].logits for row in rows], answers, half)
 
 
 def _divided(pictures: Sequence[Learned], seed: int) -> tuple[Labels, Labels]:
@@ -204,15 +249,21 @@ def _named(found: Sequence[CutPoint], exits: str) -> tuple[CutPoint, ...]:
         ConfigError: There is no such cut point.
     """
     if exits == "auto" or exits.isdecimal():
-        if exits.isdecimal() and not 1 <= int(exits) <= len(candidates(found)):
+        places = len(candidates(found))
+        if exits.isdecimal() and not 1 <= int(exits) <= places:
             raise ConfigError(
-                f"--exits {exits}: the network has {len(candidates(found))} places for early exits", fix=""
+                f"--exits {exits}: the network has {places} places for early exits",
+                fix=f"give a number from 1 to {places}, auto, or names of tensors",
             )
         return ()
     known = {cut.name: cut for cut in found}
     names = exits.split(",")
-    if unknown := next((name for name in names if name not in known), None):
-        raise ConfigError(f"--exits: '{unknown}' is no tensor to exit at", fix=nearest(unknown, known))
+    if unknown := [name for name in names if name not in known]:
+        what = "is no tensor" if len(unknown) == 1 else "are no tensors"
+        raise ConfigError(
+            f"--exits: {', '.join(map(repr, unknown))} {what} to exit at",
+            fix=nearest(unknown[0], (cut.name for cut in candidates(found))),
+        )
     return tuple(cut for name, cut in known.items() if name in names)
 
 

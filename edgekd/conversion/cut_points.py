@@ -122,8 +122,10 @@ def candidates(cuts: Sequence[CutPoint], limit: int = MAX_CANDIDATES) -> tuple[C
 
 def _no_cut_point(alive: Sequence[tuple[str, ...]], shares: Sequence[float]) -> ConfigError:
     inner = [(len(names), share) for names, share in zip(alive, shares) if SHARES[0] <= share <= SHARES[1]]
-    if not inner:
+    if not any(0 < share < 1 for share in shares):
         where = "it has a single layer with weights"
+    elif not inner:
+        where = "a single layer has nearly all of its multiplications"
     else:
         count, share = min(inner)
         tensors = "one tensor, which has no batch axis of its own," if count == 1 else f"{count} tensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,14 @@ class Placement:
         shares: Share of the held-out pictures that each chosen exit answers, and that the network's end does.
         changed: Share of the held-out pictures whose answer changes.
         time_ms: Mean time for one held-out picture.
+        thresholds: Least confidence at which each chosen exit answers; infinite if it answers none.
     """
 
     chosen: tuple[int, ...]
     shares: tuple[float, ...]
     changed: float
     time_ms: float
+    thresholds: tuple[float, ...] = ()
 
 
 def measure_times(model: onnx.ModelProto, cuts: Sequence[CutPoint], heads: Sequence[Head]) -> Times:
@@ -131,18 +133,46 @@ def place_exits(
     Returns:
         The placement; no candidate is chosen if none pays.
     """
-    orders = [np.argsort(-softmax(one).max(axis=1), kind="stable") for one in logits]
+    confidences = np.stack([softmax(one).max(axis=1) for one in logits])
     wrong = np.stack([one.argmax(axis=1) != answers for one in logits])
-    found = [_cascade(times, orders, wrong, float(price * times.network), count) for price in _PRICES]
+    found = [_cascade(times, confidences, wrong, float(price * times.network), count) for price in _PRICES]
     allowed = [one for one in found if one.changed <= limit]
     return min(allowed or found[-1:], key=lambda one: one.time_ms)
 
 
+def cross_validate(
+    times: Times, logits: Sequence[Array], answers: Labels, first: npt.NDArray[np.bool_], *, limit: float = LIMIT
+) -> Placement:
+    """Return what the exits of a student do to pictures that did not choose its thresholds.
+
+    Thresholds are chosen on one half of the held-out pictures and applied to the other, both ways.
+
+    Args:
+        times: Times of the student's exits.
+        logits: Logits (H, C) of each exit's head for held-out pictures.
+        answers: The network's answers (H,) to them.
+        first: Mask (H,) of one half.
+        limit: Largest share of pictures whose answer may change, where thresholds are chosen.
+
+    Returns:
+        Means over all held-out pictures; no thresholds, since each half has its own.
+    """
+    confidences = np.stack([softmax(one).max(axis=1) for one in logits])
+    wrong = np.stack([one.argmax(axis=1) != answers for one in logits])
+    exits = tuple(range(len(logits)))
+    leaves = np.zeros_like(wrong)
+    for half in (half for half in (first, ~first) if half.any()):
+        found = place_exits(times, [one[half] for one in logits], answers[half], count=len(exits), limit=limit)
+        leaves[:, ~half] = confidences[:, ~half] >= np.array(found.thresholds)[:, None]
+    return _simulated(times, exits, list(leaves), wrong)
+
+
 def _cascade(
-    times: Times, orders: Sequence[npt.NDArray[np.intp]], wrong: npt.NDArray[np.bool_], price: float, count: int | None
+    times: Times, confidences: Array, wrong: npt.NDArray[np.bool_], price: float, count: int | None
 ) -> Placement:
     """Return the cheapest cascade for one price of a changed answer."""
     candidates, pictures = wrong.shape
+    orders = np.argsort(-confidences, axis=1, kind="stable")
     before = [*times.before.tolist(), 0.0]  # the last is the start: index -1
     to_end = [np.full(pictures, times.network - t) for t in before]
     costs: list[npt.NDArray[np.float64] | None] = list(to_end)  # None: too few candidates are left
@@ -163,7 +193,15 @@ def _cascade(
                 plan[j] = best, exited[best]
                 costs.append(options[best])
         plans.append(plan)
-    return _simulated(times, plans, wrong)
+    chosen, leaves, at = list[int](), list[npt.NDArray[np.bool_]](), -1
+    for plan in reversed(plans):
+        if at not in plan:
+            break
+        at, mask = plan[at]
+        chosen.append(at)
+        leaves.append(mask)
+    thresholds = (float(confidences[at][mask].min(initial=np.inf)) for at, mask in zip(chosen, leaves))
+    return replace(_simulated(times, chosen, leaves, wrong), thresholds=tuple(thresholds))
 
 
 def _leaves(gain: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
@@ -175,21 +213,17 @@ def _leaves(gain: npt.NDArray[np.float64], order: npt.NDArray[np.intp]) -> npt.N
 
 
 def _simulated(
-    times: Times, plans: Sequence[dict[int, tuple[int, npt.NDArray[np.bool_]]]], wrong: npt.NDArray[np.bool_]
+    times: Times, chosen: Sequence[int], leaves: Sequence[npt.NDArray[np.bool_]], wrong: npt.NDArray[np.bool_]
 ) -> Placement:
-    """Return what the planned cascade does to the pictures."""
+    """Return what chosen exits, at which masks (H,) of the pictures leave, do to the pictures."""
     pictures = wrong.shape[1]
-    chosen, shares, changed = list[int](), list[float](), 0
-    inside, spent, at = np.ones(pictures, bool), 0.0, -1
-    for plan in reversed(plans):
-        if at not in plan:
-            break
-        at, leaves = plan[at]
-        out = inside & leaves
+    shares, changed = list[float](), 0
+    inside, spent = np.ones(pictures, bool), 0.0
+    for at, mask in zip(chosen, leaves):
+        out = inside & mask
         spent += float(times.exits[at]) * inside.sum() + float(times.before[at]) * out.sum()
-        chosen.append(at)
         shares.append(float(out.mean()))
         changed += int((out & wrong[at]).sum())
-        inside &= ~leaves
+        inside &= ~mask
     spent += times.network * inside.sum()
     return Placement(tuple(chosen), (*shares, float(inside.mean())), changed / pictures, spent / pictures)

@@ -187,6 +187,8 @@ class _Reader:
         self.notes: list[str] = []
         self.size: int | None = None
         self.layout: Layout = "nchw"
+        properties = {p.key: p.value for p in model.metadata_props}
+        self._exported_size = _imgsz(properties.get("imgsz", ""))
         self._producer = f"{model.producer_name} " + " ".join(p.value for p in model.metadata_props)
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
@@ -276,11 +278,13 @@ class _Reader:
         candidates: list[Layout] = [layout] if layout else [k for k in fits if fits[k]]
         if len(candidates) > 1 and (known := [k for k in candidates if dims[1 if k == "nchw" else 3]]):
             candidates = known
-        side = options.image_size
+        side = options.image_size or self._exported_size
         fixed: dict[Layout, list[int]] = {"nchw": dims[2:], "nhwc": dims[1:3]}
         for one in candidates:
             height, width = fixed[one]
             size = height or width or side
+            if not (height or width or options.image_size) and side:
+                self.notes.append(f"the network takes images of any size: {side} pixels, as its metadata state")
             if size is None:
                 raise ConfigError(
                     f"{self.path} takes images of any size", fix="give the size in pixels with --image-size"
@@ -634,6 +638,12 @@ def _finish(model: ModelProto, size: int, count: int) -> None:
 
 def _value(name: str, shape: Sequence[Any]) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _imgsz(text: str) -> int | None:
+    """Return the side that Ultralytics writes into the metadata, such as `[64, 64]`; None if it is not square."""
+    sides = {int(side) for side in re.findall(r"\d+", text)}
+    return sides.pop() if len(sides) == 1 else None
 
 
 def _perm(node: NodeProto) -> list[int]:

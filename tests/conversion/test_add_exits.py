@@ -62,6 +62,8 @@ def student(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("student") / "student.onnx"
     said = edgekd("add-exits", trained.onnx, *_options(trained), "--exits", "2", "--out", out)
     assert "2 early exits" in said
+    assert "thresholds were chosen on one half and applied to the other" in said
+    assert "new ones may do worse" in said
     assert "the final logits are the network's to the bit" in said
     assert "next: edgekd compile" in said
     assert [path.name for path in out.parent.iterdir() if not path.name.endswith("-lock")] == ["student.onnx"]
@@ -126,7 +128,7 @@ def test_a_run_folder_gets_exits_from_its_training_images(
     with torch.no_grad():  # so short a training gives one answer to all images
         network.backbone.fc.bias -= network(torch.from_numpy(load_batch(files, Preprocess(16)))).logits[0].mean(0)
     save_model(run / "model.safetensors", network, metadata)
-    edgekd("add-exits", run, "--exits", "1", "--views", "1", "--out", out)
+    assert "these are training images" in edgekd("add-exits", run, "--exits", "1", "--views", "1", "--out", out)
     student = read_student(out).metadata
     assert len(student.exits) == 2
     used = student.provenance["added_exits"]["pictures"]
@@ -135,11 +137,16 @@ def test_a_run_folder_gets_exits_from_its_training_images(
 
 def test_named_tensors_become_the_exits(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "student.onnx"
-    said = edgekd("add-exits", trained.onnx, *_options(trained), "--exits", "nothing", "--out", out, code=1)
-    assert "'nothing' is no tensor to exit at" in said
+    said = edgekd("add-exits", trained.onnx, *_options(trained), "--exits", "nothing,nope", "--out", out, code=1)
+    assert "'nothing', 'nope' are no tensors to exit at" in said
+    said = edgekd("add-exits", trained.onnx, *_options(trained), "--exits", "0", "--out", out, code=1)
+    assert "give a number from 1 to" in said
     tensor = read_student_cut(trained.onnx)
-    edgekd("add-exits", trained.onnx, *_options(trained), "--exits", tensor, "--views", "1", "--out", out)
-    assert read_student(out).metadata.exits[0].boundary == (tensor,)
+    words = ["--exits", tensor, "--views", "1", "--heads-share", "1", "--no-antialias", "--out", out]
+    assert "all pictures were used" in edgekd("add-exits", trained.onnx, *_options(trained), *words)
+    metadata = read_student(out).metadata
+    assert metadata.exits[0].boundary == (tensor,)
+    assert not metadata.preprocess.antialias
 
 
 def read_student_cut(path: Path) -> str:
@@ -161,7 +168,10 @@ def test_too_few_pictures_are_refused(trained: Trained, tmp_path: Path) -> None:
     for file in sorted(trained.pictures.rglob("*.png"))[:50]:
         (few / f"{file.parent.name}-{file.name}").write_bytes(file.read_bytes())
     words = ["add-exits", trained.onnx, *_options(trained)[2:], "--data", few, "--out", tmp_path / "student.onnx"]
-    assert "pictures are too few to train exit heads: at least 200" in edgekd(*words, code=1)
+    said = edgekd(*words, code=1)
+    assert "50 pictures (30 of them for the exit heads) are too few to train exit heads: at least 200" in said
+    said = edgekd(*words, "--heads-share", "1", code=1)
+    assert "50 pictures are too few" in said
     assert not (tmp_path / "student.onnx").exists()
 
 

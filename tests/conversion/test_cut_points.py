@@ -52,3 +52,9 @@ def test_a_network_without_a_cut_point_is_refused_with_its_narrowest_place() -> 
 
     with pytest.raises(ConfigError, match=r"no cut point .* where it narrows most, after [0-9]+%"):
         find_cut_points(exported(Parallel()))
+
+
+def test_a_network_with_nearly_all_in_one_layer_is_refused() -> None:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 64), nn.ReLU(), nn.Linear(64, 5))
+    with pytest.raises(ConfigError, match="a single layer has nearly all of its multiplications"):
+        find_cut_points(exported(layers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekd.conversion.placement import Times, answered, place_exits
+from edgekd.conversion.placement import Times, answered, cross_validate, place_exits
 
 RIGHT, UNCERTAIN, WRONG = [9.0, 0.0], [0.6, 0.5], [0.5, 0.6]
 ANSWERS = np.zeros(10, np.int64)
@@ -45,3 +45,17 @@ def test_an_exit_that_costs_more_than_it_saves_is_left_out() -> None:
     useless = Times(TIMES.before, np.array([20.0, 20.0], np.float32), 10.0)
     found = place_exits(useless, [FIRST, SECOND], ANSWERS)
     assert (found.chosen, found.shares, found.time_ms) == ((), (1.0,), 10.0)
+
+
+def test_thresholds_of_one_half_are_applied_to_the_other() -> None:
+    first = np.arange(10) % 2 == 0
+    # even pictures: the four confident ones are right; odd ones: the two most confident are wrong
+    logits = np.array([RIGHT] * 7 + [[0.0, 12.0], WRONG, [0.0, 12.0]], np.float32)
+    times = Times(np.array([1], np.float32), np.array([0.1], np.float32), 10.0)
+    assert place_exits(times, [logits[first]], ANSWERS[first]).shares == pytest.approx((0.8, 0.2))
+    found = cross_validate(times, [logits], ANSWERS, first)
+    # the odd half answers nothing by itself, so no even picture leaves; the even half's threshold lets all odd ones go
+    assert found.shares == pytest.approx((0.5, 0.5))
+    assert found.changed == pytest.approx(0.2)
+    assert found.time_ms == pytest.approx((5 * 1.1 + 5 * 10.1) / 10)
+    assert cross_validate(times, [logits], ANSWERS, np.zeros(10, bool)).shares == (0, 1)

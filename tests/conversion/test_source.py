@@ -252,6 +252,17 @@ def test_a_quantised_network_stays_quantised(tmp_path: Path) -> None:
     assert "QuantizeLinear" in {n.op_type for n in found.model.graph.node}
 
 
+def test_the_size_in_ultralytics_metadata_is_taken(tmp_path: Path) -> None:
+    path = network(tmp_path / "n.onnx", PLAIN, inputs=[float_value("x", ["b", 3, "h", "w"])])
+    model = onnx.load(str(path))
+    helper.set_model_props(model, {"author": "Ultralytics", "imgsz": "[24, 24]"})
+    onnx.save(model, str(path))
+    found = read_classifier(path)
+    assert found.image_size == 24
+    assert any("24 pixels" in note for note in found.notes)
+    assert read_classifier(path, preprocess=PreprocessOptions(image_size=16)).image_size == 16
+
+
 def float_value(name: str, shape: list[object] | None) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
