@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from helpers.missing import hide
 
 from edgekd.extras import extras, missing
 
@@ -48,7 +49,7 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
     """Unpacked alone, with torch and its kin made unimportable: compile and predict as on a small device."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'timm', 'safetensors')));"
+        f"import sys; {hide(('torch', 'torchvision', 'timm', 'safetensors'))}"
         f"sys.path.insert(0, {str(tmp_path / 'site')!r});"
         "import edgekd; assert 'site' in edgekd.__file__; from edgekd.__main__ import main; main()"
     )
@@ -68,7 +69,7 @@ def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: 
 
 
 WITHOUT = {
-    "train": ("torch", "torchvision", "timm", "safetensors", "lightning_fabric", "torchmetrics", "onnxsim", "sklearn"),
+    "train": ("torch", "torchvision", "timm", "safetensors", "lightning_fabric", "torchmetrics", "onnxsim"),
     "cpu": ("onnxruntime", "openvino"),
     "report": ("matplotlib",),
 }
@@ -77,7 +78,7 @@ WITHOUT = {
 def bare(*words: str, missing: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command where the extras named are not installed."""
     modules = [module for extra in missing for module in WITHOUT[extra]]
-    code = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); from edgekd.__main__ import main; main()"
+    code = f"{hide(modules)}from edgekd.__main__ import main; main()"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=cwd, check=False)
 
 

@@ -152,10 +152,10 @@ def images_of_folder(
 
 
 def _pictures(data: Path, group: str, progress: Progress | None) -> tuple[Image, ...]:
-    return find_pictures(data, group=group, progress=progress)
+    return find_pictures(data, group=group, exclude_bad=True, progress=progress)  # how many is logged
 
 
 def _labelled(data: Path, metadata: ModelMetadata, group: str, progress: Progress | None) -> tuple[Image, ...]:
-    items = check(scan(data, classes=metadata.classes), progress=progress).folder.items
+    items = check(scan(data, classes=metadata.classes), exclude_bad=True, progress=progress).folder.items
     keys = group_keys([i.path for i in items], group)
     return tuple(Item(i.path, i.label, key, i.digest) for i, key in zip(items, keys))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import nn
 from edgekd.data.images import load_batch, require_unchanged
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Split
-from edgekd.errors import ConfigError
 from edgekd.models.feature_points import flat, observe
 from edgekd.types import Array
 
@@ -37,10 +35,8 @@ def fit_svm(
         probability.
 
     Raises:
-        ConfigError: scikit-learn is missing, or there is no such feature point.
+        ConfigError: There is no such feature point.
     """
-    if find_spec("sklearn") is None:
-        raise ConfigError("--svm needs scikit-learn", fix="pip install 'edgekd[train]'")
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
