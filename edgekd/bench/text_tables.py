@@ -92,7 +92,7 @@ def rate_rows(name: str, result: Metrics) -> list[list[str]]:
 
 def discrimination_rows(name: str, result: Metrics) -> list[list[str]]:
     """Make a table of the areas of each class, and of its sensitivity at the fixed specificity; the header first."""
-    at = f"sensitivity at {100 * result.specificity:g} % specificity"
+    at = f"sensitivity at {100 * result.specificity:g} % spec."
     rows = [[f"class ({name})", "ROC-AUC [95 %]", "PR-AUC [95 %]", at]]
     for class_ in _shown(result):
         d = result.discrimination.get(class_, Discrimination())

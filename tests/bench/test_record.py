@@ -56,7 +56,7 @@ def test_classes_certificate_and_deferral_are_on_the_page() -> None:
     page = markdown(dataclasses.replace(sample(), variants=deferring, certificate=CERTIFICATE))
     assert "Certified: With 90 % certainty, for images like those tested" in page
     assert "75.00 [35.00, 97.00]" in page
-    assert "sensitivity at 95 % specificity" in page
+    assert "sensitivity at 95 % spec." in page
     assert "Certified" not in markdown(sample())
     assert "answered %" not in markdown(sample())
 

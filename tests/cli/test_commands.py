@@ -86,7 +86,9 @@ def test_predict_prints_tables_and_names_bad_files(student_onnx: Path, cells: Pa
     rows = json.loads(edgekd("predict", student_onnx, *good, "--json"))
     assert [Path(r["file"]).name for r in rows] == [g.name for g in good]
     assert sum(rows[0]["probabilities"]) == pytest.approx(1, abs=1e-4)
-    assert edgekd("predict", student_onnx, cells / "halo", "--csv").startswith("file,label,confidence,exit,error\n")
+    assert edgekd("predict", student_onnx, cells / "halo", "--csv").startswith(
+        "file,label,confidence,exit,deferred,error\n"
+    )
     text = edgekd("predict", student_onnx, good[0], tmp_path / "cut.png", code=1)
     assert good[0].name in text
     assert "cut.png: cannot be decoded" in text

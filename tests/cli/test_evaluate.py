@@ -61,7 +61,7 @@ def test_every_row_of_a_tuned_engine(tuned: Path, student_onnx: Path, data: Path
     assert "exit_2 against exit_2 of student.onnx: the same images are right" in text
     assert "cascade against no-early-exit: " in text
     assert "deferred to a person" in text
-    assert "sensitivity at 80 % specificity" in text
+    assert "sensitivity at 80 % spec." in text
 
 
 def test_the_reliability_diagram_is_a_plot(tuned: Path, data: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_odd_names_are_one_line_each_and_nothing_steers(
         assert {Path(row["file"]).name for row in json.loads(text)} == set(ODD)
     if way == "csv":
         rows = list(csv.reader(io.StringIO(text, newline="")))
-        assert {len(row) for row in rows} == {5}
+        assert {len(row) for row in rows} == {6}
         assert not any(cell[:1] in tuple("=+-@\t\r") for row in rows for cell in row if cell)
     if way == "csv":  # where the name begins the cell
         monkeypatch.chdir(tmp_path)
@@ -202,7 +202,7 @@ def test_rows_printed_before_an_interrupt_are_complete(
 
 
 def test_the_package_shows_its_api() -> None:
-    assert dir(package) == ["Classifier", "EdgekdError", "Prediction", "__version__"]
+    assert dir(package) == ["Classifier", "EdgekdError", "Prediction", "__version__", "export_module"]
     assert all(getattr(package, name) for name in dir(package))
 
 

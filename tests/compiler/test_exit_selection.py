@@ -116,7 +116,8 @@ def test_exits_are_cut_out_until_the_others_pay(engine: Path, monkeypatch: pytes
     assert len(read_manifest(engine).metadata.exits) == 2
     assert found.engine.manifest == read_manifest(engine)
     np.testing.assert_allclose(found.logits, before[[0, 2]], atol=1e-4)
-    cut, result = found.messages
+    cut, again, result = found.messages
+    assert again.startswith("compile again")
     assert cut.startswith("exit_1 does not pay and is cut out: none of 40 images leave there")
     assert "ratio 0.10" in result
 
