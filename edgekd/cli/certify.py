@@ -141,8 +141,8 @@ def _check(opened: Engine, folder: Path, group: str | None) -> None:
     echo(f"exit shares: {here} % with the certificate, {there} % here (p = {found.p_exits:.2g})")
     before, now = found.median_confidence
     echo(f"median confidence at the first exit: {before:.3f} and {now:.3f} (p = {found.p_confidence:.2g})")
-    p_value = f"p = {found.p_value:.2g} for both tests"
+    p_value = f"{found.images} independent images or groups, p = {found.p_value:.2g} for both tests"
     if found.is_found:
-        echo(f"certificate not applicable: these {found.images} images differ from those tested ({p_value})")
+        echo(f"certificate not applicable: these images differ from those tested ({p_value})")
     else:
-        echo(f"no difference found in {found.images} images ({p_value}): the certificate may apply to them")
+        echo(f"no difference found ({p_value}): the certificate may apply to them")

@@ -185,7 +185,7 @@ def group_keys(paths: Sequence[str], group: str) -> list[str]:
     if unmatched := [path for path, key in zip(paths, keys) if not key]:
         raise DataError(
             f"--group {group} does not match {len(unmatched)} of {len(paths)} images: {join_limited(unmatched[:3])}",
-            fix=_group_fix(group),
+            fix=f"--group none, if each image is independent of the others, or another rule; {_group_fix(group)}",
         )
     return keys
 
