@@ -113,8 +113,8 @@ def check_markdown(page: str, harmless: str) -> None:
     if harmless:
         assert page.count("\n|") == harmless.count("\n|")
         assert page.count("\n") == harmless.count("\n")
-    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines() if line.startswith("|")}
-    assert len(columns) == 1
+    for table in re.findall(r"(?:^\|.*\n)+", page + "\n", re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert not re.search(r"<\w|(?<!\\)\]\(|://|(?<!\\)[`*$]|www\.", page)
 
 
