@@ -99,6 +99,7 @@ def test_the_certified_table_is_that_of_the_records() -> None:
         "SIPaKMeD, exits on the frozen network": "sipakmed-frozen",
         "SIPaKMeD, student trained jointly": "sipakmed-joint",
         "Kather 2016, exits on the frozen network": "kather-frozen",
+        "MobileNetV3 from timm (fp32), exits on the frozen network": "mobilenetv3-timm",
     }
     table = certified.table({name: read_record(folder / f"{file}.json") for name, file in names.items()})
     assert f"<!-- benchmarks/results/certified.md -->\n{table.strip()}\n\n" in README
