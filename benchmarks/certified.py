@@ -27,7 +27,7 @@ HEAD = (
 
 
 def row(name: str, record: Record) -> tuple[str, ...]:
-    """Return one row: the original in FP32, the same without exits on the engine's backend, and with those that paid."""
+    """Return one row: the original in FP32, the same without exits on the backend, and with those that paid."""
     original = next((v for v in record.variants if v.baseline), None)
     plain = record.find("final")
     assert plain is not None, "bench measures the last exit alone"
