@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.certificate import OF_A_CLASS, WITHOUT_LABELS, Loss, Promise
+from edgekd.artifacts.certificate import OF_A_CLASS, WITHOUT_LABELS, Promise
 from edgekd.errors import ConfigError
 from edgekd.policy import Policy, simulate
 from edgekd.types import Array, Labels
@@ -151,8 +151,3 @@ def eligible(promise: Promise, sample: Sample, classes: tuple[str, ...]) -> Mask
     if sample.labels is None:
         raise ConfigError(f"a promise on '{promise.loss}' needs labels", fix="give --split")
     return np.asarray(sample.labels == classes.index(promise.class_name))
-
-
-def tests_for(loss: Loss) -> tuple[Loss, ...]:
-    """Return the losses whose upper bound is one of this loss, too: an image lost is the worst that a drop can be."""
-    return ("lost", "drop") if loss == "drop" else (loss,)

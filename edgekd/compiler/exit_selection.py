@@ -89,7 +89,7 @@ def tune_exits(
     """
     span, messages = Span(progress), list[str]()
     first = engine = open_engine(folder, threads=threads)
-    logits, path = _logits(engine, images, span.part(0.3)), folder
+    logits, path = engine.logits(images, progress=span.part(0.3)), folder
     tuned = search(logits, stage_ms(engine, images[:1]))
     names, gain = list(engine.metadata.outputs), None
     with temporary_folder("pruned") as temporary:
@@ -107,7 +107,7 @@ def tune_exits(
                 search(logits[list(keep)], Times(times, gain).merged(keep)[1])
                 manifest = write_pruned(engine, path, keep, out, images=images, span=span.part(0.2))
                 pruned = built_engine(out, manifest, threads=engine.threads)
-                found = _logits(pruned, images, span.part(0.1))
+                found = pruned.logits(images, progress=span.part(0.1))
                 retuned = search(found, stage_ms(pruned, images[:1]))
             except (ConfigError, GateError, BackendError, ArtifactError) as error:
                 messages.append(_kept_message(names, keep, gain, error))
@@ -288,14 +288,6 @@ def used_exits(stages: dict[int, tuple[float, ...]], logits: Array, policy: Poli
     """Choose the exits that images take, and the last one: for want of a clear measurement; see `worthwhile_exits`."""
     taken = set(simulate(logits, policy).exits.tolist())
     return tuple(k for k in range(len(logits)) if k in taken or k == len(logits) - 1)
-
-
-def _logits(engine: Engine, images: Array, span: Span, *, batch: int = 32) -> Array:
-    batches = []
-    for start in range(0, len(images), batch):
-        batches.append(engine.logits(images[start : start + batch]))
-        span(min(start + batch, len(images)), len(images))
-    return np.concatenate(batches, axis=1)
 
 
 def _times(engine: Engine, images: Array) -> dict[int, tuple[float, ...]]:

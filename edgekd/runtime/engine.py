@@ -25,7 +25,7 @@ from edgekd.errors import ArtifactError, BackendError, ConfigError
 from edgekd.files import recover
 from edgekd.host import checked_threads
 from edgekd.policy import Policy
-from edgekd.types import Array
+from edgekd.types import Array, Progress
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +131,22 @@ class Engine:
         """The graph from images (N, 3, H, W) to [the last exit's logits (N, C)], without the earlier exit heads."""
         return self._runner("final")
 
-    def logits(self, images: Array, *, batch_size: int = 32) -> Array:
+    def logits(self, images: Array, *, batch_size: int = 32, progress: Progress | None = None) -> Array:
         """Run the monolithic graph on images (N, 3, H, W).
+
+        Args:
+            images: The images.
+            batch_size: Images of one run.
+            progress: Called with the images done and their number.
 
         Returns:
             The logits of all exits, (E, N, C).
         """
-        batches = [self.monolithic(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+        batches = []
+        for start in range(0, len(images), batch_size):
+            batches.append(self.monolithic(images[start : start + batch_size]))
+            if progress:
+                progress(min(start + batch_size, len(images)), len(images))
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
 
     def staged_logits(self, images: Array, *, batch_size: int = 32) -> Array:

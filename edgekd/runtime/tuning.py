@@ -106,7 +106,7 @@ def tune(
     check_known("--confidence", confidence, (AUTO, *CONFIDENCE_MEASURES))
     check_known("--average", average, (AUTO, *get_args(Average)))
     check_goal(max_accuracy_drop, latency_ms)
-    logits = _logits(engine, images, progress)
+    logits = engine.logits(images, progress=progress)
     stages = stage_ms(engine, images[:1])
     return choose(
         logits,
@@ -127,15 +127,6 @@ def check_goal(max_accuracy_drop: float | None, latency_ms: float | None) -> Non
     """
     if (max_accuracy_drop is None) == (latency_ms is None):
         raise ConfigError("exactly one goal is needed", fix="give --max-accuracy-drop 0.3 (points) or --latency-ms 2.5")
-
-
-def _logits(engine: Engine, images: Array, progress: Progress | None, *, batch: int = 32) -> Array:
-    batches = []
-    for start in range(0, len(images), batch):
-        batches.append(engine.logits(images[start : start + batch]))
-        if progress:
-            progress(min(start + batch, len(images)), len(images))
-    return np.concatenate(batches, axis=1)
 
 
 def save_tuned(folder: Path, tuned: Tuned, provenance: Mapping[str, Any], *, digest: str) -> None:
@@ -379,23 +370,28 @@ def _averages(logits: Array, labels: Labels) -> tuple[str, ...]:
     The ensemble and the last exit have to differ by more than one standard error. Otherwise the worse of them would be
     chosen where it has luck.
     """
-    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    ensemble_right, final_right = _right(logits, labels)
     gain = np.count_nonzero(ensemble_right) - np.count_nonzero(final_right)
     if gain**2 <= np.count_nonzero(ensemble_right != final_right):
         return get_args(Average)
     return ("mean",) if gain > 0 else ("own", "geometric")
 
 
+def _right(logits: Array, labels: Labels) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Return the masks (N,) of correct answers of the ensemble and of the last exit."""
+    return ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+
+
 def is_mean_better(logits: Array, labels: Labels) -> bool:
     """Return True if the mean of the exits has more correct answers than the last exit, by two standard errors."""
-    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    ensemble_right, final_right = _right(logits, labels)
     gain = np.count_nonzero(ensemble_right) - np.count_nonzero(final_right)
     return bool(gain > 2 * np.sqrt(np.count_nonzero(ensemble_right != final_right)) > 0)
 
 
 def right_without_early_exit(logits: Array, labels: Labels) -> npt.NDArray[np.bool_]:
     """Return the mask (N,) of correct answers of the last exit or of the ensemble, whichever has more."""
-    ensemble_right, final_right = ensemble(logits).argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels
+    ensemble_right, final_right = _right(logits, labels)
     return np.asarray(max(final_right, ensemble_right, key=np.count_nonzero))
 
 
