@@ -12,7 +12,7 @@ There is a pair
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx
@@ -38,6 +38,7 @@ def quantize_tensorrt(
     images: Array,
     *,
     heads: bool = False,
+    floats: Collection[str] = (),
     reduce_range: bool = False,
     method: str = "minmax",
     folder: Path | None = None,
@@ -48,8 +49,8 @@ def quantize_tensorrt(
     `reduce_range` changes nothing. `folder` is where activation ranges are cached, the user's cache folder if None.
     See `quantization.quantize` for the other arguments and for errors.
     """
-    model = fold_batchnorm(model)
-    placement = place_pairs(model, metadata, heads=heads)
+    model = qdq.named(fold_batchnorm(model))
+    placement = place_pairs(model, metadata, heads=heads, floats=floats)
     if not placement.layers:
         raise ConfigError(f"{metadata.network} has no convolution worth quantising", fix="compile with --recipe fp16")
     ranges = activation_ranges(model, placement.tensors, images, method=method, folder=folder, progress=progress)
@@ -61,18 +62,21 @@ def quantize_tensorrt(
     return quantised
 
 
-def place_pairs(model: onnx.ModelProto, metadata: ModelMetadata, *, heads: bool) -> QdqPlacement:
+def place_pairs(
+    model: onnx.ModelProto, metadata: ModelMetadata, *, heads: bool, floats: Collection[str] = ()
+) -> QdqPlacement:
     """Choose the layers that are quantised and the activations that get a pair.
 
     Args:
         model: The float network, batch norm folded.
         metadata: Its metadata, which identify the exit heads.
         heads: Quantise the exit heads, too.
+        floats: First outputs of nodes that stay float.
     """
     nodes = list(model.graph.node)
-    floats = _after_global_pooling(nodes, [constant.name for constant in model.graph.initializer])
-    floats |= set() if heads else {node.output[0] for node in qdq.head_nodes(model, metadata)}
-    candidates = [node for node in nodes if node.output[0] not in floats]
+    excluded = {*floats} | _after_global_pooling(nodes, [constant.name for constant in model.graph.initializer])
+    excluded |= set() if heads else {node.output[0] for node in qdq.head_nodes(model, metadata)}
+    candidates = [node for node in nodes if node.output[0] not in excluded]
     placement = QdqPlacement(with_shapes(model))
     placement.choose_layers(candidates)
     placement.pair_layer_inputs()
