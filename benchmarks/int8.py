@@ -147,7 +147,7 @@ def _measures(result: dict[str, Any]) -> str:
     """Return what the last attempt consisted of, from the notes or the refusal."""
     lines = [str(n) for n in result.get("notes", ())] or str(result["refused"]).splitlines()
     tried = [line.strip() for line in lines if line.rstrip().endswith("points")]
-    tried = [line.split(" (")[0] for line in tried if " lose " not in line]
+    tried = [line for line in tried if " lose" not in line]
     return "; ".join(tried) or "–"
 
 
@@ -193,16 +193,16 @@ def markdown(record: dict[str, Any]) -> str:
         + "\n\n".join(counts)
         + "\n\n"
         + pipe_table((head, rows))
-        + "\n\nPoints of accuracy that the worse of the two predictions (ensemble, last exit) loses on test images, with "
-        f"the exact interval of the true loss; “refused” where an exact test finds more than {LIMIT}. Same answer: as the "
-        "float network. Times: medians of the stages on one image, one thread, engines in turns, the least of "
-        f"{REPEATS} measurements. What was tried is chosen on calibration images; each line below gives the engines that "
-        "were then judged on the gate's images, in turn.\n\n"
+        + "\n\nPoints of accuracy that the worse of the two predictions (ensemble, last exit) loses on test images, "
+        f"with the exact interval of the true loss; “refused” where an exact test finds more than {LIMIT}. Same "
+        "answer: as the float network. Times: medians of the stages on one image, one thread, engines in turns, the "
+        f"least of {REPEATS} measurements. What was tried is chosen on calibration images; each line below gives the "
+        "engines that were then judged on the gate's images, in turn.\n\n"
         + "\n".join(tried)
         + f"\n\n{record['created']}. {host}. {min(images)} to {max(images)} images for the gate, {s['calibration']} "
-        f"for calibration. {'Weights of 7 bits. ' if s['reduce_range'] else ''}Networks trained by `benchmarks/int8.sh`: "
-        "64 pixels, 5 epochs from ImageNet weights or 12 from random ones, one seed. The machine was busy with other "
-        "work.\n"
+        f"for calibration. {'Weights of 7 bits. ' if s['reduce_range'] else ''}Networks trained by "
+        "`benchmarks/int8.sh`: 64 pixels, 5 epochs from ImageNet weights or 12 from random ones, one seed. The machine "
+        "was busy with other work.\n"
     )
 
 

@@ -219,9 +219,10 @@ class _Candidate:
     @property
     def note(self) -> str:
         """The reason why another candidate may be preferred."""
+        what = f"{self.heads} exit heads" if len(self.manifest.metadata.exits) > 1 else "plain int8"
         if self.report.refusal:
-            return f"{self.heads} exit heads were refused: {self.report.refusal.what}"
-        return f"{self.heads} exit heads lose {self.report.drop:.2f} points on the validation images"
+            return f"{what} were refused: {self.report.refusal.what}".replace("int8 were", "int8 was")
+        return f"{what} lose {self.report.drop:.2f} points on the validation images".replace("int8 lose", "int8 loses")
 
     def within(self, limit: float) -> bool:
         """Return True if it passes and loses no more than `limit` points on the validation images."""
@@ -355,7 +356,7 @@ class Compilation:
             return found, tried
         attempts = self._recipe.int8_attempts - len(found)
         sensitive = self._search.sensitive_blocks(target, improved.quantization, span.part(0.3)) if attempts else []
-        for count in _doubling(_affordable(sensitive, self._search.convolutions(start.heads)), attempts):
+        for count in _doubling(_affordable(sensitive, *self._search.layers(start.heads)), attempts):
             if build(replace(improved.quantization, floats=tuple(sensitive[:count])), 0.3 / attempts):
                 break
         if not sensitive and attempts:
@@ -364,12 +365,14 @@ class Compilation:
 
     def _cost(self, best: _Candidate, plain: _Candidate) -> str:
         """Return what the chosen engine takes compared with plain int8, timed in turns, and how many were judged."""
-        if best.folder == plain.folder:
-            return "none of these lost less: plain int8 is kept"
+        if best.quantization is None or best.quantization == plain.quantization:
+            return "none of these loses less: plain int8 is kept"
         images = self._validation.images if self._validation else None
         before, after = (sum(ms) for ms in times_in_turns([plain.engine, best.engine], images))
+        floats = "; ".join(block.name for block in best.quantization.floats)
         return (
-            f"stages take {after:.2f} ms on one image, {after / before:.2f} times the {before:.2f} ms of plain int8; "
+            f"{f'left in float: {floats}; ' if floats else ''}stages take {after:.2f} ms on one image, "
+            f"{after / before:.2f} times the {before:.2f} ms of plain int8; "
             "chosen by logits on calibration images, judged on the validation images"
         )
 
@@ -417,10 +420,10 @@ class Compilation:
         )
 
 
-def _affordable(sensitive: list[Block], total: int) -> int:
+def _affordable(sensitive: list[Block], quantized: int, layers: int) -> int:
     """Return how many blocks may be float for `read_back` to accept the engine as int8."""
     floats = itertools.accumulate(block.convolutions for block in sensitive)
-    return sum(count <= (1 - LEAST_INT8) * total for count in floats)
+    return sum(quantized - count >= LEAST_INT8 * layers for count in floats)
 
 
 def _doubling(most: int, attempts: int) -> list[int]:

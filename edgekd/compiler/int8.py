@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import onnx
@@ -161,9 +160,11 @@ class Int8Search:
             self._sensitive[target, start] = [candidates[i] for i in order if errors[i] < whole]
         return self._sensitive[target, start]
 
-    def convolutions(self, heads: bool) -> int:
-        """Return the number of convolutions, of the heads only if these are quantised."""
-        return sum(b.convolutions for b in blocks(self._model, self._metadata) if heads or not self._is_head(b))
+    def layers(self, heads: bool) -> tuple[int, int]:
+        """Return the number of convolutions, of the heads only if these are quantised, and of all layers."""
+        found = blocks(self._model, self._metadata)
+        every = sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in self._model.graph.node)
+        return sum(block.convolutions for block in found if heads or not self._is_head(block)), every
 
     def _is_head(self, block: Block) -> bool:
         return bool(block.outputs.intersection(self._metadata.outputs)) and len(self._metadata.exits) > 1
@@ -233,9 +234,8 @@ def described(quantization: Quantization, start: Quantization) -> str:
     parts = [f"{quantization.method} ranges"] if quantization.method != start.method else []
     parts += _measures(quantization)
     if quantization.floats:
-        count = sum(block.convolutions for block in quantization.floats)
-        names = "; ".join(block.name for block in quantization.floats)
-        parts.append(f"{count} convolutions in float ({names})")
+        blocks_, count = len(quantization.floats), sum(block.convolutions for block in quantization.floats)
+        parts.append(f"{blocks_} block{'s' * (blocks_ > 1)} ({count} convolution{'s' * (count > 1)}) in float")
     return ", ".join(parts)
 
 
@@ -248,16 +248,15 @@ def _centred_logits(model: onnx.ModelProto, images: Array) -> Array:
     """Run a network, and return the logits (E, N, C) without the mean over classes, which changes no answer."""
     run = open_graph(model.SerializeToString(), threads=1)
     batches = [np.stack(run(images[i : i + 32])) for i in range(0, len(images), 32)]
-    logits = cast(Array, np.concatenate(batches, axis=1))
-    centred: Array = logits - logits.mean(axis=2, keepdims=True)
+    logits = np.concatenate(batches, axis=1, dtype=np.float32)
+    centred: Array = logits - logits.mean(axis=2, keepdims=True, dtype=np.float32)
     return centred
 
 
 def _spread(images: Array, most: int) -> Array:
     """Return at most `most` images, evenly spread."""
-    if len(images) <= most:
-        return images
-    return images[np.linspace(0, len(images) - 1, most).astype(int)]
+    spread: Array = images[:: -(-len(images) // most)]
+    return spread
 
 
 def _percent(error: float) -> str:

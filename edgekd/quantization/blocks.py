@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,10 @@ def blocks(model: onnx.ModelProto, metadata: ModelMetadata) -> list[Block]:
         counts = [_convolutions(parts[i] + parts[i + 1]) for i in range(len(parts) - 1)]
         smallest = counts.index(min(counts))
         parts[smallest : smallest + 2] = [parts[smallest] + parts[smallest + 1]]
-    return [_block(part) for part in [*parts, *_heads(model, metadata, heads)] if _convolutions(part)]
+    parts = [part for part in [*parts, *_heads(model, metadata, heads)] if _convolutions(part)]
+    names = [_name(node) for part in parts for node in part if node.op_type == "Conv"]
+    prefix = _shared_scope(names)
+    return [_block(part, prefix) for part in parts]
 
 
 def _single_tensor_parts(model: onnx.ModelProto, nodes: Sequence[NodeProto]) -> list[list[NodeProto]]:
@@ -103,10 +107,21 @@ def _heads(model: onnx.ModelProto, metadata: ModelMetadata, heads: set[str]) -> 
     return found
 
 
-def _block(nodes: Sequence[NodeProto]) -> Block:
-    convolutions = [node.name or node.output[0] for node in nodes if node.op_type == "Conv"]
-    ends = dict.fromkeys((convolutions[0], convolutions[-1]))
-    return Block(" to ".join(ends), frozenset(node.output[0] for node in nodes), len(convolutions))
+def _block(nodes: Sequence[NodeProto], prefix: str) -> Block:
+    names = [_name(node).removeprefix(prefix).removesuffix("/Conv") for node in nodes if node.op_type == "Conv"]
+    ends = dict.fromkeys((names[0], names[-1]))
+    return Block(" to ".join(ends), frozenset(node.output[0] for node in nodes), len(names))
+
+
+def _shared_scope(names: Sequence[str]) -> str:
+    """Return the start of all names, up to a slash."""
+    first, last = min(names), max(names)  # what the extremes share, all share
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
+    return "".join(a for a, _ in same).rpartition("/")[0] + "/"
+
+
+def _name(node: NodeProto) -> str:
+    return node.name or str(node.output[0])
 
 
 def _convolutions(nodes: Iterable[NodeProto]) -> int:
