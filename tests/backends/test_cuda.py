@@ -29,7 +29,7 @@ from edgekd.backends.cuda import cuda_python
 from edgekd.backends.cuda.cuda_python import Bindings, CudaPython, load
 from edgekd.backends.cuda.device import device, find
 from edgekd.backends.tensorrt import device_exit
-from edgekd.backends.tensorrt.library import library, logger
+from edgekd.backends.tensorrt.library import TENSORRT
 from edgekd.errors import BackendError, ConfigError
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import open_engine
@@ -38,14 +38,14 @@ from edgekd.runtime.engine import open_engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fake_has_the_real_names_and_no_others(box: Callable[..., Box], family: str) -> None:
     box(family)
-    trt = library()
+    trt = TENSORRT.trt
     assert hasattr(trt.BuilderFlag, "FP16") == (family != "11.4")
     assert hasattr(trt, "IProgressMonitor") == (family != "8.6")
-    config = trt.Builder(logger()).create_builder_config()
+    config = trt.Builder(TENSORRT.logger).create_builder_config()
     with pytest.raises(AttributeError, match="no attribute 'fp16'"):
         config.fp16 = True
     assert hasattr(trt.ICudaEngine, "device_memory_size")  # of the fake: every version has the code …
-    assert not hasattr(trt.Runtime(logger()), "invented")
+    assert not hasattr(trt.Runtime(TENSORRT.logger), "invented")
 
 
 def test_the_fake_cuda_punishes(box: Callable[..., Box]) -> None:

@@ -96,7 +96,7 @@ class DeviceCascade:
             self._kernel = _compiled(self._gpu, policy)
             self._contexts = [stage.prepared(1) for stage in stages]
             for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
-                enqueue(context, name=stage.name)
+                enqueue(context, stage)
             gpu.synchronize()
             self._graph = self._built()
 
@@ -145,7 +145,7 @@ class DeviceCascade:
 
     def _stage(self, exit: int, handle: int) -> None:
         stage, policy = self._stages[exit], self._policy
-        enqueue(self._contexts[exit], name=stage.name)
+        enqueue(self._contexts[exit], stage)
         values = (
             stage.tensors[stage.logits[0]].address,
             self._total.address,
