@@ -32,6 +32,7 @@ ENUMS = (
     "OnnxParserFlag",
     "ProfilingVerbosity",
     "TacticSource",
+    "TensorFormat",
     "TensorIOMode",
 )
 
@@ -56,6 +57,7 @@ class Trouble:
     ignores_fp16: bool = False  # builds float32 whatever it is asked for
     damaged_information: bool = False
     dla_cores: int = 0
+    padded: str = ""  # tensor whose layout is not that of an array
     cannot_run: bool = False
     wrong_profile: int = -1  # whose kernels answer wrongly
     forgets: bool = False  # a context answers wrongly once one of another profile has run since it did
