@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.backends.cuda.device import device
+from edgekd.backends.tensorrt.layers import LISTING
 from edgekd.errors import BackendError, EdgekdError
 from edgekd.host import installed_version
 
@@ -82,7 +83,10 @@ class Library:
 
     @functools.cached_property
     def logger(self) -> Any:
-        """The logger of the process, as TensorRT requires; it keeps the last errors and warnings for `failed`."""
+        """The logger of the process, as TensorRT requires; it keeps the last errors and warnings for `failed`.
+
+        Its `listing` is the last list of an engine's layers that the builder has logged.
+        """
         trt, name = self.trt, self.name
 
         class Log(trt.ILogger):  # type: ignore[misc,name-defined]  # TensorRT has no types
@@ -90,12 +94,15 @@ class Library:
                 trt.ILogger.__init__(self)
                 self.errors: collections.deque[str] = collections.deque(maxlen=8)
                 self.warnings: collections.deque[str] = collections.deque(maxlen=4)
+                self.listing = ""
 
             def log(self, severity: Any, msg: str) -> None:
                 if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
                     self.errors.append(msg.strip())
                 elif severity == trt.Logger.WARNING:
                     self.warnings.append(msg.strip())
+                elif msg.startswith(LISTING):
+                    self.listing = msg
                 log.debug("%s: %s", name, msg)
 
         return Log()
