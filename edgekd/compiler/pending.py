@@ -71,4 +71,4 @@ def complete(folder: Path, images: Array, labels: Labels, *, threads: int | None
         raise ArtifactError(f"{folder} was rewritten while it was being checked", fix="run the command again")
     write_manifest(folder, completed)
     (folder / STUDENT_FILE).unlink(missing_ok=True)
-    return completed
+    return read_manifest(folder)

@@ -189,20 +189,20 @@ def open_engine(path: Path, *, threads: int | None = None, digest: str = "", pen
         BackendError: The backend is not installed.
         ConfigError: Fewer threads than one.
     """
-    engine = _open(path, threads=checked_threads(threads))
-    if engine.manifest and engine.manifest.pending and not pending:
-        what = f"{path} is pending: it was built where it cannot run, so nobody knows yet how accurate and fast it is"
-        raise ArtifactError(what, fix=f"check it on this machine: edgekd tune {path} --data … --split …")
+    engine = _open(path, threads=checked_threads(threads), pending=pending)
     if digest and engine.digest != digest:
         raise ArtifactError(f"{path} was replaced since it was opened", fix="run the command again")
     return engine
 
 
-def _open(path: Path, *, threads: int) -> Engine:
+def _open(path: Path, *, threads: int, pending: bool) -> Engine:
     recover(path)
     if not path.is_dir():
         return reference_engine(*read_onnx(path), threads=threads)
     manifest = read_manifest(path)
+    if manifest.pending and not pending:
+        what = f"{path} is pending: it was built where it cannot run, and its accuracy and times are unknown"
+        raise ArtifactError(what, fix=f"check it on a machine that runs it: edgekd tune {path} --data … --split …")
     check_host(manifest, path)
     _check_files(manifest, path)
     return built_engine(path, manifest, threads=threads)

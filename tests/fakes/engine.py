@@ -46,6 +46,8 @@ def offer_engine(world: World) -> None:
     @offer
     class Runtime(Named):
         def __init__(self, logger: Any) -> None:
+            if trouble.cannot_start:
+                raise RuleBroken("a runtime is made where CUDA does not start: it crashes the interpreter")
             self._logger = world.attached(logger)
             self.engine_host_code_allowed = False
             self.DLA_core = -1
@@ -59,7 +61,12 @@ def offer_engine(world: World) -> None:
             if content["version"] != trt.__version__ and not (content["compatible"] and self.engine_host_code_allowed):
                 world.error(self._logger, "6: The engine plan file is not compatible with this version of TensorRT")
                 return None
-            if content["sm"] != cuda.sm and content["hardware"] == "NONE":
+            if trouble.rtx:
+                here = "SM{}{}".format(*cuda.sm)
+                if not (cuda.driver and cuda.count) or here not in (content["capabilities"] or [here]):
+                    world.error(self._logger, "Cuda Runtime (cudaError 35)")
+                    return None
+            elif content["sm"] != cuda.sm and content["hardware"] == "NONE":
                 world.error(self._logger, "6: The engine plan file is generated on an incompatible device")
                 return None
             return ICudaEngine(content)
