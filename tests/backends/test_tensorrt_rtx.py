@@ -206,7 +206,7 @@ def test_a_pending_manifest_cannot_claim_anything(rtx: Callable[..., Box], small
 
 
 def test_a_device_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match="rtx-30, rtx-40, rtx-50 or portable"):
+    with pytest.raises(ConfigError, match="is none of portable, rtx-30, rtx-40, rtx-50"):
         load_recipe("fp16", {"tensorrt-rtx.device": "rtx-20"})
 
 

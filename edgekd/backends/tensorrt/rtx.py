@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
@@ -29,7 +30,6 @@ from edgekd.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-PORTABLE = "portable"
 ARCHITECTURES = {"rtx-30": ("SM86", "8.6"), "rtx-40": ("SM89", "8.9"), "rtx-50": ("SM120", "12.0")}
 """Device to its `ComputeCapability` in TensorRT-RTX and as CUDA writes it."""
 LAYERS = ".layers.txt"
@@ -44,15 +44,11 @@ class RtxOptions:
         device: GPUs to build for: rtx-30, rtx-40 or rtx-50, or portable for all of them and later ones.
     """
 
-    device: str = PORTABLE
-
-    def __post_init__(self) -> None:
-        if self.device not in (PORTABLE, *ARCHITECTURES):
-            raise ValueError(f"device: {', '.join(ARCHITECTURES)} or {PORTABLE}")
+    device: Literal["portable", "rtx-30", "rtx-40", "rtx-50"] = "portable"
 
     def supports(self, sm: str) -> bool:
         """Return True if an engine for this device runs on GPUs of compute capability `sm`."""
-        if self.device == PORTABLE:  # NVIDIA names 8.0, 8.6, 8.9, 12.0 and later ones
+        if self.device == "portable":  # NVIDIA names 8.0, 8.6, 8.9, 12.0 and later ones
             return sm in ("8.0", "8.6", "8.9") or float(sm) >= 12
         return sm == ARCHITECTURES[self.device][1]
 
