@@ -113,14 +113,13 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         return DeviceCascade(stages, policy)
 
     def host_facts(self) -> dict[str, str]:
-        """Return GPU, compute capability (`sm`), the CUDA versions of runtime and driver, power limit and SM clock.
+        """Return GPU, compute capability (`sm`), versions of CUDA, driver and bindings, power limit, SM clock, waiting.
 
         Raises:
             BackendError: No driver, GPU or CUDA bindings.
         """
         gpu = device()
-        versions = {"cuda_runtime": gpu.cuda["runtime"], "cuda_driver": gpu.cuda["driver"]}
-        return {"gpu": gpu.name, "sm": gpu.sm, **versions, **power_and_clocks()}
+        return {**gpu.facts(), **power_and_clocks(gpu.pci_bus_id)}
 
     def incompatibility(self, manifest: Manifest) -> str:
         """Compare versions and GPU, before TensorRT reads the engine.
