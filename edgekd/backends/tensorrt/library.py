@@ -27,6 +27,7 @@ LESS_MEMORY = (
 )
 MEMORY = r"out of memory|outofmemory|failed_allocation|insufficient memory|allocation fail"
 WORKSPACE = r"insufficient workspace|workspace size|increas\w+ (the )?workspace"
+OVERFLOW = r"overflow"
 UNKNOWN_GPU = r"\bsm\b.*(support|version)|(unsupported|not support).*(\bsm\b|compute capab|this gpu)"
 
 
@@ -83,11 +84,13 @@ class Library:
 
     @functools.cached_property
     def logger(self) -> Any:
-        """The logger of the process, as TensorRT requires; it keeps the last errors and warnings for `failed`.
+        """The logger of the process, as TensorRT requires.
 
-        Its `listing` is the last list of an engine's layers that the builder has logged.
+        It keeps the last errors and warnings for `failed` and the last listing of layers, and logs warnings of weights
+        that overflow. A build has 10^4 to 10^6 other messages: they are logged at the level DEBUG only.
         """
         trt, name = self.trt, self.name
+        chatter = {trt.Logger.INFO, trt.Logger.VERBOSE}
 
         class Log(trt.ILogger):  # type: ignore[misc,name-defined]  # TensorRT has no types
             def __init__(self) -> None:
@@ -97,13 +100,17 @@ class Library:
                 self.listing = ""
 
             def log(self, severity: Any, msg: str) -> None:
-                if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
-                    self.errors.append(msg.strip())
+                if severity in chatter:
+                    if msg.startswith(LISTING):
+                        self.listing = msg
                 elif severity == trt.Logger.WARNING:
                     self.warnings.append(msg.strip())
-                elif msg.startswith(LISTING):
-                    self.listing = msg
-                log.debug("%s: %s", name, msg)
+                    if re.search(OVERFLOW, msg, re.IGNORECASE):
+                        log.warning("%s: %s", name, msg.strip())
+                else:
+                    self.errors.append(msg.strip())
+                if log.isEnabledFor(logging.DEBUG):
+                    log.debug("%s: %s", name, msg)
 
         return Log()
 
@@ -111,6 +118,7 @@ class Library:
         """Discard the messages recorded so far, so that the next `failed` does not report them."""
         self.logger.errors.clear()
         self.logger.warnings.clear()
+        self.logger.listing = ""
 
     def failed(self, what: str, *, fix: str = "report it with the messages above") -> BackendError:
         """Return the error to raise when the library has failed, with its messages and advice on them."""

@@ -77,11 +77,9 @@ class TensorRTRtxBackend(Backend[TensorRTRunner]):
         Raises:
             BackendError: See `builder.build_plan`.
         """
-        logger = TENSORRT_RTX.logger
-        logger.listing = ""
-        plan, _ = build_plan(graph, name=path.stem, target=self._target(recipe), progress=progress)
-        atomic_write(path, plan)
-        atomic_write(path.with_suffix(LAYERS), logger.listing.encode())
+        plan = build_plan(graph, name=path.stem, target=self._target(recipe), progress=progress)
+        atomic_write(path, plan.data)
+        atomic_write(path.with_suffix(LAYERS), plan.listing.encode())
 
     def suffixes(self, recipe: Recipe) -> tuple[str, ...]:
         return (self.suffix, LAYERS)
