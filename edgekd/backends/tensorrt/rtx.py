@@ -118,13 +118,12 @@ class TensorRTRtxBackend(Backend[TensorRTRunner]):
         return "" if options.supports(gpu.sm) else f"{gpu.name} (SM {gpu.sm}) is not {options.device}"
 
     def host_facts(self) -> dict[str, str]:
-        """Return GPU, compute capability (`sm`), CUDA versions, power limit and SM clock; nothing without a GPU."""
+        """Return GPU, compute capability, versions of CUDA, power limit and SM clock; nothing where there is no GPU."""
         try:
             gpu = device()
         except BackendError:
             return {}
-        versions = {"cuda_runtime": gpu.cuda["runtime"], "cuda_driver": gpu.cuda["driver"]}
-        return {"gpu": gpu.name, "sm": gpu.sm, **versions, **power_and_clocks()}
+        return {**gpu.facts(), **power_and_clocks(gpu.pci_bus_id)}
 
     def incompatibility(self, manifest: Manifest) -> str:
         """Compare versions and GPU, before TensorRT-RTX reads the engine.
