@@ -13,7 +13,6 @@ exit, it gains nothing.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends.cuda.base import Graph
-from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.cuda_python import Bindings, CudaPython, load
 from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.library import parse_version
 from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
@@ -95,24 +94,35 @@ class DeviceCascade:
             self._total = gpu.allocate(4 * self._classes)
             self._host = gpu.pinned((2 + self._classes,), np.float32)
             self._kernel = _compiled(self._gpu, policy)
-            self._contexts = [stage.prepared(1) for stage in stages]
-            for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
-                enqueue(context, name=stage.name)
-            gpu.synchronize()
-            self._graph = self._built()
+            self._scratch = gpu.scratch
+            self._scratch.reserve(self, 0)  # the stages ask for what they need
+            self._graph: Graph | None = self._built()
 
     def __call__(self, image: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float, int]:
         with self._gpu as gpu:
             self._stages[0].fits("images", image)
+            self._graph = self._graph or self._built()
             self._images.put(image)
             gpu.launch(self._graph)
             gpu.download(self._host, self._result.address)
             gpu.synchronize()
             return self._host[2:].copy(), float(self._host[0]), int(self._host[1])
 
+    def scratch_moved(self) -> None:
+        """Build the graph anew when it is next used; see `edgekd.backends.cuda.scratch`."""
+        self._graph = None
+
     def _built(self) -> Graph:
+        self._contexts = [stage.prepared(1) for stage in self._stages]
+        for stage, context in zip(self._stages, self._contexts):  # the first run cannot be captured
+            enqueue(context, library=stage.library, name=stage.name)
+        self._gpu.synchronize()
         root = self._gpu.do(self._gpu.runtime.cudaGraphCreate(0))
-        self._add(root, 0)
+        try:
+            self._add(root, 0)
+        except BaseException:
+            self._gpu.runtime.cudaGraphDestroy(root)
+            raise
         return self._gpu.launchable(root)
 
     def _add(self, graph: Any, exit: int) -> None:
@@ -121,8 +131,10 @@ class DeviceCascade:
         is_last = exit == len(self._stages) - 1
         handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
         stage = self._gpu.record(lambda: self._stage(exit, int(handle)))
-        node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
-        do(runtime.cudaGraphDestroy(stage))  # the node has a copy
+        try:
+            node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
+        finally:
+            runtime.cudaGraphDestroy(stage)  # the node has a copy
         if not is_last:
             self._add(self._body(graph, node, handle), exit + 1)
 
@@ -140,7 +152,7 @@ class DeviceCascade:
 
     def _stage(self, exit: int, handle: int) -> None:
         stage, policy = self._stages[exit], self._policy
-        enqueue(self._contexts[exit], name=stage.name)
+        enqueue(self._contexts[exit], library=stage.library, name=stage.name)
         values = (
             stage.tensors[stage.logits[0]].address,
             self._total.address,
@@ -166,7 +178,7 @@ def _able(gpu: Any) -> CudaPython:
 
 
 def _driver() -> Any:
-    return importlib.import_module("cuda.bindings.driver")
+    return Bindings(load("driver"))
 
 
 def source(policy: Policy) -> str:
@@ -203,7 +215,7 @@ def ptx(source: str, sm: str) -> bytes:
     Raises:
         BackendError: NVRTC is missing, or compilation fails; with NVRTC's log.
     """
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    nvrtc = load("nvrtc")
     try:
         _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"decide.cu", 0, [], [])
     except RuntimeError as error:  # the bindings do not bring the library
