@@ -104,7 +104,7 @@ def _results(
             continue
         start = time.perf_counter()
         try:
-            built = compilation.compile(backend, folder / name, Span(None))
+            built = compilation.compile(backend, folder / name, Span(None), may_be_pending=False)
         except GateError as error:
             found[name] = {"refused": error.what}
             continue

@@ -29,7 +29,7 @@ from edgekd.artifacts.manifest import (
 from edgekd.artifacts.metadata import ModelMetadata, StudentModel
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
+from edgekd.backends.base import AUTO, REFERENCE, AnyBackend, find_backend, installed
 from edgekd.backends.report import describe_host
 from edgekd.compiler.gate import (
     LEAST_INT8,
@@ -227,10 +227,11 @@ class _Candidate:
     @property
     def note(self) -> str:
         """The reason why another candidate may be preferred."""
-        what = f"{self.heads} exit heads" if len(self.manifest.metadata.exits) > 1 else "plain int8"
+        is_plain = len(self.manifest.metadata.exits) == 1
+        what, was, loses = ("plain int8", "was", "loses") if is_plain else (f"{self.heads} exit heads", "were", "lose")
         if self.report.refusal:
-            return f"{what} were refused: {self.report.refusal.what}".replace("int8 were", "int8 was")
-        return f"{what} lose {self.report.drop:.2f} points on the validation images".replace("int8 lose", "int8 loses")
+            return f"{what} {was} refused: {self.report.refusal.what}"
+        return f"{what} {loses} {self.report.drop:.2f} points on the validation images"
 
     def within(self, limit: float) -> bool:
         """Return True if it passes and loses no more than `limit` points on the validation images."""
@@ -311,7 +312,8 @@ class Compilation:
         model = self._student.model
         notes = [f"pending, since it cannot run where it was built: {reason}", *backend.build_notes(self._recipe)]
         if self._recipe.precision == "int8":
-            model = self._quantise(backend, False, span.part(0.3))
+            way = Quantization(heads=False, method=self._recipe.calibration_method)
+            model = self._quantise(backend, way, span.part(0.3))
             notes.append("exit heads: float convolutions")
         built = self._build(backend, folder, model, span.part(0.6))
         precision = read_back(folder, backend, recipe=self._recipe)
@@ -346,7 +348,7 @@ class Compilation:
         if is_int8 and self._recipe.int8_attempts and not candidates[-1].within(limit):
             more, tried = self._mended(backend, folder, plain, span.part(0.5))
             candidates += more
-        best = min(candidates, key=lambda candidate: (candidate.report.refusal is not None, candidate.report.drop))
+        best = _least_lossy(candidates)
         if refusal := best.report.refusal:
             what = "\n".join([refusal.what, *(f"  {line}" for line in tried)])
             raise GateError(what, fix=refusal.fix)
@@ -372,6 +374,8 @@ class Compilation:
             The candidates, and what was tried, for the manifest or the refusal.
         """
         assert self._search is not None  # int8
+        if find_backend(REFERENCE).version() is None:
+            return [], ["ONNX Runtime is not installed, so no cause was looked for"]
         target, limit = self._target(backend), self._recipe.max_accuracy_drop
         nearest = min(plain, key=lambda candidate: candidate.report.drop)
         start = nearest.quantization
@@ -382,6 +386,9 @@ class Compilation:
 
         def build(way: Quantization, share: float) -> bool:
             found.append(self._candidate(backend, folder, way, span.part(share)))
+            for other in found:
+                if other is not _least_lossy(found):
+                    other.engine.close()
             tried.append(f"{described(way, start)}: {found[-1].report.drop:+.2f} points")
             return found[-1].within(limit)
 
@@ -451,6 +458,11 @@ class Compilation:
             calibration=self._calibration,
             edgekd=__version__,
         )
+
+
+def _least_lossy(candidates: list[_Candidate]) -> _Candidate:
+    """Return the candidate that loses least, of those that pass if any does."""
+    return min(candidates, key=lambda candidate: (candidate.report.refusal is not None, candidate.report.drop))
 
 
 def _affordable(sensitive: list[Block], quantized: int, layers: int) -> int:
