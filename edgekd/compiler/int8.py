@@ -1,4 +1,4 @@
-"""What loses accuracy in an int8 network, found on calibration images, and the quantisations that lose less.
+"""Causes of the accuracy loss of an int8 network, and quantisations that lose less.
 
 Everything here is chosen by the logits on calibration images: one half of them calibrates, the error is measured on the
 other half. The validation images of the gate choose nothing; they judge the few networks that come of it.
@@ -35,7 +35,7 @@ WORTHWHILE = 0.95
 
 @dataclass(frozen=True)
 class Target:
-    """What a backend needs of a Q/DQ graph; backends with the same needs share it.
+    """Needs of a backend for a Q/DQ graph; backends with the same needs share it.
 
     Attributes:
         name: See `Backend.quantization_target`.
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a network is quantised.
+    """Settings of the quantisation of a network.
 
     Attributes:
         heads: The exit heads are quantised, too.

@@ -22,7 +22,7 @@ from edgekd.quantization.calibration import run_tensors
 from edgekd.types import Array, Progress
 
 HEADROOM = 1.25
-"""What a channel may exceed its largest calibrated activation by until a ReLU6 clips it."""
+"""Factor by which a channel may exceed its largest calibrated activation until a ReLU6 clips it."""
 LEAST = 1 / 256
 """The smallest activation range of a channel that is equalised, as a fraction of the largest; less is noise."""
 
