@@ -13,7 +13,6 @@ exit, it gains nothing.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends.cuda.base import Graph
-from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.cuda_python import Bindings, CudaPython, load
 from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.library import parse_version
 from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
@@ -112,7 +111,11 @@ class DeviceCascade:
 
     def _built(self) -> Graph:
         root = self._gpu.do(self._gpu.runtime.cudaGraphCreate(0))
-        self._add(root, 0)
+        try:
+            self._add(root, 0)
+        except BaseException:
+            self._gpu.runtime.cudaGraphDestroy(root)
+            raise
         return self._gpu.launchable(root)
 
     def _add(self, graph: Any, exit: int) -> None:
@@ -121,8 +124,10 @@ class DeviceCascade:
         is_last = exit == len(self._stages) - 1
         handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
         stage = self._gpu.record(lambda: self._stage(exit, int(handle)))
-        node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
-        do(runtime.cudaGraphDestroy(stage))  # the node has a copy
+        try:
+            node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
+        finally:
+            runtime.cudaGraphDestroy(stage)  # the node has a copy
         if not is_last:
             self._add(self._body(graph, node, handle), exit + 1)
 
@@ -166,7 +171,7 @@ def _able(gpu: Any) -> CudaPython:
 
 
 def _driver() -> Any:
-    return importlib.import_module("cuda.bindings.driver")
+    return Bindings(load("driver"))
 
 
 def source(policy: Policy) -> str:
@@ -203,7 +208,7 @@ def ptx(source: str, sm: str) -> bytes:
     Raises:
         BackendError: NVRTC is missing, or compilation fails; with NVRTC's log.
     """
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    nvrtc = load("nvrtc")
     try:
         _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"decide.cu", 0, [], [])
     except RuntimeError as error:  # the bindings do not bring the library
