@@ -1,15 +1,18 @@
 """Counts the layers that NVIDIA's compiler makes of int8 networks, for several placements of their Q/DQ pairs.
 
-    python benchmarks/tensorrt_layers.py --out benchmarks/results/tensorrt-layers.md [--runs RUN … --data DATA]
+    python benchmarks/tensorrt_layers.py --out benchmarks/results/tensorrt-qdq
+    python benchmarks/tensorrt_layers.py --out benchmarks/results/tensorrt-qdq --networks --data DATA --runs RUN …
 
-Needs TensorRT-RTX (extra tensorrt-rtx) and no GPU. Weights are random: the layers do not depend on them. What a placement
-costs in accuracy is measured on run folders, in ONNX Runtime.
+The first command writes OUT-layers.md. It needs TensorRT-RTX (extra tensorrt-rtx) and no GPU. Weights are random: the
+layers do not depend on them. The second writes OUT-error.md: what each placement costs trained networks in accuracy, in
+ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import logging
 import math
 import unittest.mock
@@ -28,7 +31,7 @@ from edgekd.artifacts.partition import graph, graph_names, with_shapes
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.onnxruntime import open_graph
 from edgekd.backends.tensorrt.builder import build_plan
-from edgekd.backends.tensorrt.layers import LISTING, Layer, from_log, precision_of_nodes
+from edgekd.backends.tensorrt.layers import Layer, precision_of_nodes
 from edgekd.backends.tensorrt.library import TENSORRT_RTX
 from edgekd.backends.tensorrt.options import Target, TensorRTOptions
 from edgekd.bench.tables import pipe_table
@@ -38,7 +41,7 @@ from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import read_split
 from edgekd.export import model_metadata, to_onnx
 from edgekd.files import atomic_write
-from edgekd.models.base import MultiExitNetwork
+from edgekd.models.base import FOUR_STAGES, MultiExitNetwork
 from edgekd.models.networks import build
 from edgekd.models.weights import load_state, read_state
 from edgekd.policy import ensemble
@@ -64,6 +67,9 @@ NETWORKS = {
 RECIPES = {"int8-fp16": Recipe("int8", "fp16", batch_sizes=(1,)), "int8": Recipe("int8", batch_sizes=(1,))}
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 SIZE = 224
+
+
+OMITTED = "Placements that are not listed for a network have the same numbers as the first."
 
 
 class Before(QdqPlacement):
@@ -124,11 +130,12 @@ class Depthwise(Before):
         return super()._is_quantizable(node) or (grouped and len(shape) == 4 and shape[0] % 4 == 0)
 
 
+BEFORE, NOW = "before", "now (both)"
 TRIALS: dict[str, type[QdqPlacement]] = {
-    "before": Before,
+    BEFORE: Before,
     "pooling of heads": Pooling,
     "sources of moved tensors": Sources,
-    "now (both)": QdqPlacement,
+    NOW: QdqPlacement,
     "pooling of heads and gates": GatePooling,
     "gated maps": GatedMaps,
     "in front of swish": Swish,
@@ -150,11 +157,9 @@ class Count:
     bytes: int = 0
     int8: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Count) -> None:
-        """Include the layers of another engine."""
-        self.kinds += other.kinds
-        self.bytes += other.bytes
-        self.int8 += other.int8
+    def __add__(self, other: Count) -> Count:
+        """Return the layers of both."""
+        return Count(self.kinds + other.kinds, self.bytes + other.bytes, self.int8 + other.int8)
 
     def cells(self) -> list[str]:
         """Return the cells: layers, reformat, quantise, dequantise, MiB, convolutions."""
@@ -165,23 +170,12 @@ class Count:
 HEAD = ["layers", "reformat", "quantise", "dequantise", "MiB", "read int8"]
 
 
-class Listing(logging.Handler):
-    """Keeps the list of layers that the builder logs."""
-
-    layers: list[Layer]
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message if it is the list."""
-        message = record.getMessage().partition(": ")[2]
-        if message.lstrip().startswith(LISTING):
-            self.layers = from_log(message)
-
-
-def counted(model: onnx.ModelProto, recipe: Recipe, listing: Listing) -> Count:
+def counted(model: onnx.ModelProto, recipe: Recipe) -> Count:
     """Build a graph, and count its layers."""
-    build_plan(model, name="graph", target=Target(TENSORRT_RTX, recipe, TensorRTOptions(timing_cache=False)))
+    target = Target(TENSORRT_RTX, recipe, TensorRTOptions(timing_cache=False))
+    plan = build_plan(model, name="graph", target=target)
     operators = {node.name: node.op_type for node in model.graph.node}
-    layers = [layer for layer in listing.layers if layer.kind not in ("signal", "wait")]
+    layers = [layer for layer in plan.layers if layer.kind not in ("signal", "wait")]
     tensors = [tensor for layer in layers for tensor in (*layer.inputs, *layer.outputs)]
     maker = {name: node.op_type for node in model.graph.node for name in node.output}
     wanted = [n.name for n in model.graph.node if n.op_type == "Conv" and maker.get(n.input[1]) == "DequantizeLinear"]
@@ -214,9 +208,9 @@ def exported(net: MultiExitNetwork, name: str, images: Array, preprocess: Prepro
 
 def untrained(name: str, images: Array) -> Subject:
     """Build a network of random weights, whose norms have seen noise."""
-    exits = {"exits": NETWORKS[name]} if NETWORKS[name] else {}
+    exits = NETWORKS[name] or FOUR_STAGES
     torch.manual_seed(0)
-    net = build(name.partition(",")[0], classes=5, image_size=SIZE, **exits)
+    net = build(name.partition(",")[0], classes=5, image_size=SIZE, exits=exits)
     measure_norms(net, images)
     return exported(net, name, images, Preprocess(SIZE), 5)
 
@@ -237,31 +231,36 @@ def boundaries(model: onnx.ModelProto, metadata: ModelMetadata) -> str:
     return ", ".join("int8" if kind == onnx.TensorProto.INT8 else "float" for kind in inputs) or "–"
 
 
-def layer_tables(listing: Listing, names: Iterable[str]) -> str:
-    """Count the layers of each network, by stage for the old and the new placement and in all for every trial."""
+def layer_tables(names: Iterable[str]) -> str:
+    """Count the layers of each network: by stage for the old and the new placement, and in all for every trial."""
     images = np.random.default_rng(0).normal(size=(8, 3, SIZE, SIZE)).astype(np.float32)
-    stages: list[list[str]] = []
-    sums: list[list[str]] = []
-    for name in names:
+    sums, stages = [], []
+    for name, (recipe_name, recipe) in itertools.product(names, RECIPES.items()):
         subject = untrained(name, images)
         parts = [part for part in graph_names(subject[1]) if part.startswith("stage")] or ["monolithic"]
-        for recipe_name, recipe in RECIPES.items():
-            for trial, placement in TRIALS.items():
-                log.info("%s, %s, %s", name, recipe_name, trial)
-                model = quantised(subject, placement, images)
-                total, types = Count(), boundaries(model, subject[1])
-                for part in parts:
-                    count = counted(graph(with_shapes(model), subject[1], name=part), recipe, listing)
-                    total.add(count)
-                    if trial in ("before", "now (both)"):
-                        stages.append([name, recipe_name, part, trial.partition(" ")[0], *count.cells()])
-                sums.append([name, recipe_name, trial, *total.cells(), types])
-    of_stages = sorted(stages, key=lambda row: [stages.index(r) for r in stages if r[:3] == row[:3]][0])
+        built: dict[bytes, Count] = {}
+        counts: dict[str, list[Count]] = {}
+        rows: dict[str, list[str]] = {}
+        for trial, placement in TRIALS.items():
+            log.info("%s, %s, %s", name, recipe_name, trial)
+            model = quantised(subject, placement, images[:2])
+            counts[trial] = []
+            for part in parts:
+                stage = graph(with_shapes(model), subject[1], name=part)
+                key = stage.SerializeToString(deterministic=True)
+                built[key] = built.get(key) or counted(stage, recipe)
+                counts[trial].append(built[key])
+            rows[trial] = [*sum(counts[trial], Count()).cells(), boundaries(model, subject[1])]
+        differ = {trial: row for trial, row in rows.items() if trial in (BEFORE, NOW) or row != rows[BEFORE]}
+        sums += [[name, recipe_name, trial, *row] for trial, row in differ.items()]
+        for part, old, new in zip(parts, counts[BEFORE], counts[NOW]):
+            cells = [a if a == b else f"{a} → {b}" for a, b in zip(old.cells(), new.cells())]
+            stages.append([name, recipe_name, part, *cells])
     return (
-        "## All stages together, by placement\n\n"
+        f"## All stages together\n\n{OMITTED}\n\n"
         + pipe_table((["network", "recipe", "pairs", *HEAD, "boundaries"], sums))
-        + "\n\n## Each stage, before and now\n\n"
-        + pipe_table((["network", "recipe", "graph", "pairs", *HEAD], of_stages))
+        + "\n\n## Each stage, before → now\n\n"
+        + pipe_table((["network", "recipe", "graph", *HEAD], stages))
     )
 
 
@@ -269,15 +268,18 @@ def accuracy_table(subjects: Iterable[tuple[str, Subject, Array, Array]]) -> str
     """Compare each placement with the float network, in ONNX Runtime."""
     rows = []
     for name, subject, calibration, images in subjects:
-        whole = _logits(subject[0], images)
+        whole, before = _logits(subject[0], images), list[str]()
         for trial, placement in TRIALS.items():
             log.info("%s, %s", name, trial)
             ints = _logits(quantised(subject, placement, calibration), images)
             decibels = [10 * np.log10((w**2).sum() / ((w - i) ** 2).sum()) for w, i in zip(whole, ints)]
             same = np.mean(ensemble(whole).argmax(axis=1) == ensemble(ints).argmax(axis=1))
-            sqnr = ", ".join(f"{value:.1f}" for value in decibels)
-            rows.append([name, trial, sqnr, f"{100 * same:.1f} of {len(images)} images"])
-    return pipe_table((["network", "pairs", "SQNR of each exit's logits, dB", "same prediction as float, %"], rows))
+            row = [", ".join(f"{value:.1f}" for value in decibels), f"{100 * same:.1f}", str(len(images))]
+            before = row if trial == BEFORE else before
+            if trial in (BEFORE, NOW) or row != before:
+                rows.append([name, trial, *row])
+    head = ["network", "pairs", "SQNR of each exit's logits, dB", "same prediction as float, %", "images"]
+    return pipe_table((head, rows))
 
 
 def _logits(model: onnx.ModelProto, images: Array) -> Array:
@@ -319,18 +321,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="maximum number of compared predictions")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    listing = Listing()
-    logger = logging.getLogger(TENSORRT_RTX.__module__)
-    logger.addHandler(listing)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    parts = [layer_tables(listing, options.networks)] if options.networks else []
+    if options.networks:
+        made = (
+            f"TensorRT-RTX {TENSORRT_RTX.version()}, {SIZE} pixels, batch 1, int8 exit heads, {datetime.date.today()}."
+        )
+        text = f"# Layers of int8 engines\n\n{made}\n\n{layer_tables(options.networks)}\n"
+        atomic_write(options.out.with_name(f"{options.out.name}-layers.md"), text.encode())
     if options.data:
-        subjects = [*trained(options.runs, options.data, options.images)]
-        subjects += imagenet(options.weights, options.data, options.images)
-        parts.append("## Error against the float network\n\n" + accuracy_table(subjects))
-    made = f"TensorRT-RTX {TENSORRT_RTX.version()}, {SIZE} pixels, batch 1, {datetime.date.today()}"
-    atomic_write(options.out, "\n\n".join([f"# Layers of int8 engines\n\n{made}.", *parts, ""]).encode())
+        subjects = itertools.chain(
+            trained(options.runs, options.data, options.images), imagenet(options.weights, options.data, options.images)
+        )
+        text = f"# Error of int8 networks in ONNX Runtime\n\n{OMITTED}\n\n{accuracy_table(subjects)}\n"
+        atomic_write(options.out.with_name(f"{options.out.name}-error.md"), text.encode())
 
 
 if __name__ == "__main__":
