@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from edgekd.backends.cuda.scratch import Scratch
 from edgekd.errors import ConfigError, nearest
 from edgekd.host import installed_version
 
@@ -86,6 +87,7 @@ class CudaDevice(ABC):
         can_capture: True if the bindings support CUDA graphs.
         name: Name of the GPU.
         sm: Compute capability, such as "8.7".
+        pci_bus_id: Its PCI bus, such as "0000:65:00.0".
         cuda: CUDA versions of the `runtime` and of the `driver`.
         stream: Handle of the stream.
         schedule: How the host waits for the GPU; one of `SCHEDULES`.
@@ -96,12 +98,23 @@ class CudaDevice(ABC):
     can_capture = True
     name: str
     sm: str
+    pci_bus_id: str
     cuda: dict[str, str]
     stream: int
     schedule: str
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._scratch: weakref.ref[Scratch] | None = None
+
+    @property
+    def scratch(self) -> Scratch:
+        """Scratch memory of all engines; it exists as long as somebody keeps it."""
+        found = self._scratch() if self._scratch else None
+        if found is None:
+            found = Scratch(self)
+            self._scratch = weakref.ref(found)
+        return found
 
     def facts(self) -> dict[str, str]:
         """Return what measurements on this GPU depend on, for manifests and records."""

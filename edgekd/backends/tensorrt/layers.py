@@ -75,7 +75,11 @@ class Layer:
     @property
     def precision(self) -> str | None:
         """The type of its weights, else of its first input, else as in its kernel's name; None if nothing tells."""
-        return self.weights or (self.inputs[0].precision if self.inputs else None) or _precision(self.tactic)
+        if self.weights:
+            return self.weights
+        weights = [] if self.multiplies else [c for c in self.constants if sum(n > 1 for n in c.shape) > 1]
+        told = [tensor.precision for tensor in (*weights, *self.inputs) if tensor.precision in _TYPES]
+        return next(iter(told), None) or _precision(self.tactic)
 
 
 def from_inspector(report: str) -> list[Layer]:
