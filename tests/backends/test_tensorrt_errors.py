@@ -120,6 +120,15 @@ def test_engines_of_other_versions_and_gpus(box: Callable[..., Box], small_stude
         open_engine(out)
 
 
+def test_a_driver_that_tensorrt_cannot_start_with(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    """A runtime would crash the interpreter, so on another driver than at the build a builder is made first."""
+    box("10.3")
+    compiled(small_student, tmp_path / "e.engine", recipe())
+    box("10.3", cuda=Cuda(driver=13000), cannot_start=True)
+    with pytest.raises(BackendError, match=r"cannot make its Builder[\s\S]*initialization failure with error: 35"):
+        open_engine(tmp_path / "e.engine")
+
+
 def test_a_file_that_tensorrt_refuses(box: Callable[..., Box], tmp_path: Path) -> None:
     box("10.3")
     (tmp_path / "stage_0.plan").write_bytes(b"nonsense")

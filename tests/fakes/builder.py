@@ -218,6 +218,13 @@ def offer_builder(world: World) -> None:
             if "IBuilderConfig.progress_monitor" in names:
                 self.progress_monitor = None
             self._sources = (1 << 10) - 1
+            self._capabilities: list[str] = []
+
+        def set_compute_capability(self, capability: Any, index: int) -> bool:
+            assert capability in trt.ComputeCapability
+            assert 0 <= index < self.num_compute_capabilities
+            self._capabilities.append(capability.name)
+            return True
 
         def set_flag(self, flag: Any) -> None:
             assert flag in flags
@@ -284,7 +291,10 @@ def offer_builder(world: World) -> None:
                 return None
             if config._cache is not None:
                 config._cache._kernels |= {f"{n.op_type}:{n.output[0]}" for n in network._model.graph.node}
-            return _plan(network, config)
+            plan = _plan(network, config)
+            if trouble.rtx:
+                self._logger.log(trt.Logger.VERBOSE, _listing(pickle.loads(plan[4:])["layers"]))
+            return plan
 
         def _wrong(self, network: Any, config: Any) -> str:
             if network._model is None or network._parser() is None:
@@ -338,6 +348,7 @@ def offer_builder(world: World) -> None:
             "compatible": "VERSION_COMPATIBLE" in flag_names,
             "hardware": level.name if (level := getattr(config, "hardware_compatibility_level", None)) else "NONE",
             "sm": cuda.sm,
+            "capabilities": config._capabilities,
             "model": given.SerializeToString(),
             "linear": [t._name for t in (*network._inputs, *network._outputs) if t.allowed_formats == linear],
             "dtypes": {t._name: t._dtype.name for t in (*network._inputs, *network._outputs)},
@@ -348,6 +359,22 @@ def offer_builder(world: World) -> None:
             "stripped": stripped,
         }
         return b"ftrt" + pickle.dumps(content)
+
+    def _listing(layers: list[dict[str, Any]]) -> str:
+        """The builder's own list, in the words of TensorRT-RTX 1.7.1."""
+        rows = ["Layers:"]
+        for layer in layers:
+            inputs = ", ".join(
+                f"{{ Name: {tensor['Name']}, Dimensions: [1], Strides: [1], StrideOrder: [0], "
+                f"Datatype: {tensor['Format/Datatype']}, Format: (Linear) Row major linear format }}"
+                for tensor in layer["Inputs"]
+            )
+            kind = "correlation" if layer["LayerType"] == "CaskConvolution" else layer["LayerType"]
+            rows.append(
+                f"Name: {layer['Name']}, LayerType: {kind}, Inputs: [ {inputs}], Constants: [], Outputs: [], "
+                "TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: "
+            )
+        return "\n".join(rows)
 
     def _layers(model: onnx.ModelProto, flag_names: set[str], network: Any, config: Any) -> list[dict[str, Any]]:
         """What the inspector will say, in the words of the version."""

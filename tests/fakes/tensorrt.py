@@ -57,8 +57,10 @@ class Trouble:
     ignores_fp16: bool = False  # builds float32 whatever it is asked for
     damaged_information: bool = False
     dla_cores: int = 0
+    padded: str = ""  # tensor whose layout is not that of an array
     cannot_run: bool = False
     wrong_profile: int = -1  # whose kernels answer wrongly
+    rtx: bool = False  # TensorRT-RTX instead of TensorRT
     forgets: bool = False  # a context answers wrongly once one of another profile has run since it did
 
 
@@ -77,9 +79,11 @@ class World:
     def __init__(self, family: str, cuda: Cuda, trouble: Trouble) -> None:
         self.family, self.cuda, self.trouble = family, cuda, trouble
         self.names = real_names(family)
+        if trouble.rtx:
+            self.names |= {f"IBuilderConfig.{name}" for name in ("num_compute_capabilities", "set_compute_capability")}
         self.major, self.minor = map(int, family.split("."))
         self.trt: Any = types.ModuleType("tensorrt")
-        self.trt.__version__ = FULL[family]
+        self.trt.__version__ = "1.7.1.116" if trouble.rtx else FULL[family]
         self.trt.built = []  # network and config of every build, for tests to look at
 
     def offer(self, cls: type[Named]) -> type[Named]:
@@ -101,7 +105,7 @@ class World:
 
     def attached(self, logger: Any) -> Any:
         """The logger of what is being made."""
-        if not (self.cuda.driver and self.cuda.count):
+        if not (self.cuda.driver and self.cuda.count) and not self.trouble.rtx:
             raise RuleBroken("TensorRT is used where there is no driver or GPU: it crashes the interpreter")
         assert logger._is_logger
         if self.trouble.cannot_start:
@@ -133,6 +137,8 @@ def make(family: str, cuda: Cuda, trouble: Trouble) -> types.ModuleType:
             self._is_monitor = True
 
     world.trt.ILogger, world.trt.Logger = ILogger, Logger
+    if trouble.rtx:
+        world.trt.ComputeCapability = _Enum("ComputeCapability", ["SM86", "SM89", "SM120"])
     if "IProgressMonitor" in world.names:
         world.trt.IProgressMonitor = IProgressMonitor
     offer_builder(world)
