@@ -200,9 +200,9 @@ class Int8Search:
     def _error(self, target: Target, quantization: Quantization, span: Span) -> float:
         """Return the mean of one minus the cosine of an image's centred logits with those of the float network.
 
-        A common factor of the logits, which bias correction may bring along, changes no answer, and counts for nothing:
-        the squared error of a MobileNetV2 rose while 99 % of its answers were the float network's, not 96 %. Half of the
-        calibration images calibrate, and this is the error on the others.
+        A common factor of the logits, which bias correction may bring along, changes no answer and counts for nothing:
+        the squared error of a MobileNetV2 rose while 99 % of its answers were the float network's, not 96 %. Half of
+        the calibration images calibrate, and this is the error on the others.
         """
         if self._reference is None:
             self._reference = _directions(self._model, self._held_out)
