@@ -126,16 +126,21 @@ def _memory_mib() -> int:
 
 def _facts() -> dict[str, str]:
     """Return the facts of boards and NVIDIA's drivers that are in files; unreadable ones are omitted."""
-    l4t = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _read("etc/nv_tegra_release"))
     driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read("proc/driver/nvidia/version"))
     found = {
         "board": _read("proc/device-tree/model"),
-        "L4T": ".".join(l4t.groups()) if l4t else "",
+        "L4T": ".".join(map(str, l4t_release())),
         "power mode": _power_mode(),
         "NVIDIA driver": driver[1] if driver else "",
         "GPU max MHz": _gpu_max_mhz(),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def l4t_release() -> tuple[int, ...]:
+    """Return the release of a Jetson's Linux for Tegra, (36, 4, 3); empty on other machines."""
+    found = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _read("etc/nv_tegra_release"))
+    return tuple(int(n) for n in f"{found[1]}.{found[2]}".split(".") if n) if found else ()
 
 
 def _power_mode() -> str:

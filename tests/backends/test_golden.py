@@ -12,6 +12,7 @@ from fakes.machine import Box, compiled, recipe
 
 from edgekd.backends.base import fractions
 from edgekd.backends.tensorrt.backend import _is_weighted, _type, layers
+from edgekd.backends.tensorrt.options import tensorrt_target
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 
 GOLDEN = Path(__file__).parents[1] / "fakes" / "golden"
@@ -56,7 +57,7 @@ def test_the_fake_speaks_as_the_real_inspector(
     box("8.6")
     asked = recipe("fp16", batch_sizes=(1, 4))
     compiled(small_student, tmp_path / "student.engine", asked)
-    ours = layers(TensorRTRunner(tmp_path / "student.engine" / "stage_1.plan", asked))
+    ours = layers(TensorRTRunner(tmp_path / "student.engine" / "stage_1.plan", tensorrt_target(asked)))
     real = h100["graphs"]["stage_1"]["layers"]
     known = [layer for graph in h100["graphs"].values() for layer in graph["layers"]]
 

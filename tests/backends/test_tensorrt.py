@@ -27,7 +27,8 @@ from edgekd.artifacts.partition import graphs
 from edgekd.backends.cuda.device_tensor import moves
 from edgekd.backends.tensorrt.builder import timing_cache, timing_cache_path
 from edgekd.backends.tensorrt.graph_passes import to_fp16, without_qdq
-from edgekd.backends.tensorrt.library import logger
+from edgekd.backends.tensorrt.library import TENSORRT
+from edgekd.backends.tensorrt.options import tensorrt_target
 from edgekd.errors import ArtifactError, BackendError, DataError, GateError
 from edgekd.policy import Policy
 from edgekd.runtime.classifier import Classifier
@@ -276,7 +277,7 @@ def test_timing_cache(
 
     machine = box("10.3")
     compiled(small_student, tmp_path / "e.engine", recipe())
-    path = timing_cache_path()
+    path = timing_cache_path(TENSORRT)
     assert path.is_relative_to(tmp_path / "cache")
     assert path.name == "Orin-sm8.7-10.3.0.timing"
     everything = machine.trt.built[-1][1].create_timing_cache(path.read_bytes())._kernels
@@ -288,8 +289,8 @@ def test_timing_cache(
     compiled(small_student, tmp_path / "e.engine", recipe())
     assert "damaged, or from another TensorRT" in caplog.text
     assert machine.trt.built[-1][1].create_timing_cache(path.read_bytes())._kernels == everything
-    config = machine.trt.Builder(logger()).create_builder_config()
-    with timing_cache(config, recipe()):  # a build, while another one ends
+    config = machine.trt.Builder(TENSORRT.logger).create_builder_config()
+    with timing_cache(config, tensorrt_target(recipe())):  # a build, while another one ends
         other = config.create_timing_cache(b"")
         other._kernels = {"other"}
         path.write_bytes(other.serialize())

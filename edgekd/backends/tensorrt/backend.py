@@ -18,12 +18,11 @@ from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.smi import power_and_clocks
 from edgekd.backends.runner import DeviceCascade as DeviceCascadeRunner
 from edgekd.backends.runner import StagedRunner
-from edgekd.backends.tensorrt import library as trt_library
 from edgekd.backends.tensorrt import runner
 from edgekd.backends.tensorrt.builder import build_plan
 from edgekd.backends.tensorrt.device_exit import DeviceCascade
-from edgekd.backends.tensorrt.library import failed, library, parse_version
-from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options
+from edgekd.backends.tensorrt.library import TENSORRT, parse_version
+from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options, tensorrt_target
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write
@@ -47,7 +46,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
 
     name = "tensorrt"
     extra = "tensorrt"
-    packages = (*trt_library.PACKAGES, "cuda-python", "pycuda")
+    packages = (*TENSORRT.packages, "cuda-python", "pycuda")
     suffix = ".plan"
     supported_precisions = frozenset({"fp32", "fp16", "int8"})
     options = TensorRTOptions
@@ -55,7 +54,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
     pads_batches = True
 
     def version(self) -> str | None:
-        return trt_library.version()
+        return TENSORRT.version()
 
     def build(
         self, graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
@@ -66,7 +65,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
             BackendError: See `builder.build_plan`; or no driver, GPU or CUDA bindings.
         """
         with device():
-            plan, given = build_plan(graph, name=path.stem, recipe=recipe, progress=progress)
+            plan, given = build_plan(graph, name=path.stem, target=tensorrt_target(recipe), progress=progress)
         atomic_write(path, plan)
         if parse_options(recipe).strip_weights:
             atomic_write(path.with_suffix(".onnx"), given.SerializeToString())
@@ -80,7 +79,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         Raises:
             BackendError: TensorRT refuses it; or no driver, GPU or CUDA bindings.
         """
-        return TensorRTRunner(path, recipe, read)
+        return TensorRTRunner(path, tensorrt_target(recipe), read)
 
     def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
         """Count precisions among the layers that multiply by weights, as TensorRT's engine inspector names them.
@@ -88,7 +87,9 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         Raises:
             BackendError: The inspector's report cannot be read.
         """
-        found = fractions([_type(layer) for layer in layers(TensorRTRunner(path, recipe)) if _is_weighted(layer)])
+        found = fractions(
+            [_type(layer) for layer in layers(TensorRTRunner(path, tensorrt_target(recipe))) if _is_weighted(layer)]
+        )
         if not found:
             raise BackendError(f"TensorRT's inspector names no layer of {path} with weights", fix="report this network")
         return found
@@ -125,9 +126,11 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         """Compare versions and GPU, before TensorRT reads the engine.
 
         Raises:
-            BackendError: No driver, GPU or CUDA bindings.
+            BackendError: No driver, GPU or CUDA bindings; or CUDA does not start for TensorRT.
         """
         requested, gpu, there = parse_options(manifest.recipe), device(), manifest.host.backends.get(self.name, {})
+        if there.get("cuda_driver") != gpu.cuda["driver"]:
+            TENSORRT.check_starts()  # on the driver of the build it does: a builder was made
         ours, its = str(self.version()), manifest.backend_version
         if ours != its and not (requested.version_compatible and _follows(ours, its)):
             return f"was built by TensorRT {its}; this machine has {ours}"
@@ -160,11 +163,11 @@ def layers(opened: TensorRTRunner) -> list[Layer]:
     with device():
         inspector = opened.engine.create_engine_inspector()
         inspector.execution_context = opened.context(opened.sizes[0])  # without one, formats are unknown
-        text = inspector.get_engine_information(library().LayerInformationFormat.JSON)
+        text = inspector.get_engine_information(opened.library.trt.LayerInformationFormat.JSON)
     try:  # names are joined by control characters, which strict JSON forbids
         return [layer for layer in json.loads(text, strict=False)["Layers"] if isinstance(layer, dict)]
     except (ValueError, KeyError, TypeError) as error:
-        raise failed(f"TensorRT's inspector gives no layers of {opened.name}: {error}") from error
+        raise opened.library.failed(f"TensorRT's inspector gives no layers of {opened.name}: {error}") from error
 
 
 def _is_weighted(layer: Layer) -> bool:
