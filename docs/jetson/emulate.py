@@ -118,10 +118,10 @@ def main() -> int:
     asked = words.parse_args()
     machine = Machine(asked.root.resolve())
     with machine.mounted():
-        facts = "uname -m; . /etc/os-release; echo $PRETTY_NAME; ldd --version | head -1; python3 -c 'import sys; print(sys.version)'"
-        python = re.findall(r"^(3\.\d+)\.\d+", machine.sh(facts), re.MULTILINE)[-1]
-        say(
-            f"\nedgekd at commit {git('rev-parse', '--short', 'HEAD')}{' with changes' if git('status', '--short') else ''}"
+        facts = "uname -m; . /etc/os-release; echo $PRETTY_NAME; ldd --version | head -1; python3 --version"
+        (python,) = re.findall(r"^Python (3\.\d+)", machine.sh(facts), re.MULTILINE)
+        changed = " with changes" if git("status", "--short", "--untracked-files=no") else ""
+        say(f"\nedgekd at commit {git('rev-parse', '--short', 'HEAD')}{changed}")
         )
         expected = predictions_here(asked.bench)
         pins = pins_of(python)
@@ -197,9 +197,7 @@ def page(machine: Machine, bench: Path, expected: Tables, *, pins: list[str]) ->
     use(machine, bench, expected, user="jetson", **path)
 
 
-def use(
-    machine: Machine, bench: Path, expected: Tables, *, user: str, **environment: str
-) -> None:
+def use(machine: Machine, bench: Path, expected: Tables, *, user: str, **environment: str) -> None:
     """Compile with ONNX Runtime, tune and predict there; compare with this machine."""
     inside = machine.root / "bench"
     shutil.rmtree(inside, ignore_errors=True)
@@ -218,9 +216,9 @@ def use(
 def commands(recipe: str) -> list[str]:
     """The same on this machine and in the emulator."""
     engine, data = f"{recipe}.engine", "--data cells --split split.json"
+    loose = "--set max_accuracy_drop=10"  # of so few images, one is more than the default
     return [
-        f"edgekd compile student.onnx --backend onnxruntime --recipe {recipe} {data} --threads 1 --out {engine}",
-        f"edgekd tune {engine} {data} --max-accuracy-drop 0.5",
+        f"edgekd compile student.onnx --backend onnxruntime --recipe {recipe} {data} {loose} --threads 1 --out {engine}",
         f"edgekd predict {engine} cells --strategy full --probabilities --threads 1 --out {recipe}.csv",
     ]
 
