@@ -122,7 +122,6 @@ def main() -> int:
         (python,) = re.findall(r"^Python (3\.\d+)", machine.sh(facts), re.MULTILINE)
         changed = " with changes" if git("status", "--short", "--untracked-files=no") else ""
         say(f"\nedgekd at commit {git('rev-parse', '--short', 'HEAD')}{changed}")
-        )
         expected = predictions_here(asked.bench)
         pins = pins_of(python)
         if any(pin.startswith("12.") for pin in pins):
@@ -218,7 +217,8 @@ def commands(recipe: str) -> list[str]:
     engine, data = f"{recipe}.engine", "--data cells --split split.json"
     loose = "--set max_accuracy_drop=10"  # of so few images, one is more than the default
     return [
-        f"edgekd compile student.onnx --backend onnxruntime --recipe {recipe} {data} {loose} --threads 1 --out {engine}",
+        f"edgekd compile student.onnx --backend onnxruntime --recipe {recipe} {data} {loose} --out {engine}",
+        f"edgekd tune {engine} {data} --max-accuracy-drop 0.5",
         f"edgekd predict {engine} cells --strategy full --probabilities --threads 1 --out {recipe}.csv",
     ]
 
