@@ -36,6 +36,7 @@ Tables = dict[str, Table]
 """Recipe to the predictions' rows."""
 TOLERANCE = {"fp32": 1e-4, "int8": 0.05}
 """How far a probability may be from that of this machine."""
+VENV = {"PATH": "/home/jetson/edgekd-venv/bin:/usr/local/bin:/usr/bin:/bin"}
 LINES = 12
 """How much of a command's output is kept."""
 NAMES = """
@@ -124,16 +125,20 @@ def main() -> int:
         say(f"\nedgekd at commit {git('rev-parse', '--short', 'HEAD')}{changed}")
         expected = predictions_here(asked.bench)
         pins = pins_of(python)
+        page(machine, pins)
         if any(pin.startswith("12.") for pin in pins):
-            dockerfile(machine, asked.bench, expected)
-        page(machine, asked.bench, expected, pins=pins)
+            say("\n## docs/Dockerfile.jetson")
+            environment = dockerfile(machine)
+            say("\n## The image with --user and XDG_CACHE_HOME, as docs/jetson.md runs it")
+            use(machine, asked.bench, expected, user=str(STRANGER), **environment, XDG_CACHE_HOME="/bench/.cache")
+        else:
+            use(machine, asked.bench, expected, user="jetson", **VENV)
     say("\nEverything above ended as it must.")
     return 0
 
 
-def dockerfile(machine: Machine, bench: Path, expected: Tables) -> None:
-    """Carry out its instructions, and what docs/jetson.md does with the image."""
-    say("\n## docs/Dockerfile.jetson")
+def dockerfile(machine: Machine) -> dict[str, str]:
+    """Carry out its instructions, and return the environment that it sets."""
     for old in ("src", "opt/edgekd", "home/edgekd"):
         shutil.rmtree(machine.root / old, ignore_errors=True)
     if re.search(r"^edgekd:", (machine.root / "etc/passwd").read_text(), re.MULTILINE):
@@ -166,13 +171,12 @@ def dockerfile(machine: Machine, bench: Path, expected: Tables) -> None:
         elif word not in ("FROM", "ENTRYPOINT", "CMD"):
             raise Failed(f"{word} is not known here")
     machine.sh("edgekd doctor", user=user, where=where, **environment)
-    names(machine, "edgekd", "python", environment)
-    say("\n## The image with --user, /bench and XDG_CACHE_HOME, as docs/jetson.md runs it")
-    use(machine, bench, expected, user=str(STRANGER), **environment, XDG_CACHE_HOME="/bench/.cache")
+    names(machine, "edgekd", environment)
+    return environment
 
 
-def page(machine: Machine, bench: Path, expected: Tables, *, pins: list[str]) -> None:
-    """Carry out the section on installing as an ordinary user, with the first pin; then install the others."""
+def page(machine: Machine, pins: list[str]) -> None:
+    """Carry out the section on installing as an ordinary user, with the last pin; then install the others."""
     say("\n## docs/jetson.md, section 3")
     block = section_3()
     if not re.search(r"^jetson:", (machine.root / "etc/passwd").read_text(), re.MULTILINE):
@@ -188,16 +192,14 @@ def page(machine: Machine, bench: Path, expected: Tables, *, pins: list[str]) ->
     block = re.sub(r"cuda-python==\S+?\*", f"cuda-python=={last}", block)
     block = re.sub(r"^git clone \S+ edgekd && ", "", block, flags=re.MULTILINE)
     machine.sh(block, user="jetson", where="~")
-    path = {"PATH": "/home/jetson/edgekd-venv/bin:/usr/local/bin:/usr/bin:/bin"}
-    names(machine, "jetson", "python", path)
+    names(machine, "jetson", VENV)
     for pin in others:
-        machine.sh(f"pip install 'cuda-python=={pin}'", user="jetson", **path)
-        names(machine, "jetson", "python", path)
-    use(machine, bench, expected, user="jetson", **path)
+        machine.sh(f"pip install 'cuda-python=={pin}'", user="jetson", **VENV)
+        names(machine, "jetson", VENV)
 
 
 def use(machine: Machine, bench: Path, expected: Tables, *, user: str, **environment: str) -> None:
-    """Compile with ONNX Runtime, tune and predict there; compare with this machine."""
+    """Compile with ONNX Runtime and predict there; compare with this machine."""
     inside = machine.root / "bench"
     shutil.rmtree(inside, ignore_errors=True)
     inside.mkdir()
@@ -218,7 +220,6 @@ def commands(recipe: str) -> list[str]:
     loose = "--set max_accuracy_drop=10"  # of so few images, one is more than the default
     return [
         f"edgekd compile student.onnx --backend onnxruntime --recipe {recipe} {data} {loose} --out {engine}",
-        f"edgekd tune {engine} {data} --max-accuracy-drop 0.5",
         f"edgekd predict {engine} cells --strategy full --probabilities --threads 1 --out {recipe}.csv",
     ]
 
@@ -273,10 +274,10 @@ def copy(root: Path, *words: str) -> None:
             shutil.copy(REPO / source, into)
 
 
-def names(machine: Machine, user: str, python: str, environment: dict[str, str]) -> None:
+def names(machine: Machine, user: str, environment: dict[str, str]) -> None:
     """Import the CUDA bindings, which load no library before they are called, and look up what edgekd calls."""
     show = "python: every name of the CUDA runtime that edgekd uses"
-    said = machine.sh(f"{python} -c {shlex.quote(NAMES)}", user=user, show=show, **environment)
+    said = machine.sh(f"python -c {shlex.quote(NAMES)}", user=user, show=show, **environment)
     if "missing: none" not in said and "cudaGraphConditional" not in said:
         raise Failed("the bindings lack a name")
 
