@@ -17,6 +17,9 @@ from edgekd.artifacts.manifest import (
     MANIFEST,
     NETWORK,
     NETWORK_FILE,
+    PENDING,
+    STUDENT,
+    STUDENT_FILE,
     Calibration,
     EngineFile,
     Manifest,
@@ -101,7 +104,8 @@ def compile_engine(
         progress: Called with the percentage done and 100.
 
     Returns:
-        The manifest, and the result of every backend.
+        The manifest, and the result of every backend. Where the backend can build but not run, the engine is pending:
+        `pending.complete` checks it on the machine that runs it. `auto` builds no such engine.
 
     Raises:
         ConfigError: int8 without calibration images; `out` is not an engine, or holds other files.
@@ -113,12 +117,14 @@ def compile_engine(
         raise ConfigError("int8 needs calibration images of the training split", fix="give --data and --split")
     backends = installed() if backend == AUTO else [find_backend(backend)]
     threads, span = checked_threads(threads), Span(progress)
-    gated = _validation(student, validation, reference, threads)
+    is_pending = backend != AUTO and bool(backends[0].cannot_run(recipe))
+    gated = None if is_pending else _validation(student, validation, reference, threads)
     compilation = Compilation(student, recipe, calibration, gated, threads)
     with atomic_folder(out) as folder:
         results = []
         for one in backends:
-            results.append(_result(compilation, one, folder / one.name, span.part(1 / len(backends))))
+            part = span.part(1 / len(backends))
+            results.append(_result(compilation, one, folder / one.name, part, may_be_pending=backend != AUTO))
             if backend != AUTO and results[0].error:
                 raise results[0].error
         best = _fastest(results)
@@ -140,7 +146,7 @@ def refuse_other_folder(out: Path) -> None:
         return
     if not (out.is_dir() and ENGINE.matches(out / MANIFEST)):
         raise ConfigError(f"{out} exists and is not an engine: it would be replaced", fix="choose another --out")
-    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final|{NETWORK})\..+|\..+")
+    own = re.compile(rf"{MANIFEST}|(stage_\d+|monolithic|final|{NETWORK}|{STUDENT})\..+|\..+")
     for path in out.iterdir():
         if not (path.is_file() and own.fullmatch(path.name)):
             raise ConfigError(f"{path} would be lost: it is not part of the engine", fix="move it out of that folder")
@@ -176,9 +182,11 @@ class _Failure:
     error: EdgekdError
 
 
-def _result(compilation: Compilation, backend: AnyBackend, folder: Path, span: Span) -> _Engine | _Failure:
+def _result(
+    compilation: Compilation, backend: AnyBackend, folder: Path, span: Span, *, may_be_pending: bool
+) -> _Engine | _Failure:
     try:
-        return compilation.compile(backend, folder, span)
+        return compilation.compile(backend, folder, span, may_be_pending=may_be_pending)
     except (BackendError, GateError) as error:
         return _Failure(Attempt(backend.name, ok=False, note=error.what), error)
 
@@ -191,7 +199,7 @@ def _fastest(results: list[_Engine | _Failure]) -> _Engine:
     """
     engines = [result for result in results if isinstance(result, _Engine)]
     if engines:
-        return min(engines, key=lambda engine: sum(engine.manifest.stage_ms["1"]))
+        return min(engines, key=lambda engine: sum(engine.manifest.stage_ms.get("1", ())))
     errors = [result.error for result in results if isinstance(result, _Failure)]
     kind = GateError if any(isinstance(e, GateError) for e in errors) else BackendError
     raise kind("no backend passes:\n" + "\n".join(e.what for e in errors), fix=errors[0].fix)
@@ -243,14 +251,20 @@ class Compilation:
         self._quantized: dict[tuple[str, bool, bool], onnx.ModelProto] = {}
         self._hosts: dict[str, HostInfo] = {}
 
-    def compile(self, backend: AnyBackend, folder: Path, span: Span) -> _Engine:
-        """Build, gate and time an engine in `folder`.
+    def compile(self, backend: AnyBackend, folder: Path, span: Span, *, may_be_pending: bool) -> _Engine:
+        """Build, gate and time an engine in `folder`; or only build it, if it cannot run here and may be pending.
 
         Raises:
-            BackendError: The backend cannot build it, or what ran is not the requested precision.
+            BackendError: The backend cannot build it, or what ran is not the requested precision; or it cannot run
+                here and may not be pending.
             GateError: It is not accurate enough.
         """
         backend.check_supports(self._recipe)
+        if reason := backend.cannot_run(self._recipe):
+            if not may_be_pending:
+                what = f"{backend.name} cannot run here, so its engine would be pending: {reason}"
+                raise BackendError(what, fix=f"give --backend {backend.name} to build one for another machine")
+            return self._pending(backend, folder, span, reason)
         best, notes = self._most_accurate(backend, folder, span.part(0.9))
         precision = read_back(best.folder, backend, recipe=self._recipe)
         images = self._validation.images if self._validation else None
@@ -271,6 +285,25 @@ class Compilation:
             notes=tuple(notes),
         )
         return _Engine(attempt, manifest, best.folder)
+
+    def _pending(self, backend: AnyBackend, folder: Path, span: Span, reason: str) -> _Engine:
+        """Build an engine that cannot run here, with its float network, by which it is checked where it can.
+
+        Nothing tells here what int8 exit heads would cost, so heads stay float.
+        """
+        model = self._student.model
+        notes = [f"pending, since it cannot run where it was built: {reason}", *backend.build_notes(self._recipe)]
+        if self._recipe.precision == "int8":
+            model = self._quantise(backend, False, span.part(0.3))
+            notes.append("exit heads: float convolutions")
+        built = self._build(backend, folder, model, span.part(0.6))
+        precision = read_back(folder, backend, recipe=self._recipe)
+        student = folder / STUDENT_FILE
+        onnx.save(self._student.model, str(student))
+        files = built.files | {STUDENT_FILE: EngineFile(STUDENT, sha256(student), student.stat().st_size)}
+        manifest = replace(built, precision=precision, files=files, notes=tuple(notes), pending=PENDING)
+        span.fraction(1)
+        return _Engine(Attempt(backend.name, True, None, precision, note="; ".join(notes)), manifest, folder)
 
     def _most_accurate(self, backend: AnyBackend, folder: Path, span: Span) -> tuple[_Candidate, list[str]]:
         """Build candidates, and choose the one that loses least.

@@ -44,6 +44,8 @@ def _try(backend: AnyBackend) -> tuple[str, bool]:
         path = folder / f"stage_0{backend.suffix}"
         try:
             backend.build(_convolution(), path, recipe=recipe)
+            if reason := backend.cannot_run(recipe):
+                return f"{backend.version()} builds ahead of time; none of its engines can run here: {reason}", True
             output = backend.load(path, recipe=recipe, threads=1)(np.ones((1, 3, 8, 8), np.float32))[0]
             facts = backend.host_facts()
         except BackendError as error:

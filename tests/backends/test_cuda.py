@@ -40,7 +40,7 @@ def test_the_fake_has_the_real_names_and_no_others(box: Callable[..., Box], fami
     box(family)
     trt = TENSORRT.trt
     assert hasattr(trt.BuilderFlag, "FP16") == (family != "11.4")
-    assert hasattr(trt, "IProgressMonitor") == (family != "8.6")
+    assert hasattr(trt, "IProgressMonitor") == (family[0] != "8")
     config = trt.Builder(TENSORRT.logger).create_builder_config()
     with pytest.raises(AttributeError, match="no attribute 'fp16'"):
         config.fp16 = True

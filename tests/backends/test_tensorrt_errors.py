@@ -84,7 +84,7 @@ def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp
     model.opset_import[0].version = 18
     put_metadata(model, metadata)
     onnx.save(model, str(tmp_path / "new.onnx"))
-    with pytest.raises(BackendError, match=r"TensorRT 8\.6\.1 cannot read stage_0 \(opset 18\)[\s\S]*newer TensorRT"):
+    with pytest.raises(BackendError, match=r"8\.6\.1 understands opset 17; stage_0 has opset 18[\s\S]*newer TensorRT"):
         compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())
 
 
@@ -118,6 +118,15 @@ def test_engines_of_other_versions_and_gpus(box: Callable[..., Box], small_stude
         ArtifactError, match=r"for Orin \(SM 8\.7\); this machine has T4 \(SM 7\.5\)[\s\S]*--recipe fp32"
     ):
         open_engine(out)
+
+
+def test_a_driver_that_tensorrt_cannot_start_with(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    """A runtime would crash the interpreter, so on another driver than at the build a builder is made first."""
+    box("10.3")
+    compiled(small_student, tmp_path / "e.engine", recipe())
+    box("10.3", cuda=Cuda(driver=13000), cannot_start=True)
+    with pytest.raises(BackendError, match=r"cannot make its Builder[\s\S]*initialization failure with error: 35"):
+        open_engine(tmp_path / "e.engine")
 
 
 def test_a_file_that_tensorrt_refuses(box: Callable[..., Box], tmp_path: Path) -> None:

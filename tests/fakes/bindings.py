@@ -139,6 +139,10 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
         return (Error.cudaSuccess,)
 
     @offer
+    def cudaDeviceGetPCIBusId(length: int, device: int) -> Any:
+        return Error.cudaSuccess, b"0000:65:00.0".ljust(length, b"\0")
+
+    @offer
     def cudaGetDeviceProperties(device: int) -> Any:
         return Error.cudaSuccess, types.SimpleNamespace(name=cuda.name.encode())
 
@@ -337,6 +341,9 @@ def pycuda(cuda: Cuda) -> types.ModuleType:
 
         def compute_capability(self) -> tuple[int, int]:
             return cuda.sm
+
+        def pci_bus_id(self) -> str:
+            return "0000:65:00.0"
 
         def get_attribute(self, attribute: str) -> int:
             assert attribute == "integrated"

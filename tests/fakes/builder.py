@@ -17,8 +17,8 @@ from onnx import TensorProto, numpy_helper
 if TYPE_CHECKING:
     from fakes.tensorrt import World
 
-CEILING = {"8.6": 17, "10.3": 20, "10.16": 24, "11.4": 24}
-"""The newest opset that each parser reads."""
+NO_IMPORTER = {"8.5": ("LayerNormalization", "HardSwish")}
+"""Operators, of those that edgekd's networks have, that a parser does not know (operators.md of onnx-tensorrt)."""
 ELEMENT = {"FLOAT": TensorProto.FLOAT, "HALF": TensorProto.FLOAT16, "INT8": TensorProto.INT8}
 
 
@@ -49,6 +49,7 @@ def offer_builder(world: World) -> None:
         def __init__(self, name: str, dtype: Any, shape: tuple[int, ...], *, strong: bool, owner: Any) -> None:
             self._name, self._dtype, self._shape, self._strong, self._owner = name, dtype, shape, strong, owner
             self._range: tuple[float, float] | None = None
+            self.allowed_formats = (1 << 16) - 1
 
         name = property(lambda self: self._name)
 
@@ -164,11 +165,9 @@ def offer_builder(world: World) -> None:
                     "This version of the ONNX parser only supports TensorRT INetworkDefinitions with an explicit batch",
                     -1,
                 )
-            if opset(model) > CEILING[world.family]:
-                yield f"opset {opset(model)} is not supported", -1
             constants = {c.name: numpy_helper.to_array(c) for c in model.graph.initializer}
             for i, node in enumerate(model.graph.node):
-                if node.op_type in trouble.operators:
+                if node.op_type in (*trouble.operators, *NO_IMPORTER.get(world.family, ())):
                     yield f"No importer registered for op: {node.op_type}", i
                 if node.op_type in QDQ:
                     scale, zero = constants[node.input[1]], constants[node.input[2]]
@@ -213,11 +212,19 @@ def offer_builder(world: World) -> None:
             self.profiling_verbosity = trt.ProfilingVerbosity.LAYER_NAMES_ONLY
             self.default_device_type = trt.DeviceType.GPU
             self.DLA_core = -1
-            self.builder_optimization_level = 3
-            self.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
+            if major > 8 or world.minor > 5:
+                self.builder_optimization_level = 3
+                self.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
             if "IBuilderConfig.progress_monitor" in names:
                 self.progress_monitor = None
             self._sources = (1 << 10) - 1
+            self._capabilities: list[str] = []
+
+        def set_compute_capability(self, capability: Any, index: int) -> bool:
+            assert capability in trt.ComputeCapability
+            assert 0 <= index < self.num_compute_capabilities
+            self._capabilities.append(capability.name)
+            return True
 
         def set_flag(self, flag: Any) -> None:
             assert flag in flags
@@ -284,7 +291,10 @@ def offer_builder(world: World) -> None:
                 return None
             if config._cache is not None:
                 config._cache._kernels |= {f"{n.op_type}:{n.output[0]}" for n in network._model.graph.node}
-            return _plan(network, config)
+            plan = _plan(network, config)
+            if trouble.rtx:
+                self._logger.log(trt.Logger.VERBOSE, _listing(pickle.loads(plan[4:])["layers"]))
+            return plan
 
         def _wrong(self, network: Any, config: Any) -> str:
             if network._model is None or network._parser() is None:
@@ -325,6 +335,7 @@ def offer_builder(world: World) -> None:
     def _plan(network: Any, config: Any) -> bytes:
         model: onnx.ModelProto = network._model
         flag_names = {f.name for f in config._flags}
+        linear = 1 << int(trt.TensorFormat.LINEAR)
         stripped = "STRIP_PLAN" in flag_names
         given = onnx.ModelProto()
         given.CopyFrom(model)
@@ -335,9 +346,11 @@ def offer_builder(world: World) -> None:
         content = {
             "version": trt.__version__,
             "compatible": "VERSION_COMPATIBLE" in flag_names,
-            "hardware": config.hardware_compatibility_level.name,
+            "hardware": level.name if (level := getattr(config, "hardware_compatibility_level", None)) else "NONE",
             "sm": cuda.sm,
+            "capabilities": config._capabilities,
             "model": given.SerializeToString(),
+            "linear": [t._name for t in (*network._inputs, *network._outputs) if t.allowed_formats == linear],
             "dtypes": {t._name: t._dtype.name for t in (*network._inputs, *network._outputs)},
             "static": {t._name: t._shape for t in network._inputs},
             "profiles": [p._shapes for p in config._profiles],
@@ -346,6 +359,22 @@ def offer_builder(world: World) -> None:
             "stripped": stripped,
         }
         return b"ftrt" + pickle.dumps(content)
+
+    def _listing(layers: list[dict[str, Any]]) -> str:
+        """The builder's own list, in the words of TensorRT-RTX 1.7.1."""
+        rows = ["Layers:"]
+        for layer in layers:
+            inputs = ", ".join(
+                f"{{ Name: {tensor['Name']}, Dimensions: [1], Strides: [1], StrideOrder: [0], "
+                f"Datatype: {tensor['Format/Datatype']}, Format: (Linear) Row major linear format }}"
+                for tensor in layer["Inputs"]
+            )
+            kind = "correlation" if layer["LayerType"] == "CaskConvolution" else layer["LayerType"]
+            rows.append(
+                f"Name: {layer['Name']}, LayerType: {kind}, Inputs: [ {inputs}], Constants: [], Outputs: [], "
+                "TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: "
+            )
+        return "\n".join(rows)
 
     def _layers(model: onnx.ModelProto, flag_names: set[str], network: Any, config: Any) -> list[dict[str, Any]]:
         """What the inspector will say, in the words of the version."""

@@ -18,7 +18,7 @@ from fakes.cuda import Cuda, RuleBroken
 from fakes.engine import offer_engine
 from fakes.names import Named
 
-FULL = {"8.6": "8.6.1", "10.3": "10.3.0", "10.16": "10.16.1.11", "11.4": "11.4.0.106"}
+FULL = {"8.5": "8.5.2", "8.6": "8.6.1", "10.3": "10.3.0", "10.16": "10.16.1.11", "11.4": "11.4.0.106"}
 FAMILIES = tuple(FULL)
 ENUMS = (
     "BuilderFlag",
@@ -32,6 +32,7 @@ ENUMS = (
     "OnnxParserFlag",
     "ProfilingVerbosity",
     "TacticSource",
+    "TensorFormat",
     "TensorIOMode",
 )
 
@@ -58,6 +59,7 @@ class Trouble:
     dla_cores: int = 0
     cannot_run: bool = False
     wrong_profile: int = -1  # whose kernels answer wrongly
+    rtx: bool = False  # TensorRT-RTX instead of TensorRT
     forgets: bool = False  # a context answers wrongly once one of another profile has run since it did
 
 
@@ -76,9 +78,11 @@ class World:
     def __init__(self, family: str, cuda: Cuda, trouble: Trouble) -> None:
         self.family, self.cuda, self.trouble = family, cuda, trouble
         self.names = real_names(family)
-        self.major = int(family.split(".")[0])
+        if trouble.rtx:
+            self.names |= {f"IBuilderConfig.{name}" for name in ("num_compute_capabilities", "set_compute_capability")}
+        self.major, self.minor = map(int, family.split("."))
         self.trt: Any = types.ModuleType("tensorrt")
-        self.trt.__version__ = FULL[family]
+        self.trt.__version__ = "1.7.1.116" if trouble.rtx else FULL[family]
         self.trt.built = []  # network and config of every build, for tests to look at
 
     def offer(self, cls: type[Named]) -> type[Named]:
@@ -100,7 +104,7 @@ class World:
 
     def attached(self, logger: Any) -> Any:
         """The logger of what is being made."""
-        if not (self.cuda.driver and self.cuda.count):
+        if not (self.cuda.driver and self.cuda.count) and not self.trouble.rtx:
             raise RuleBroken("TensorRT is used where there is no driver or GPU: it crashes the interpreter")
         assert logger._is_logger
         if self.trouble.cannot_start:
@@ -118,7 +122,7 @@ def make(family: str, cuda: Cuda, trouble: Trouble) -> types.ModuleType:
     """The `tensorrt` module of a family, on a fake GPU."""
     world = World(family, cuda, trouble)
     for i, kind in enumerate(ENUMS):
-        world.offer_enum(kind, shift=(FAMILIES.index(family) + i) % 4)
+        world.offer_enum(kind, shift=(FAMILIES.index(family) + i) % 5)
 
     class ILogger:
         def __init__(self) -> None:
@@ -132,6 +136,8 @@ def make(family: str, cuda: Cuda, trouble: Trouble) -> types.ModuleType:
             self._is_monitor = True
 
     world.trt.ILogger, world.trt.Logger = ILogger, Logger
+    if trouble.rtx:
+        world.trt.ComputeCapability = _Enum("ComputeCapability", ["SM86", "SM89", "SM120"])
     if "IProgressMonitor" in world.names:
         world.trt.IProgressMonitor = IProgressMonitor
     offer_builder(world)

@@ -86,6 +86,7 @@ class CudaDevice(ABC):
         can_capture: True if the bindings support CUDA graphs.
         name: Name of the GPU.
         sm: Compute capability, such as "8.7".
+        pci_bus_id: Its PCI bus, such as "0000:65:00.0".
         cuda: CUDA versions of the `runtime` and of the `driver`.
         stream: Handle of the stream.
         schedule: How the host waits for the GPU; one of `SCHEDULES`.
@@ -96,6 +97,7 @@ class CudaDevice(ABC):
     can_capture = True
     name: str
     sm: str
+    pci_bus_id: str
     cuda: dict[str, str]
     stream: int
     schedule: str

@@ -116,6 +116,7 @@ class CudaPython(CudaDevice):
         minor = self.do(runtime.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, 0))
         self.sm = f"{major}.{minor}"
         self.name = self.do(runtime.cudaGetDeviceProperties(0)).name.decode().rstrip("\0")
+        self.pci_bus_id = self.do(runtime.cudaDeviceGetPCIBusId(32, 0)).decode().rstrip("\0")
         self.cuda = {"runtime": self._version(runtime.cudaRuntimeGetVersion), "driver": self._driver()}
         self.stream = int(self.do(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
         self._in, self._out, self._within = (

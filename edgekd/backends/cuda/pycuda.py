@@ -73,7 +73,7 @@ class PyCuda(CudaDevice):
             set_schedule(self.schedule)
         self._context = gpu.retain_primary_context()
         self.name, (major, minor) = gpu.name(), gpu.compute_capability()
-        self.sm = f"{major}.{minor}"
+        self.sm, self.pci_bus_id = f"{major}.{minor}", gpu.pci_bus_id()
         known = driver.get_driver_version()
         built = driver.get_version()
         self.cuda = {"runtime": f"{built[0]}.{built[1]}", "driver": f"{known // 1000}.{known % 1000 // 10}"}

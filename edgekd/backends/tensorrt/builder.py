@@ -4,35 +4,61 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from edgekd.backends.cuda.device import device
-from edgekd.backends.tensorrt.graph_passes import is_boundary, to_fp16, without_qdq
-from edgekd.backends.tensorrt.library import Library
+from edgekd.backends.tensorrt.graph_passes import is_boundary, to_fp16, without_new_operators, without_qdq
+from edgekd.backends.tensorrt.layers import Layer, from_log
+from edgekd.backends.tensorrt.library import Library, parse_version
 from edgekd.backends.tensorrt.options import Target, TensorRTOptions
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write, cache_folder, locked
+from edgekd.signals import deferred
 
 log = logging.getLogger(__name__)
 
 
+NEWEST_OPSET = {8: 17}
+"""Major version to the newest opset that its parser understands. It reads newer ones as well, but wrongly: the axes of
+opset 18's ReduceMean, for one, are an input, which it ignores."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A built engine.
+
+    Attributes:
+        data: The serialised engine.
+        graph: The graph that TensorRT parsed.
+        listing: The builder's list of its layers for all batch sizes, from TensorRT-RTX; else empty.
+    """
+
+    data: bytes
+    graph: onnx.ModelProto
+    listing: str
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of `listing`."""
+        return from_log(self.listing)
+
+
 def build_plan(
     graph: onnx.ModelProto, *, name: str, target: Target, progress: Callable[[float], None] | None = None
-) -> tuple[bytes, onnx.ModelProto]:
+) -> Plan:
     """Build an engine; where the library needs a GPU, the calling thread must hold it.
 
     Args:
         graph: The graph.
         name: Its name in errors.
         target: What it is built for.
-        progress: Called with the fraction done, where TensorRT reports it (from 10 on).
-
-    Returns:
-        The serialised engine, and the graph that TensorRT parsed.
+        progress: Called with the fraction done, which TensorRT reports from 10 on, and at the end with 1.
 
     Raises:
         BackendError: The GPU or this TensorRT does not support what the recipe requests, or building fails; with
@@ -46,23 +72,27 @@ def build_plan(
     network = builder.create_network(_creation_flags(library))
     parser = library.make(trt.OnnxParser, network)  # owns the weights, so it must outlive the build
     _parse(parser, graph, name=name, target=target)
+    _set_linear(network, library)
     if not library.strongly_typed:
         _set_boundaries_fp16(network, target)
         _set_ranges(network, ranges)
     config = builder.create_builder_config()
     _configure(config, target)
     _set_batches(builder, network, config, target)
-    monitor = _monitor(progress, library) if progress and hasattr(config, "progress_monitor") else None
-    if monitor:
-        config.progress_monitor = monitor
-    with timing_cache(config, target):
+    with timing_cache(config, target), deferred() as received:
+        monitor = _monitor(progress, library, received) if hasattr(config, "progress_monitor") else None
+        if monitor:
+            config.progress_monitor = monitor
         plan = builder.build_serialized_network(network, config)
     if monitor and monitor.error:
         raise monitor.error
     if plan is None:
         raise library.failed(f"{library.name} cannot build {name} as {target.recipe.name}")
+    listing = library.logger.listing
     library.forget_messages()
-    return bytes(plan), graph
+    if progress:
+        progress(1.0)
+    return Plan(bytes(plan), graph, listing)
 
 
 def _check_able(builder: Any, target: Target) -> None:
@@ -84,6 +114,8 @@ def _gpu() -> str:
 
 def _ready(graph: onnx.ModelProto, target: Target) -> tuple[onnx.ModelProto, dict[str, float]]:
     """Return the graph as this TensorRT takes it, and activation ranges that it takes separately."""
+    if target.library.needs_gpu and parse_version(target.library.trt.__version__) < (8, 6):
+        graph = without_new_operators(graph)
     if target.options.dla_core is not None and target.recipe.precision == "int8" and not target.library.strongly_typed:
         return without_qdq(graph)
     return (to_fp16(graph) if target.recipe.uses_fp16 and target.library.strongly_typed else graph), {}
@@ -101,13 +133,18 @@ def _creation_flags(library: Library) -> int:
 
 def _parse(parser: Any, graph: onnx.ModelProto, *, name: str, target: Target) -> None:
     trt = target.library.trt
-    if target.options.dla_core is not None and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
+    opset = next(o.version for o in graph.opset_import if o.domain in ("", "ai.onnx"))
+    newest = NEWEST_OPSET.get(parse_version(trt.__version__)[0]) if target.library.needs_gpu else None
+    if newest and opset > newest:
+        what = f"{target.library.name} {trt.__version__} understands opset {newest}; {name} has opset {opset}"
+        raise BackendError(what, fix=f"export the network with opset {newest}, or use a newer TensorRT")
+    has_flags = hasattr(trt, "OnnxParserFlag")  # from 8.6 on
+    if target.options.dla_core is not None and has_flags and hasattr(trt.OnnxParserFlag, "ADJUST_FOR_DLA"):
         parser.set_flag(trt.OnnxParserFlag.ADJUST_FOR_DLA)
     if parser.parse(graph.SerializeToString()):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     lines = [f"  {_node(error, graph)}: {error.desc()}" for error in errors]
-    opset = graph.opset_import[0].version
     raise target.library.failed(
         "\n".join([f"{target.library.name} {trt.__version__} cannot read {name} (opset {opset}):", *lines]),
         fix="use another --backend for this network, or a newer TensorRT",
@@ -121,6 +158,15 @@ def _node(error: Any, graph: onnx.ModelProto) -> str:
         node = graph.graph.node[index]
         return f"node '{node.name or ', '.join(node.output)}' ({node.op_type})"
     return "the graph"
+
+
+def _set_linear(network: Any, library: Library) -> None:
+    """Allow no memory layout but NCHW for inputs and outputs: by default TensorRT may choose any."""
+    linear = 1 << int(library.trt.TensorFormat.LINEAR)
+    for i in range(network.num_inputs):
+        network.get_input(i).allowed_formats = linear
+    for i in range(network.num_outputs):
+        network.get_output(i).allowed_formats = linear
 
 
 def _set_boundaries_fp16(network: Any, target: Target) -> None:
@@ -209,32 +255,52 @@ def _set_batches(builder: Any, network: Any, config: Any, target: Target) -> Non
             raise target.library.failed(f"{target.library.name} refuses batches of {size}")
 
 
-def _monitor(progress: Callable[[float], None], library: Library) -> Any:
-    """Return a monitor that reports the fraction done over all nested phases, and lets Ctrl-C end the build."""
+def _monitor(progress: Callable[[float], None] | None, library: Library, received: Sequence[int]) -> Any:
+    """Return a monitor that reports the fraction done, and ends the build when a signal was received.
+
+    TensorRT may call it from several threads, and swallows exceptions. What it reports need not add up: a step of a
+    phase may be over before the phases in it are.
+    """
     trt = library.trt
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]  # TensorRT has no types
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.error: BaseException | None = None
-            self._phases: dict[str, list[int]] = {}  # outermost first: steps done, steps in all
+            self._lock = threading.Lock()
+            self._phases: dict[str, tuple[str | None, int]] = {}  # name to the phase around it and its number of steps
+            self._done: dict[str, int] = {}
+            self._share = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._phases[phase_name] = [0, max(num_steps, 1)]
+            with self._lock:
+                self._phases[phase_name] = (parent_phase, max(num_steps, 1))
+                self._done[phase_name] = 0
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                self._phases[phase_name][0] = step + 1
-                share = 0.0
-                for done, steps in reversed(self._phases.values()):
-                    share = min((done + share) / steps, 1.0)
-                progress(share)
-            except BaseException as error:  # must not propagate through TensorRT; returning False stops it
-                self.error = error
-            return self.error is None
+            with self._lock:
+                self._done[phase_name] = step + 1
+                share = min(self._fraction(phase_name), 1.0)
+                if progress and share > self._share and not self.error:
+                    self._share = share
+                    try:
+                        progress(share)
+                    except BaseException as error:  # it ends the build, and is raised behind it
+                        self.error = error
+                return not (self.error or received)
+
+        def _fraction(self, phase: str) -> float:
+            share, seen = 0.0, set[str]()
+            around: str | None = phase
+            while around in self._phases and around not in seen:
+                seen.add(around)
+                share = (self._done[around] + share) / self._phases[around][1]
+                around = self._phases[around][0]
+            return share
 
         def phase_finish(self, phase_name: str) -> None:
-            self._phases.pop(phase_name, None)
+            with self._lock:
+                self._phases.pop(phase_name, None)
 
     return Monitor()
 

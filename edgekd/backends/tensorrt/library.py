@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.backends.cuda.device import device
+from edgekd.backends.tensorrt.layers import LISTING
 from edgekd.errors import BackendError, EdgekdError
 from edgekd.host import installed_version
 
@@ -26,6 +27,7 @@ LESS_MEMORY = (
 )
 MEMORY = r"out of memory|outofmemory|failed_allocation|insufficient memory|allocation fail"
 WORKSPACE = r"insufficient workspace|workspace size|increas\w+ (the )?workspace"
+OVERFLOW = r"overflow"
 UNKNOWN_GPU = r"\bsm\b.*(support|version)|(unsupported|not support).*(\bsm\b|compute capab|this gpu)"
 
 
@@ -82,21 +84,33 @@ class Library:
 
     @functools.cached_property
     def logger(self) -> Any:
-        """The logger of the process, as TensorRT requires; it keeps the last errors and warnings for `failed`."""
+        """The logger of the process, as TensorRT requires.
+
+        It keeps the last errors and warnings for `failed` and the last listing of layers, and logs warnings of weights
+        that overflow. A build has 10^4 to 10^6 other messages: they are logged at the level DEBUG only.
+        """
         trt, name = self.trt, self.name
+        chatter = {trt.Logger.INFO, trt.Logger.VERBOSE}
 
         class Log(trt.ILogger):  # type: ignore[misc,name-defined]  # TensorRT has no types
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
                 self.errors: collections.deque[str] = collections.deque(maxlen=8)
                 self.warnings: collections.deque[str] = collections.deque(maxlen=4)
+                self.listing = ""
 
             def log(self, severity: Any, msg: str) -> None:
-                if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
-                    self.errors.append(msg.strip())
+                if severity in chatter:
+                    if msg.startswith(LISTING):
+                        self.listing = msg
                 elif severity == trt.Logger.WARNING:
                     self.warnings.append(msg.strip())
-                log.debug("%s: %s", name, msg)
+                    if re.search(OVERFLOW, msg, re.IGNORECASE):
+                        log.warning("%s: %s", name, msg.strip())
+                else:
+                    self.errors.append(msg.strip())
+                if log.isEnabledFor(logging.DEBUG):
+                    log.debug("%s: %s", name, msg)
 
         return Log()
 
@@ -104,6 +118,7 @@ class Library:
         """Discard the messages recorded so far, so that the next `failed` does not report them."""
         self.logger.errors.clear()
         self.logger.warnings.clear()
+        self.logger.listing = ""
 
     def failed(self, what: str, *, fix: str = "report it with the messages above") -> BackendError:
         """Return the error to raise when the library has failed, with its messages and advice on them."""
