@@ -368,6 +368,8 @@ def wait(args: argparse.Namespace) -> dict[str, Any]:
 class Toy:
     """A stand-in for a TensorRT stage that copies given logits."""
 
+    library = None  # which names itself where a run fails
+
     def __init__(self, name: str, gpu: CudaPython, source: Any) -> None:
         self.name, self._gpu, self._source = name, gpu, source
         self.tensors = {"images": source, f"exit_{name}": _ToyTensor(gpu)}

@@ -7,6 +7,7 @@ tells: benchmarks/gpu.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -458,3 +459,44 @@ def test_fp16_stages_of_multi_exit_resnet18(student_onnx: Path) -> None:
         feeds = dict(zip(names, session.run(names, feeds)))
         assert np.abs(feeds.pop(f"exit_{k}") - want[k]).max() <= 5e-3 * np.abs(want).max()
         assert {x.dtype.type for x in feeds.values()} <= {np.float16}
+
+
+def test_engines_share_their_scratch_memory(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    """It grows for an engine that is opened after others were captured, and is freed with the last engine."""
+    cuda = box("10.3").cuda
+    want = open_engine(small_student, threads=1).staged_logits(IMAGES)
+    compiled(small_student, tmp_path / "e.engine", recipe())
+    gc.collect()
+    assert not cuda.blocks
+    engines = [open_engine(tmp_path / "e.engine") for _ in range(3)]
+
+    def scratch() -> set[int]:
+        with device() as gpu:
+            return {gpu.scratch.memory.address}
+
+    for engine in engines[:2]:
+        assert engine.staged_logits(IMAGES) == pytest.approx(want, abs=1e-4)
+    before, launches = scratch(), cuda.launches
+    assert engines[0].staged_logits(IMAGES) == pytest.approx(want, abs=1e-4)
+    assert cuda.launches > launches
+    assert engines[2].logits(IMAGES) == pytest.approx(want, abs=1e-4)  # in one piece, which needs more
+    assert scratch().isdisjoint(before)
+    assert before.isdisjoint(cuda.blocks)
+    after, plain = scratch(), cuda.plain
+    for engine in engines * 2:
+        assert engine.staged_logits(IMAGES) == pytest.approx(want, abs=1e-4)
+    assert scratch() == after
+    assert cuda.plain - plain <= 3 * 3 * len(BUCKETS)  # each batch size of each stage was captured anew, once
+    for engine in engines:
+        engine.close()
+    del engine, engines
+    gc.collect()
+    assert not cuda.blocks
+
+
+def test_a_layout_with_padding_is_refused(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    box("8.6")
+    compiled(small_student, tmp_path / "e.engine", recipe())
+    box("8.6", padded="images")
+    with pytest.raises(BackendError, match=r"images is laid out as 'Channel major[\s\S]*compile it again"):
+        open_engine(tmp_path / "e.engine").staged_logits(IMAGES)

@@ -57,6 +57,7 @@ class Trouble:
     ignores_fp16: bool = False  # builds float32 whatever it is asked for
     damaged_information: bool = False
     dla_cores: int = 0
+    padded: str = ""  # tensor whose layout is not that of an array
     cannot_run: bool = False
     wrong_profile: int = -1  # whose kernels answer wrongly
     rtx: bool = False  # TensorRT-RTX instead of TensorRT
