@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from edgekd.backends.base import load_recipe
 from edgekd.backends.cuda.base import pinned_bindings
+from edgekd.backends.cuda.device import _CUDA_OF_L4T as CUDA_OF_L4T
 from edgekd.cli.main import app
 from edgekd.config import parse_overrides
 
@@ -116,7 +117,7 @@ def test_cuda_bindings_fit_each_jetpack() -> None:
     """The page's table, its commands, the Dockerfile and the advice of the code name the same version."""
     page, image = ((ROOT / "docs" / name).read_text() for name in ("jetson.md", "Dockerfile.jetson"))
     rows = re.findall(r"^\| ([\d.]+)[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
-    assert len(rows) == 5
+    assert [cuda for _, cuda, _ in rows] == list(CUDA_OF_L4T.values())[::-1]
     pins = {jetpack: pinned_bindings(cuda) for jetpack, cuda, _ in rows}
     for jetpack, _, said in rows:
         assert f"`{pins[jetpack]}`" in said or jetpack == "5.1"
