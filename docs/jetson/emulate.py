@@ -2,7 +2,8 @@
 
 QEMU's user-mode emulation runs an aarch64 root file system on an x86-64 PC with Linux. It has no GPU and no TensorRT,
 so this shows that the light set installs and works on ONNX Runtime, not more. It is slow; its times mean nothing.
-As root:
+As root,
+with QEMU 10 (7.2 crashes when ONNX Runtime 1.32 is imported):
 
     apt-get install qemu-user-static debootstrap
     debootstrap --arch arm64 --components main,universe --include python3-venv jammy ROOT
@@ -123,6 +124,7 @@ def main() -> int:
     with machine.mounted():
         facts = "uname -m; . /etc/os-release; echo $PRETTY_NAME; ldd --version | head -1; python3 --version"
         (python,) = re.findall(r"^Python (3\.\d+)", machine.sh(facts), re.MULTILINE)
+        say(f"\n{emulator()}")
         changed = " with changes" if git("status", "--short", "--untracked-files=no") else ""
         say(f"\nedgekd at commit {git('rev-parse', '--short', 'HEAD')}{changed}")
         expected = predictions_here(asked.bench)
@@ -295,6 +297,13 @@ def section_3() -> str:
     """The shell block of the section on installing."""
     (block,) = re.findall(r"^## 3\..*?^```sh\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     return str(block)
+
+
+def emulator() -> str:
+    """The version of the QEMU that runs aarch64 programs."""
+    entry = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").read_text()
+    (program,) = re.findall(r"^interpreter (\S+)", entry, re.MULTILINE)
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def read(path: Path) -> Table:
