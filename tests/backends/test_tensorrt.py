@@ -29,7 +29,7 @@ from edgekd.artifacts.partition import graphs
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.device_tensor import moves
-from edgekd.backends.tensorrt.builder import build_plan, timing_cache, timing_cache_path
+from edgekd.backends.tensorrt.builder import _monitor, build_plan, timing_cache, timing_cache_path
 from edgekd.backends.tensorrt.graph_passes import to_fp16, without_new_operators, without_qdq
 from edgekd.backends.tensorrt.library import TENSORRT
 from edgekd.backends.tensorrt.options import tensorrt_target
@@ -314,6 +314,61 @@ def test_progress(box: Callable[..., Box], family: str, small_student: Path, tmp
     assert shares == sorted(shares)
     assert seen[-1] == (100, 100)
     assert (len(set(shares)) > 15) == (family != "8.5")  # below 10, there is no progress monitor
+
+
+def _monitor_of(box: Callable[..., Box], told: list[float], received: list[int]) -> Any:
+    box("10.3")
+    with device():
+        return _monitor(told.append, TENSORRT, received)
+
+
+def test_progress_is_told_as_tensorrt_has_it(box: Callable[..., Box]) -> None:
+    """As TensorRT-RTX 1.7.1 reports: of six steps it takes five, and one is over before the phase in it is."""
+    told: list[float] = []
+    monitor = _monitor_of(box, told, [])
+    monitor.phase_start("Building engine", None, 6)
+    for step in range(5):
+        monitor.phase_start("Inner", "Building engine", 2)
+        assert monitor.step_complete("Inner", 0)
+        assert monitor.step_complete("Building engine", step)
+        assert monitor.step_complete("Inner", 1)
+        monitor.phase_finish("Inner")
+    monitor.phase_finish("Building engine")
+    assert monitor.step_complete("Never begun", 3)
+    monitor.phase_finish("Never begun")
+    assert told == sorted(set(told))
+    assert told[-1] <= 1
+
+
+def test_progress_comes_from_many_threads(box: Callable[..., Box]) -> None:
+    told: list[float] = []
+    monitor = _monitor_of(box, told, [])
+    monitor.phase_start("Building engine", None, 8)
+
+    def work(number: int) -> bool:
+        going = True
+        for turn in range(200):
+            name = f"Tactics {number % 4}"  # two threads have a phase of the same name
+            monitor.phase_start(name, "Building engine", 3)
+            going = all(monitor.step_complete(name, step) for step in range(3)) and going
+            monitor.phase_finish(name)
+            going = monitor.step_complete("Building engine", turn % 8) and going
+        return going
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert monitor.error is None
+    assert told == sorted(set(told))
+    assert told[-1] <= 1
+
+
+def test_what_ends_a_build(box: Callable[..., Box]) -> None:
+    received: list[int] = []
+    monitor = _monitor_of(box, [], received)
+    monitor.phase_start("Building engine", None, 2)
+    assert monitor.step_complete("Building engine", 0)
+    received.append(2)
+    assert not monitor.step_complete("Building engine", 1)
 
 
 def test_fp16_graph_of_the_student(small_student: Path) -> None:

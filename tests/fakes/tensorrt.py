@@ -1,6 +1,11 @@
 """A TensorRT for each family of versions: it knows only the names that the real bindings have, keeps the real rules
 that edgekd depends on, and runs the graphs in ONNX Runtime. What only a GPU can tell, it cannot.
 
+Not proved on a GPU, or on one alone (an H100 with 8.6): that a context which takes another profile gives up the one it
+had; that garbage is no timing cache (for TensorRT-RTX it is an empty one); that a context without memory accepts a
+profile; that formats are told only with a context; what the inspectors of 10 and 11 call things; that Q/DQ graphs give
+what they give in ONNX Runtime. Every engine here needs 4096 bytes of scratch memory, so too little cannot be noticed.
+
 Rules that real TensorRT answers with a log message and None or False are answered so here; what crashes there, or
 gives wrong numbers, raises `RuleBroken`.
 
