@@ -23,6 +23,8 @@ class Recipe:
         calibration_method: How the end of an activation's range is chosen; int8 only.
         batch_sizes: Batch sizes whose stage times are measured into the manifest, and which backends with fixed batch
             sizes build for.
+        graphs: `stages` builds the stages alone, in which a cascade runs; `all` also builds `monolithic` (every exit in
+            one piece) and `final` (the last exit alone), which other strategies and comparisons run.
         options: Backend name to its options, as TOML has them; in TOML, a table called like the backend.
             `Backend.parse_options` parses them.
     """
@@ -33,6 +35,7 @@ class Recipe:
     calibration_images: int = 256
     calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax"
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    graphs: Literal["stages", "all"] = "stages"
     options: dict[str, dict[str, Option]] = field(default_factory=dict, metadata=TABLES)
 
     def __post_init__(self) -> None:

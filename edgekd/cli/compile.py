@@ -57,6 +57,13 @@ def compile_(
     data: OptionalData = None,
     split: SplitFile = None,
     out: Annotated[Path | None, typer.Option(help="Engine folder; default: STUDENT.engine.")] = None,
+    graphs: Annotated[
+        str | None,
+        typer.Option(
+            help="stages (a cascade needs no more; the default) or all: also the network in one piece.",
+            callback=one_of("stages", "all"),
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -70,7 +77,8 @@ def compile_(
     from edgekd.data.split import read_split
 
     out = out or source.with_suffix(".engine")
-    compile_recipe = load_recipe(recipe, overrides=config.parse_overrides(set_ or []))
+    overrides = config.parse_overrides(set_ or []) | ({"graphs": graphs} if graphs else {})
+    compile_recipe = load_recipe(recipe, overrides=overrides)
     if data is None and split is not None:
         raise ConfigError("--split without --data", fix="give the images, too")
     refuse_other_folder(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ import onnx
 
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Backend, ReadFile, fractions
+from edgekd.backends.base import Backend, ReadFile
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.smi import power_and_clocks
 from edgekd.backends.runner import DeviceCascade as DeviceCascadeRunner
@@ -82,13 +83,13 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         """
         return TensorRTRunner(path, recipe, read)
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count precisions among the layers that multiply by weights, as TensorRT's engine inspector names them.
 
         Raises:
             BackendError: The inspector's report cannot be read.
         """
-        found = fractions([_type(layer) for layer in layers(TensorRTRunner(path, recipe)) if _is_weighted(layer)])
+        found = Counter([_type(layer) for layer in layers(TensorRTRunner(path, recipe)) if _is_weighted(layer)])
         if not found:
             raise BackendError(f"TensorRT's inspector names no layer of {path} with weights", fix="report this network")
         return found
