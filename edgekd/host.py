@@ -37,7 +37,7 @@ class HostInfo:
         max_mhz: Highest frequency of the first core that is allowed, or "unreadable".
         python: Version of Python.
         versions: Distribution to its version.
-        facts: Further facts that the system reports, by name: board, L4T release, power mode, driver, GPU clock.
+        facts: Further facts that the system reports, by name: board, L4T release, power mode, driver, GPU clocks.
         backends: Backend to the facts that it reports: versions, device, clocks.
     """
 
@@ -126,32 +126,44 @@ def _memory_mib() -> int:
 
 def _facts() -> dict[str, str]:
     """Return the facts of boards and NVIDIA's drivers that are in files; unreadable ones are omitted."""
-    l4t = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _read("etc/nv_tegra_release"))
     driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read("proc/driver/nvidia/version"))
     found = {
         "board": _read("proc/device-tree/model"),
-        "L4T": ".".join(l4t.groups()) if l4t else "",
+        "L4T": ".".join(map(str, l4t_release())),
         "power mode": _power_mode(),
         "NVIDIA driver": driver[1] if driver else "",
-        "GPU max MHz": _gpu_max_mhz(),
+        "GPU MHz": _gpu_mhz(),
     }
     return {name: value for name, value in found.items() if value}
 
 
+def l4t_release() -> tuple[int, ...]:
+    """Return the release of a Jetson's Linux for Tegra, (36, 4, 3); empty on other machines."""
+    found = re.search(r"R(\d+) .*REVISION: ([\d.]+)", _read("etc/nv_tegra_release"))
+    return tuple(int(n) for n in f"{found[1]}.{found[2]}".split(".") if n) if found else ()
+
+
 def _power_mode() -> str:
-    """Return a Jetson's mode as nvpmodel keeps it: its number, and its name if the configuration has one."""
+    """Return a Jetson's mode as nvpmodel keeps it: its number, and its name if the configuration has one.
+
+    Before the mode has ever been changed, nothing is kept, and the configuration's default applies.
+    """
+    configuration = _read("etc/nvpmodel.conf")
     mode = re.search(r"pmode:0*(\d+)", _read("var/lib/nvpmodel/status"))
+    mode = mode or re.search(r"^\s*<\s*PM_CONFIG\s+DEFAULT=(\d+)", configuration, re.MULTILINE)
     if not mode:
         return ""
-    name = re.search(rf"POWER_MODEL ID={mode[1]} NAME=(\S+)", _read("etc/nvpmodel.conf"))
+    name = re.search(rf"^\s*<\s*POWER_MODEL\s+ID={mode[1]}\s+NAME=(\S+)", configuration, re.MULTILINE)
     return f"{mode[1]} ({name[1]})" if name else mode[1]
 
 
-def _gpu_max_mhz() -> str:
-    """Return the highest frequency that a Jetson's GPU is allowed, which nvpmodel and jetson_clocks set."""
-    for folder in sorted((ROOT / "sys/class/devfreq").glob("*.g[pav]*")):  # 17000000.gpu, .ga10b, .gv11b
-        if (hz := _read(f"sys/class/devfreq/{folder.name}/max_freq")).isdecimal():
-            return str(int(hz) // 1_000_000)
+def _gpu_mhz() -> str:
+    """Return the range of frequencies that a Jetson's GPU is allowed, which nvpmodel and jetson_clocks set."""
+    folders = (ROOT / "sys/class/devfreq").glob("*")
+    for name in sorted(folder.name for folder in folders):  # 17000000.gpu, .ga10b, .gv11b; on Thor gpu-gpc-0
+        limits = [_read(f"sys/class/devfreq/{name}/{end}_freq") for end in ("min", "max")]
+        if re.search(r"\.g[pav]|^gpu-gpc", name) and all(map(str.isdecimal, limits)):
+            return "-".join(str(int(hz) // 1_000_000) for hz in limits)
     return ""
 
 

@@ -55,6 +55,38 @@ def stopping() -> Iterator[Stops]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def deferred() -> Iterator[list[int]]:
+    """Keep signals from raising within the block, where native code would swallow it; the first is handled behind it.
+
+    A second one, if not in the same moment, ends the process immediately.
+
+    Yields:
+        The signals received so far: work that can be ended early should be.
+    """
+    received: list[int] = []
+    since = 0.0
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal since
+        if received and time.monotonic() - since > AGAIN_S:
+            _end(number, frame)
+        since = since or time.monotonic()
+        received.append(number)
+
+    heeded = SIGNALS if threading.current_thread() is threading.main_thread() else []
+    kept = {n: handler for n in heeded if callable(handler := signal.getsignal(n))}
+    for number in kept:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        if received:
+            kept[received[0]](received[0], None)
+
+
 class Stops:
     """Signal handler that raises `Stopped`, but not during an import.
 

@@ -166,6 +166,7 @@ def test_facts_of_a_jetson(many: Path) -> None:
             "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
             "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n",
             "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
+            "sys/class/devfreq/17000000.gpu/min_freq": "306000000\n",
             "sys/class/devfreq/17000000.gpu/max_freq": "1020000000\n",
             "proc/cpuinfo": "processor\t: 0\nmodel name\t: ARMv8 Processor rev 1 (v8l)\n",
         },
@@ -176,10 +177,30 @@ def test_facts_of_a_jetson(many: Path) -> None:
         "board": "NVIDIA Jetson Orin Nano Developer Kit",
         "L4T": "36.4.3",
         "power mode": "2 (MAXN_SUPER)",
-        "GPU max MHz": "1020",
+        "GPU MHz": "306-1020",
     }
     (many / "etc/nvpmodel.conf").unlink()
     assert host.host_info().facts["power mode"] == "2"
+
+
+def test_facts_of_jetsons_that_differ(many: Path) -> None:
+    """A Thor whose power mode was never changed, with the clocks that jetson_clocks fixed; a container's release."""
+    modes = "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=1 NAME=120W >\n"
+    put(
+        many,
+        {
+            "etc/nv_tegra_release": "# R38 (release), REVISION: 2.2, GCID: 42205042, BOARD: generic, EABI: aarch64, "
+            "DATE: Thu Sep 25 22:47:11 UTC 2025\n# KERNEL_VARIANT: oot\n",
+            "etc/nvpmodel.conf": f"# < PM_CONFIG DEFAULT=9 > is a comment\n{modes}< PM_CONFIG DEFAULT=1 >\n",
+            "sys/class/devfreq/gpu-gpc-0/min_freq": "1575000000\n",
+            "sys/class/devfreq/gpu-gpc-0/max_freq": "1575000000\n",
+            "sys/class/devfreq/a808d0000.vic/min_freq": "0\n",
+            "sys/class/devfreq/a808d0000.vic/max_freq": "700000000\n",
+        },
+    )
+    assert host.host_info().facts == {"L4T": "38.2.2", "power mode": "1 (120W)", "GPU MHz": "1575-1575"}
+    put(many, {"etc/nv_tegra_release": "# R36 (release), REVISION: 3.0\n"})
+    assert host.l4t_release() == (36, 3, 0)
 
 
 def test_facts_of_other_machines(many: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import time
 from collections import Counter
@@ -19,8 +20,9 @@ from edgekd.artifacts.metadata import read_onnx
 from edgekd.artifacts.partition import graph, with_shapes
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import device
-from edgekd.backends.tensorrt.backend import layers
+from edgekd.backends.tensorrt.backend import inspector_report
 from edgekd.backends.tensorrt.builder import build_plan
+from edgekd.backends.tensorrt.options import tensorrt_target
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.files import temporary_folder
 from edgekd.policy import NEVER_EXIT
@@ -37,8 +39,8 @@ def inspected(engine: Path) -> dict[str, Any]:
 
 def _graph(path: Path, recipe: Recipe) -> dict[str, Any]:
     with device():
-        opened = TensorRTRunner(path, recipe)
-        found = layers(opened)
+        opened = TensorRTRunner(path, tensorrt_target(recipe))
+        found = json.loads(inspector_report(opened), strict=False)["Layers"]
         ends = {name: _end(opened, name) for name in (*opened.inputs, *opened.outputs)}
         memory, profiles = opened.engine.device_memory_size, opened.engine.num_optimization_profiles
     kinds = {kind for layer in found if "eformat" in (kind := str(layer.get("LayerType", "")))}
@@ -151,7 +153,7 @@ def build_times(onnx_path: Path, recipe: Recipe) -> dict[str, float]:
                 )
                 start = time.perf_counter()
                 with device():
-                    build_plan(subgraph, name="final", recipe=cached_recipe)
+                    build_plan(subgraph, name="final", target=tensorrt_target(cached_recipe))
                 found[name] = time.perf_counter() - start
         finally:
             if before is not None:

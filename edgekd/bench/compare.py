@@ -59,6 +59,7 @@ def conditions(record: Record) -> dict[str, str]:
         **{f"{name} version": version for name, version in record.host.versions.items()},
         **record.host.facts,
         "threads": str(record.threads),
+        "energy": record.energy_source or "not measured",
         "data fingerprint": record.split.fingerprint,
         "split": f"{record.split.method}, seed {record.split.seed}, {record.split.group}",
         "test images": str(len(record.images)),

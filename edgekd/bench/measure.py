@@ -95,7 +95,8 @@ def bench(
     engine = open_engine(engine_path, threads=suite.threads)
     entries = plan(engine, engine_path, suite, against or {})
     _same_classes(entries, split)
-    before, watts = load_average(), energy.idle_watts(energy.domains())
+    before, meter = load_average(), energy.find_meter()
+    watts = energy.idle_watts(meter)
     items = split.subset("test")
     groups = group_numbers(items)
     with temporary_folder("bench") as folder:
@@ -123,6 +124,7 @@ def bench(
         load_before=before,
         load_after=load_average(),
         idle_watts=watts,
+        energy_source=meter.source if meter and watts is not None else "",
         preprocess_ms=preprocess_ms,
         variants=tuple(measured),
         groups=() if groups is None else tuple(groups.tolist()),

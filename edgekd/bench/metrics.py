@@ -111,7 +111,7 @@ TIMING_METRICS = (
         ("energy_mj",),
         lambda t: (fmean(t.energy_mj) if t.energy_mj else None,),
         title="energy mJ",
-        legend="energy of the processor packages above idle, for one image",
+        legend="energy above idle, for one image",
     ),
 )
 VARIANT_METRICS = (

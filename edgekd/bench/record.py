@@ -220,7 +220,8 @@ class Record:
         host: The machine.
         load_before: Load averages before the benchmark.
         load_after: Load averages after it.
-        idle_watts: Power of the processor packages when idle; None where it cannot be read.
+        idle_watts: Power when idle; None where it cannot be read.
+        energy_source: What the energy is that of: processor packages, or rails of a Jetson; empty where none is read.
         preprocess_ms: Time to decode, resize and normalise one file each.
         variants: The measured variants.
         targets: Figures derived from the variants.
@@ -250,6 +251,7 @@ class Record:
     warnings: tuple[str, ...] = ()
     groups: tuple[int, ...] = ()
     certificate: Certificate | None = None
+    energy_source: str = ""
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:

@@ -92,5 +92,7 @@ def warnings(record: Record) -> tuple[str, ...]:
     if not record.policy.is_tuned:
         found.append("no exit thresholds, so no cascade was measured; edgekd tune sets them")
     if record.idle_watts is None:
-        found.append("energy: not measured (no RAPL counter that this user may read)")
+        found.append("energy: not measured (no RAPL counter or INA3221 sensor that this user may read)")
+    elif record.energy_source.startswith("sum of"):
+        found.append(f"energy: that of the {record.energy_source}; the board has no sensor for its whole input")
     return tuple(found)

@@ -37,7 +37,7 @@ class WorkerTask:
         batch_sizes: See `Suite`; so are min_count, min_seconds and warmup_seconds.
         pool: Number of images kept in memory, which the queries cycle through.
         round: Seed of their choice and order; accuracy and overhead are measured in round 0 only.
-        idle_watts: Power of the processor packages when idle; None if energy cannot be measured.
+        idle_watts: Power when idle; None if energy cannot be measured.
         interleaved_with: Another variant to time interleaved with this one; empty for none.
         digest: Digest of the engine that was opened at the start, so that no other is measured.
     """
@@ -131,11 +131,12 @@ def _time_batches(predict: Predictor, pool: Array, task: WorkerTask, at: int) ->
     query = _query(predict)
     size, queries = task.batch_sizes[at], batched(pool, task.batch_sizes[at])
     time_queries(query, queries, seconds=task.warmup_seconds, count=1)
-    packages = energy.domains() if task.idle_watts is not None else []
-    counters, start = energy.counters(packages), time.perf_counter()
+    meter = energy.find_meter() if task.idle_watts is not None else None
+    end = meter.start() if meter else None
     samples, exits = time_queries(query, queries, seconds=task.min_seconds, count=task.min_count[at])
-    seconds, spent = time.perf_counter() - start, energy.joules(counters, energy.counters(packages))
-    energy_mj = None if task.idle_watts is None else 1e3 * (spent - task.idle_watts * seconds) / (len(samples) * size)
+    spent, energy_mj = end() if end else None, None
+    if spent and task.idle_watts is not None:
+        energy_mj = 1e3 * (spent.watts - task.idle_watts) * spent.seconds / (len(samples) * size)
     return BatchSamples(tuple(round(s, 4) for s in samples), tuple(exits) if size == 1 else (), energy_mj)
 
 

@@ -254,6 +254,8 @@ class Compilation:
         backend.check_supports(self._recipe)
         best, notes = self._most_accurate(backend, folder, span.part(0.9))
         precision = read_back(best.folder, best.manifest.metadata, backend, recipe=self._recipe)
+        if not precision:
+            notes.append(f"{backend.name} does not tell which precision runs")
         images = self._validation.images if self._validation else None
         stage_ms, monolithic_ms = stage_times(best.engine, images, sizes=self._recipe.batch_sizes)
         span.fraction(1)

@@ -244,7 +244,7 @@ def read_back(folder: Path, metadata: ModelMetadata, backend: AnyBackend, *, rec
         recipe: The recipe.
 
     Returns:
-        Precision to its fraction of the layers.
+        Precision to its fraction of the layers; empty if the backend tells nothing of them.
 
     Raises:
         BackendError: They differ from the recipe's.
@@ -252,6 +252,8 @@ def read_back(folder: Path, metadata: ModelMetadata, backend: AnyBackend, *, rec
     layers = Counter[str]()
     for name in graph_names(metadata, whole=False):
         layers.update(backend.precisions(folder / f"{name}{backend.suffix}", recipe=recipe))
+    if not layers:
+        return {}
     precision = {name: count / layers.total() for name, count in layers.most_common()}
     # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster there.
     least = {"fp32": 0.9, "fp16": 0.5, "int8": 0.2}[recipe.precision]

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from fakes.machine import Box, compiled, recipe
 
-from edgekd.backends.tensorrt.backend import _is_weighted, _type, layers
+from edgekd.backends.tensorrt import layers
+from edgekd.backends.tensorrt.backend import inspector_report
+from edgekd.backends.tensorrt.options import tensorrt_target
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 
 GOLDEN = Path(__file__).parents[1] / "fakes" / "golden"
@@ -30,13 +32,14 @@ def test_precisions_of_real_engines(h100: dict[str, Any]) -> None:
     """
     counts = {}
     for name, graph in h100["graphs"].items():
-        first = [layer for layer in graph["layers"] if "[profile" not in layer["Name"] and _is_weighted(layer)]
-        counts[name] = len(first)
-        assert fractions([_type(layer) for layer in first]).keys() <= {"fp16", "fp32"}
+        first = [layer for layer in graph["layers"] if "[profile" not in layer["Name"]]
+        found = layers.precisions(layers.from_inspector(json.dumps({"Layers": first})))
+        counts[name] = len(found)
+        assert set(found) <= {"fp16", "fp32"}
     assert counts == {"stage_0": 16, "stage_1": 13, "stage_2": 10, "stage_3": 6, "monolithic": 45, "final": 21}
-    types = [_type(layer) for layer in h100["graphs"]["monolithic"]["layers"] if _is_weighted(layer)]
-    found = {name: types.count(name) / len(types) for name in types}
-    assert found == pytest.approx(h100["precisions_of_monolithic"])
+    found = layers.precisions(layers.from_inspector(json.dumps({"Layers": h100["graphs"]["monolithic"]["layers"]})))
+    shares = {name: found.count(name) / len(found) for name in found}
+    assert shares == pytest.approx(h100["precisions_of_monolithic"])
 
 
 def test_boundaries_are_linear(h100: dict[str, Any]) -> None:
@@ -56,7 +59,8 @@ def test_the_fake_speaks_as_the_real_inspector(
     box("8.6")
     asked = recipe("fp16", batch_sizes=(1, 4))
     compiled(small_student, tmp_path / "student.engine", asked)
-    ours = layers(TensorRTRunner(tmp_path / "student.engine" / "stage_1.plan", asked))
+    report = inspector_report(TensorRTRunner(tmp_path / "student.engine" / "stage_1.plan", tensorrt_target(asked)))
+    ours = json.loads(report)["Layers"]
     real = h100["graphs"]["stage_1"]["layers"]
     known = [layer for graph in h100["graphs"].values() for layer in graph["layers"]]
 

@@ -24,10 +24,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifacts.metadata import read_onnx
 from edgekd.artifacts.partition import graphs
+from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.device_tensor import moves
-from edgekd.backends.tensorrt.builder import timing_cache, timing_cache_path
-from edgekd.backends.tensorrt.graph_passes import to_fp16, without_qdq
-from edgekd.backends.tensorrt.library import logger
+from edgekd.backends.tensorrt.builder import build_plan, timing_cache, timing_cache_path
+from edgekd.backends.tensorrt.graph_passes import to_fp16, without_new_operators, without_qdq
+from edgekd.backends.tensorrt.library import TENSORRT
+from edgekd.backends.tensorrt.options import tensorrt_target
 from edgekd.errors import ArtifactError, BackendError, DataError, GateError
 from edgekd.policy import Policy
 from edgekd.runtime.classifier import Classifier
@@ -249,7 +251,7 @@ def test_weights_left_out_and_put_in_again(box: Callable[..., Box], small_studen
     assert open_engine(tmp_path / "student.engine").logits(IMAGES) == pytest.approx(want, abs=2e-2)
 
 
-@pytest.mark.parametrize("family", ["8.6", "10.3"])
+@pytest.mark.parametrize("family", ["8.5", "8.6", "10.3"])
 def test_dla(box: Callable[..., Box], family: str, small_student: Path, tmp_path: Path) -> None:
     asked = recipe("int8-fp16", batch_sizes=(1,), options={"tensorrt": {"dla_core": 0}})
     box(family)
@@ -276,7 +278,7 @@ def test_timing_cache(
 
     machine = box("10.3")
     compiled(small_student, tmp_path / "e.engine", recipe())
-    path = timing_cache_path()
+    path = timing_cache_path(TENSORRT)
     assert path.is_relative_to(tmp_path / "cache")
     assert path.name == "Orin-sm8.7-10.3.0.timing"
     everything = machine.trt.built[-1][1].create_timing_cache(path.read_bytes())._kernels
@@ -288,8 +290,8 @@ def test_timing_cache(
     compiled(small_student, tmp_path / "e.engine", recipe())
     assert "damaged, or from another TensorRT" in caplog.text
     assert machine.trt.built[-1][1].create_timing_cache(path.read_bytes())._kernels == everything
-    config = machine.trt.Builder(logger()).create_builder_config()
-    with timing_cache(config, recipe()):  # a build, while another one ends
+    config = machine.trt.Builder(TENSORRT.logger).create_builder_config()
+    with timing_cache(config, tensorrt_target(recipe())):  # a build, while another one ends
         other = config.create_timing_cache(b"")
         other._kernels = {"other"}
         path.write_bytes(other.serialize())
@@ -299,7 +301,7 @@ def test_timing_cache(
     assert not path.exists()
 
 
-@pytest.mark.parametrize("family", ["8.6", "10.3"])
+@pytest.mark.parametrize("family", ["8.5", "10.3"])
 def test_progress(box: Callable[..., Box], family: str, small_student: Path, tmp_path: Path) -> None:
     box(family)
     seen: list[tuple[float, int]] = []
@@ -307,7 +309,7 @@ def test_progress(box: Callable[..., Box], family: str, small_student: Path, tmp
     shares = [done for done, _ in seen]
     assert shares == sorted(shares)
     assert seen[-1] == (100, 100)
-    assert (len(set(shares)) > 15) == (family != "8.6")  # 8.6 has no progress monitor
+    assert (len(set(shares)) > 15) == (family != "8.5")  # below 10, there is no progress monitor
 
 
 def test_fp16_graph_of_the_student(small_student: Path) -> None:
@@ -364,6 +366,76 @@ def test_ranges_for_the_q_dq_pairs(small_student: Path) -> None:
     assert [n.op_type for n in model.graph.node] == ["Conv", "Identity"]
     assert {c.name: numpy_helper.to_array(c).ravel().tolist() for c in model.graph.initializer} == {"v": [20, 300]}
     onnx.checker.check_model(model, full_check=True)
+
+
+def _answers(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
+
+
+def test_operators_that_tensorrt_8_5_lacks(box: Callable[..., Box], student_onnx: Path) -> None:
+    """Every head of a multi-exit network has a LayerNormalization, for which 8.5 has no importer."""
+    model, metadata = read_onnx(student_onnx)
+    old = without_new_operators(model)
+    onnx.checker.check_model(old, full_check=True)
+    assert "LayerNormalization" in {n.op_type for n in model.graph.node} - {n.op_type for n in old.graph.node}
+    feeds = {"images": RNG.normal(size=(4, 3, 32, 32)).astype(np.float32)}
+    for ours, want in zip(_answers(old, feeds), _answers(model, feeds)):
+        assert ours == pytest.approx(want, abs=1e-5)
+    box("8.5")
+    target = tensorrt_target(recipe("fp16"))
+    with device():
+        plan = build_plan(graphs(model, metadata)["stage_1"], name="stage_1", target=target)
+    assert "LayerNormalization" not in {n.op_type for n in plan.graph.graph.node}
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "attributes", "constants"),
+    [
+        ("LayerNormalization", (3, 4, 5), {}, 2),  # epsilon's default
+        ("LayerNormalization", (3, 4, 5), {"axis": -2, "epsilon": 0.1}, 2),
+        ("LayerNormalization", (3, 5), {"axis": -1, "epsilon": 0.01}, 1),  # without a bias
+        ("HardSwish", (3, 4, 5), {}, 0),
+    ],
+)
+def test_operators_written_out(
+    operator: str, shape: tuple[int, ...], attributes: dict[str, Any], constants: int
+) -> None:
+    dims = shape[attributes.get("axis", -1) :]
+    values = {f"c{i}": RNG.normal(size=dims).astype(np.float32) for i in range(constants)}
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", *values], ["y"], **attributes)],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    old = without_new_operators(model)
+    onnx.checker.check_model(old, full_check=True)
+    assert operator not in {n.op_type for n in old.graph.node}
+    feeds = {"x": (4 * RNG.normal(size=shape)).astype(np.float32)}
+    assert _answers(old, feeds)[0] == pytest.approx(_answers(model, feeds)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("attribute", [{"value_float": 3.0}, {"value_floats": [3.0]}])
+def test_constants_in_nodes_become_fp16(attribute: dict[str, Any]) -> None:
+    nodes = [helper.make_node("Constant", [], ["c"], **attribute), helper.make_node("Mul", ["images", "c"], ["exit_0"])]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, (2, 1))
+    logits = helper.make_tensor_value_info("exit_0", TensorProto.FLOAT, (2, 1))
+    graph = helper.make_graph(nodes, "constant", [images], [logits])
+    half = to_fp16(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    assert _answers(half, {"images": np.array([[1], [2]], np.float32)})[0].ravel().tolist() == [3, 6]
+
+
+def test_graphs_that_cannot_become_fp16() -> None:
+    """What onnx raises is told as an error of edgekd."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, (2, 1))
+    logits = helper.make_tensor_value_info("exit_0", TensorProto.FLOAT, (2, 1))
+    double = helper.make_node("Cast", ["images"], ["d"], to=TensorProto.DOUBLE)
+    graph = helper.make_graph([double, helper.make_node("Add", ["images", "d"], ["exit_0"])], "g", [images], [logits])
+    with pytest.raises(BackendError, match="cannot be converted to fp16"):
+        to_fp16(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
 
 
 def test_doctor_tries_tensorrt(box: Callable[..., Box]) -> None:

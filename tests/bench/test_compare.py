@@ -90,6 +90,12 @@ def test_one_reported_fact_that_differs_is_refused(change: dict[str, Any], line:
     assert f"- differs: {line}" in compare({"a.json": one, "b.json": two}, force=True)
 
 
+def test_energy_of_different_rails_is_refused() -> None:
+    one, two = (dataclasses.replace(sample(), energy_source=source) for source in ("VDD_IN (INA3221)", ""))
+    with pytest.raises(ConfigError, match=r"energy: a\.json VDD_IN \(INA3221\), b\.json not measured"):
+        compare({"a.json": one, "b.json": two})
+
+
 def test_engines_of_different_backends_compare_on_one_machine() -> None:
     one = sample()
     two = dataclasses.replace(one, host=dataclasses.replace(HOST, backends={"onnxruntime": {"version": "1.31"}}))

@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgekd.bench import energy
 from edgekd.bench.latency import TURN, summarise, time_interleaved, time_queries, variation
 
 
@@ -89,24 +87,3 @@ def test_memory_grows_with_what_is_held() -> None:
         "assert resident_mib() - before > 60; assert peak_mib() >= resident_mib() - 1; assert held[0] == 1"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_energy_counters(tmp_path: Path) -> None:
-    package = tmp_path / "intel-rapl:0"
-    package.mkdir()
-    (package / "max_energy_range_uj").write_text("1000000\n")
-    (package / "energy_uj").write_text("400000\n")
-    assert energy.domains(tmp_path) == [package]
-    before = energy.counters([package])
-    (package / "energy_uj").write_text("900000\n")
-    assert energy.joules(before, energy.counters([package])) == 0.5
-    (package / "energy_uj").write_text("100000\n")  # wrapped around
-    assert energy.joules(before, energy.counters([package])) == pytest.approx(0.7)
-    assert energy.idle_watts([package], seconds=0.01) == 0.0  # a counter that stands still
-
-
-def test_no_readable_counter_is_not_zero(tmp_path: Path) -> None:
-    (tmp_path / "intel-rapl:0").mkdir()
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("nonsense")
-    assert energy.domains(tmp_path) == []
-    assert energy.idle_watts([]) is None

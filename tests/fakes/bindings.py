@@ -95,12 +95,19 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
     graphs = cuda.graphs = Graphs(cuda)
 
     def offer(call: Callable[..., Any]) -> Callable[..., Any]:
-        setattr(runtime, call.__name__, call)
+        def checked(*arguments: Any) -> Any:
+            if not cuda.driver and cuda.bindings < 12090 and call.__name__ != "cudaRuntimeGetVersion":
+                first = call.__name__ == "cudaGetDeviceCount"
+                raise RuntimeError("Failed to dlopen libcuda.so.1" if first else 'Function "cuInit" not found')
+            return call(*arguments)
+
+        setattr(runtime, call.__name__, checked)
         return call
 
     @offer
     def cudaGetDeviceCount() -> Any:
-        if not cuda.driver or cuda.driver // 1000 < 12:
+        granularity = 1 if cuda.integrated else 1000
+        if cuda.driver // granularity < cuda.bindings // granularity:
             return Error.cudaErrorInsufficientDriver, None
         return (Error.cudaSuccess, cuda.count) if cuda.count else (Error.cudaErrorNoDevice, None)
 
@@ -110,7 +117,7 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
 
     @offer
     def cudaRuntimeGetVersion() -> Any:
-        return Error.cudaSuccess, 12090
+        return Error.cudaSuccess, cuda.bindings
 
     @offer
     def cudaGetErrorString(error: Error) -> Any:
@@ -122,7 +129,18 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
 
     @offer
     def cudaDeviceGetAttribute(attribute: str, device: int) -> Any:
+        if attribute == "integrated":
+            return Error.cudaSuccess, int(cuda.integrated)
         return Error.cudaSuccess, cuda.sm[attribute == "minor"]
+
+    @offer
+    def cudaSetDeviceFlags(flags: int) -> Any:
+        cuda.set_schedule(flags)
+        return (Error.cudaSuccess,)
+
+    @offer
+    def cudaDeviceGetPCIBusId(length: int, device: int) -> Any:
+        return Error.cudaSuccess, b"0000:65:00.0".ljust(length, b"\0")
 
     @offer
     def cudaGetDeviceProperties(device: int) -> Any:
@@ -135,14 +153,15 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
 
     @offer
     def cudaMalloc(size: int) -> Any:
-        if cuda.capturing is not None:
-            cuda.invalid = True
+        if cuda.forbidden():
             return Error.cudaErrorStreamCaptureUnsupported, None
         address = cuda.allocate(size)
         return (Error.cudaErrorMemoryAllocation, None) if address is None else (Error.cudaSuccess, address)
 
     @offer
     def cudaFree(address: int) -> Any:
+        if cuda.forbidden():
+            return (Error.cudaErrorStreamCaptureUnsupported,)
         cuda.free(address)
         return (Error.cudaSuccess,)
 
@@ -157,6 +176,8 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
 
     @offer
     def cudaFreeHost(address: int) -> Any:
+        if cuda.forbidden():
+            return (Error.cudaErrorStreamCaptureUnsupported,)
         ctypes.memset(cuda.pinned.pop(address), POISON, 1)
         return (Error.cudaSuccess,)
 
@@ -239,8 +260,13 @@ def cuda_python(cuda: Cuda) -> types.ModuleType:
         "cudaMemcpyKind": _Kind,
         "cudaStreamCaptureMode": types.SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread"),
         "cudaDeviceAttr": types.SimpleNamespace(
-            cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+            cudaDevAttrComputeCapabilityMajor="major",
+            cudaDevAttrComputeCapabilityMinor="minor",
+            cudaDevAttrIntegrated="integrated",
         ),
+        "cudaDeviceScheduleSpin": 1,
+        "cudaDeviceScheduleYield": 2,
+        "cudaDeviceScheduleBlockingSync": 4,
         "cudaGraphNodeType": types.SimpleNamespace(cudaGraphNodeTypeConditional="conditional"),
         "cudaGraphConditionalNodeType": types.SimpleNamespace(cudaGraphCondTypeIf="if"),
         "cudaStreamNonBlocking": 1,
@@ -316,6 +342,13 @@ def pycuda(cuda: Cuda) -> types.ModuleType:
         def compute_capability(self) -> tuple[int, int]:
             return cuda.sm
 
+        def pci_bus_id(self) -> str:
+            return "0000:65:00.0"
+
+        def get_attribute(self, attribute: str) -> int:
+            assert attribute == "integrated"
+            return int(cuda.integrated)
+
         def retain_primary_context(self) -> Context:
             return Context()
 
@@ -323,6 +356,12 @@ def pycuda(cuda: Cuda) -> types.ModuleType:
         def __init__(self) -> None:
             current()
             self.handle = cuda.handle()
+
+        def __del__(self) -> None:
+            if getattr(stacks, "depth", 0):
+                cuda.live.discard(self.handle)
+            else:
+                cuda.leaked.append("stream")
 
         def synchronize(self) -> None:
             current()
@@ -339,6 +378,23 @@ def pycuda(cuda: Cuda) -> types.ModuleType:
             current()
             cuda.free(self._address)
 
+    class HostAllocation:
+        def __init__(self, size: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+            self._address: int | None = cuda.allocate_pinned(size)
+            data = (self._address, False)
+            self.__array_interface__ = {"version": 3, "shape": shape, "typestr": np.dtype(dtype).str, "data": data}
+
+        def free(self) -> None:
+            current()
+            cuda.pinned.pop(self._address)
+            self._address = None
+
+        def __del__(self) -> None:
+            if self._address and not getattr(stacks, "depth", 0):
+                cuda.leaked.append("pinned memory")
+            elif self._address:
+                cuda.pinned.pop(self._address)
+
     def init() -> None:
         if not cuda.driver:
             raise DriverError("cuInit failed: no CUDA-capable device is detected")
@@ -353,8 +409,9 @@ def pycuda(cuda: Cuda) -> types.ModuleType:
     def pagelocked_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         current()
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        block = cuda.pinned[cuda.allocate_pinned(size)]
-        return np.frombuffer(block, dtype).reshape(shape)
+        if cuda.limit is not None and size > cuda.limit:
+            raise DriverMemoryError("cuMemHostAlloc failed: out of memory")
+        return np.asarray(HostAllocation(size, shape, dtype))
 
     def copying(copy: Callable[[int, int, int, int], None], to: Any, source: Any, stream: Stream) -> None:
         current()
@@ -367,6 +424,7 @@ def pycuda(cuda: Cuda) -> types.ModuleType:
         MemoryError=DriverMemoryError,
         Device=Device,
         Stream=Stream,
+        device_attribute=types.SimpleNamespace(INTEGRATED="integrated"),
         init=init,
         get_version=lambda: (12, 6, 0),
         get_driver_version=lambda: cuda.driver,

@@ -3,6 +3,10 @@
 Until then, host memory that a copy will be written to holds NaN, and so does device memory that nothing was written
 to. What real CUDA answers with garbage or a crash raises `RuleBroken`: addresses outside of allocations, memory freed
 while in use, copies from memory that is not pinned, overlapping copies, two threads on the stream at once.
+
+What is believed here and in `engine` and was not seen on a GPU: bindings of a newer minor version than the driver's are
+refused on a Jetson, and accepted elsewhere; a profile is free again when a context leaves it; captured graphs survive
+later calls on other contexts; contexts with memory of the user's accept a profile before they have any.
 """
 
 from __future__ import annotations
@@ -43,10 +47,15 @@ class Op(NamedTuple):
 
 
 class Cuda:
-    """One GPU with one stream. driver: CUDA version that the driver knows, as 12020; 0 for no driver."""
+    """One GPU with one stream.
 
-    def __init__(self, *, driver: int = 12060, count: int = 1) -> None:
-        self.driver, self.count = driver, count
+    driver, bindings: CUDA versions that the driver and cuda-python know, as 12020; no driver is 0.
+    """
+
+    def __init__(self, *, driver: int = 12090, count: int = 1, bindings: int = 12090, integrated: bool = False) -> None:
+        self.driver, self.count, self.bindings, self.integrated = driver, count, bindings, integrated
+        self.schedule = 0  # how the host waits
+        self.leaked: list[str] = []  # what pycuda could not free, because its context was not current
         self.name, self.sm = "Orin", (8, 7)
         self.total = 8 << 30
         self.limit: int | None = None  # bytes that may be allocated
@@ -68,12 +77,23 @@ class Cuda:
     # memory
 
     def allocate(self, size: int) -> int | None:
+        """None where there is too little."""
         if self.limit is not None and sum(map(len, self.blocks.values())) + size > self.limit:
             return None
         address = self._next
         self._next += (size // ALIGNMENT + 2) * ALIGNMENT
         self.blocks[address] = np.full(size, POISON, np.uint8)
         return address
+
+    def forbidden(self) -> bool:
+        """A call that invalidates a capture under way."""
+        self.invalid = self.invalid or self.capturing is not None
+        return self.capturing is not None
+
+    def set_schedule(self, flags: int) -> None:
+        if self.live:
+            raise RuleBroken("the way of waiting is set after a context exists")
+        self.schedule = flags
 
     def free(self, address: int) -> None:
         if address not in self.blocks:

@@ -47,8 +47,13 @@ def offer_engine(world: World) -> None:
     class Runtime(Named):
         def __init__(self, logger: Any) -> None:
             self._logger = world.attached(logger)
-            self.engine_host_code_allowed = False
+            self._allowed = False
             self.DLA_core = -1
+
+        def _allow(self, allowed: bool) -> None:
+            self._allowed = allowed
+
+        engine_host_code_allowed = property(lambda self: self._allowed, _allow)
 
         def deserialize_cuda_engine(self, data: bytes) -> Any:
             try:
@@ -56,7 +61,7 @@ def offer_engine(world: World) -> None:
             except Exception:
                 world.error(self._logger, "1: [stdArchiveReader.cpp] Serialization assertion magicTagRead failed.")
                 return None
-            if content["version"] != trt.__version__ and not (content["compatible"] and self.engine_host_code_allowed):
+            if content["version"] != trt.__version__ and not (content["compatible"] and self._allowed):
                 world.error(self._logger, "6: The engine plan file is not compatible with this version of TensorRT")
                 return None
             if content["sm"] != cuda.sm and content["hardware"] == "NONE":
@@ -94,7 +99,7 @@ def offer_engine(world: World) -> None:
             return self._shapes[name]
 
         def get_tensor_format(self, name: str) -> Any:
-            return "TensorFormat.LINEAR"
+            return trt.TensorFormat.LINEAR if name in self._content["linear"] else trt.TensorFormat.CHW32
 
         def get_tensor_format_desc(self, name: str) -> str:
             return "Row major linear " + {"FLOAT": "FP32", "HALF": "FP16 format"}[self._content["dtypes"][name]]

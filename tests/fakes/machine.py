@@ -20,7 +20,7 @@ from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.metadata import read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import find
-from edgekd.backends.tensorrt.library import library, logger
+from edgekd.backends.tensorrt.library import TENSORRT
 from edgekd.backends.tensorrt.runner import warn_once
 from edgekd.compiler.build import compile_engine
 from edgekd.policy import Policy
@@ -68,8 +68,9 @@ def _package() -> types.ModuleType:
 
 def forget() -> None:
     """As if nothing had been imported."""
-    for cached in (find, library, logger, warn_once):
+    for cached in (find, warn_once):
         cached.cache_clear()
+    vars(TENSORRT).clear()
     for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda", "pycuda")]:
         del sys.modules[name]
 

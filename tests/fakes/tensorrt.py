@@ -18,7 +18,7 @@ from fakes.cuda import Cuda, RuleBroken
 from fakes.engine import offer_engine
 from fakes.names import Named
 
-FULL = {"8.6": "8.6.1", "10.3": "10.3.0", "10.16": "10.16.1.11", "11.4": "11.4.0.106"}
+FULL = {"8.5": "8.5.2", "8.6": "8.6.1", "10.3": "10.3.0", "10.16": "10.16.1.11", "11.4": "11.4.0.106"}
 FAMILIES = tuple(FULL)
 ENUMS = (
     "BuilderFlag",
@@ -32,6 +32,7 @@ ENUMS = (
     "OnnxParserFlag",
     "ProfilingVerbosity",
     "TacticSource",
+    "TensorFormat",
     "TensorIOMode",
 )
 
@@ -76,7 +77,7 @@ class World:
     def __init__(self, family: str, cuda: Cuda, trouble: Trouble) -> None:
         self.family, self.cuda, self.trouble = family, cuda, trouble
         self.names = real_names(family)
-        self.major = int(family.split(".")[0])
+        self.major, self.minor = map(int, family.split("."))
         self.trt: Any = types.ModuleType("tensorrt")
         self.trt.__version__ = FULL[family]
         self.trt.built = []  # network and config of every build, for tests to look at
@@ -118,7 +119,7 @@ def make(family: str, cuda: Cuda, trouble: Trouble) -> types.ModuleType:
     """The `tensorrt` module of a family, on a fake GPU."""
     world = World(family, cuda, trouble)
     for i, kind in enumerate(ENUMS):
-        world.offer_enum(kind, shift=(FAMILIES.index(family) + i) % 4)
+        world.offer_enum(kind, shift=(FAMILIES.index(family) + i) % 5)
 
     class ILogger:
         def __init__(self) -> None:

@@ -201,6 +201,8 @@ class _Reader:
     def _attribute(self, node: ast.Attribute) -> str | None:
         base = self._value(node.value)
         self.function(node.attr)
+        if node.attr == "trt":
+            return MODULE
         if node.attr.startswith("__"):
             if base == MODULE:
                 return None
@@ -225,9 +227,7 @@ class _Reader:
             return None
         kind = self._value(node.func)
         arguments = [self._value(a) for a in [*node.args, *(k.value for k in node.keywords)]]
-        if isinstance(node.func, ast.Name) and node.func.id == "library":
-            return MODULE
-        if isinstance(node.func, ast.Name) and node.func.id == "make" and arguments:
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "make" and arguments:
             kind = arguments[0]
         return kind.removeprefix("class ") if kind else None
 
@@ -255,7 +255,7 @@ class _Reader:
             return None if inner is None else not inner
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
             return self._has(node)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "strongly_typed":
+        if isinstance(node, ast.Attribute) and node.attr == "strongly_typed":
             return self._strongly_typed()
         if isinstance(node, ast.Name) and node.id in self._facts:
             return self._facts[node.id]
@@ -275,7 +275,7 @@ class _Reader:
         return name.value in self.api.names if kind == MODULE else self.api.has(kind, str(name.value))
 
     def _strongly_typed(self) -> bool:
-        """As `library.strongly_typed` decides, which a test holds against this."""
+        """As `Library.strongly_typed` decides, which a test holds against this."""
         major, minor = map(int, self.api.version.split(".")[:2])
         return not self.api.has("BuilderFlag", "FP16") or (major, minor) >= (10, 12)
 

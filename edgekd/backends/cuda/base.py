@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -11,7 +12,44 @@ from typing import Any
 
 import numpy.typing as npt
 
+from edgekd.errors import ConfigError, nearest
+from edgekd.host import installed_version
+
 GET_DRIVER = "install NVIDIA's driver; a container needs --gpus all, on a Jetson --runtime nvidia"
+SCHEDULE = "EDGEKD_CUDA_SCHEDULE"
+"""Environment variable that says how the host waits for the GPU; one of `SCHEDULES`."""
+SCHEDULES = {"auto": "Auto", "spin": "Spin", "yield": "Yield", "block": "BlockingSync"}
+"""Choice to the name of CUDA's flag."""
+_WITHOUT_WHEEL = {"11": "11.8", "12.7": "12.6"}
+"""CUDA versions of drivers for which there is no cuda-python, and the one to use instead."""
+
+
+def pinned_bindings(cuda: str) -> str:
+    """Return the requirement on cuda-python for a driver that supports this CUDA version.
+
+    Up to 12.8 its wheels call the driver directly; from 12.9 on they contain CUDA's runtime, which refuses an older
+    driver on Jetsons even within one major version.
+
+    Args:
+        cuda: CUDA version of the driver, such as "12.6".
+    """
+    minor = _WITHOUT_WHEEL.get(cuda.partition(".")[0]) or _WITHOUT_WHEEL.get(cuda, cuda)
+    return f"cuda-python=={minor}.*"
+
+
+def chosen_schedule(*, integrated: bool) -> str:
+    """Return how the host shall wait for the GPU: as EDGEKD_CUDA_SCHEDULE says, else by spinning on integrated GPUs.
+
+    On Jetsons CUDA's own choice depends on the power profile and may sleep, which delays each stage by the time of a
+    wake-up.
+
+    Raises:
+        ConfigError: EDGEKD_CUDA_SCHEDULE is none of `SCHEDULES`.
+    """
+    requested = os.environ.get(SCHEDULE) or ("spin" if integrated else "auto")
+    if requested not in SCHEDULES:
+        raise ConfigError(f"{SCHEDULE}={requested}: no such way to wait", fix=nearest(requested, SCHEDULES))
+    return requested
 
 
 def out_of_memory_fix(size: int) -> str:
@@ -44,22 +82,40 @@ class CudaDevice(ABC):
 
     Attributes:
         bindings: Package of the bindings.
+        distributions: Distributions that contain them.
         can_capture: True if the bindings support CUDA graphs.
         name: Name of the GPU.
         sm: Compute capability, such as "8.7".
+        pci_bus_id: Its PCI bus, such as "0000:65:00.0".
         cuda: CUDA versions of the `runtime` and of the `driver`.
         stream: Handle of the stream.
+        schedule: How the host waits for the GPU; one of `SCHEDULES`.
     """
 
     bindings: str
+    distributions: tuple[str, ...]
     can_capture = True
     name: str
     sm: str
+    pci_bus_id: str
     cuda: dict[str, str]
     stream: int
+    schedule: str
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+
+    def facts(self) -> dict[str, str]:
+        """Return what measurements on this GPU depend on, for manifests and records."""
+        version = next(filter(None, map(installed_version, self.distributions)), "unknown")
+        return {
+            "gpu": self.name,
+            "sm": self.sm,
+            "cuda_runtime": self.cuda["runtime"],
+            "cuda_driver": self.cuda["driver"],
+            "cuda_bindings": f"{self.bindings} {version}",
+            "cuda_schedule": self.schedule,
+        }
 
     def __enter__(self) -> CudaDevice:
         self._lock.acquire()

@@ -9,15 +9,17 @@ import os
 import threading
 from collections.abc import Callable
 
-from edgekd.backends.cuda.base import GET_DRIVER, CudaDevice
-from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.base import GET_DRIVER, CudaDevice, pinned_bindings
+from edgekd.backends.cuda.cuda_python import CudaPython, load
 from edgekd.backends.cuda.pycuda import PyCuda
 from edgekd.errors import BackendError, ConfigError, nearest
+from edgekd.host import l4t_release
 
 CHOICE = "EDGEKD_CUDA"
 """Environment variable that names the bindings to use: cuda-python or pycuda."""
 
-
+_CUDA_OF_L4T = {(39,): "13.2", (38,): "13.0", (36, 4): "12.6", (36,): "12.2", (35,): "11.4"}
+"""L4T release, from which on, to the CUDA version of its driver: JetPack 7.2, 7.0, 6.1, 6.0, 5.1."""
 _finding = threading.Lock()
 
 
@@ -43,16 +45,21 @@ def find() -> CudaDevice:
         if found := makers[name]():
             return found
     what = f"{requested} is not installed" if requested else "neither cuda-python nor pycuda is installed"
-    raise BackendError(what, fix="pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'")
+    raise BackendError(what, fix=_install_bindings())
+
+
+def _install_bindings() -> str:
+    """Return the advice for a machine without bindings: JetPack brings TensorRT and a driver that stays as it is."""
+    release = l4t_release()
+    for first, cuda in _CUDA_OF_L4T.items():
+        if release >= first:
+            return f"pip install '{pinned_bindings(cuda)}'"
+    return "pip install 'edgekd[tensorrt]', or 'edgekd[pycuda]'"
 
 
 def _cuda_python() -> CudaDevice | None:
-    for module in ("cuda.bindings.runtime", "cuda.cudart"):  # the second up to cuda-python 12.5
-        try:
-            return CudaPython(importlib.import_module(module))
-        except ImportError:
-            continue
-    return None
+    module = load("runtime")
+    return CudaPython(module) if module else None
 
 
 def _pycuda() -> CudaDevice | None:

@@ -13,7 +13,6 @@ exit, it gains nothing.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends.cuda.base import Graph
-from edgekd.backends.cuda.cuda_python import CudaPython
+from edgekd.backends.cuda.cuda_python import Bindings, CudaPython, load
 from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.library import parse_version
 from edgekd.backends.tensorrt.runner import TensorRTRunner, enqueue, staged_runner
@@ -97,7 +96,7 @@ class DeviceCascade:
             self._kernel = _compiled(self._gpu, policy)
             self._contexts = [stage.prepared(1) for stage in stages]
             for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
-                enqueue(context, name=stage.name)
+                enqueue(context, stage)
             gpu.synchronize()
             self._graph = self._built()
 
@@ -112,7 +111,11 @@ class DeviceCascade:
 
     def _built(self) -> Graph:
         root = self._gpu.do(self._gpu.runtime.cudaGraphCreate(0))
-        self._add(root, 0)
+        try:
+            self._add(root, 0)
+        except BaseException:
+            self._gpu.runtime.cudaGraphDestroy(root)
+            raise
         return self._gpu.launchable(root)
 
     def _add(self, graph: Any, exit: int) -> None:
@@ -121,8 +124,10 @@ class DeviceCascade:
         is_last = exit == len(self._stages) - 1
         handle = 0 if is_last else do(runtime.cudaGraphConditionalHandleCreate(graph, 0, 0))
         stage = self._gpu.record(lambda: self._stage(exit, int(handle)))
-        node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
-        do(runtime.cudaGraphDestroy(stage))  # the node has a copy
+        try:
+            node = do(runtime.cudaGraphAddChildGraphNode(graph, [], 0, stage))
+        finally:
+            runtime.cudaGraphDestroy(stage)  # the node has a copy
         if not is_last:
             self._add(self._body(graph, node, handle), exit + 1)
 
@@ -140,7 +145,7 @@ class DeviceCascade:
 
     def _stage(self, exit: int, handle: int) -> None:
         stage, policy = self._stages[exit], self._policy
-        enqueue(self._contexts[exit], name=stage.name)
+        enqueue(self._contexts[exit], stage)
         values = (
             stage.tensors[stage.logits[0]].address,
             self._total.address,
@@ -166,7 +171,7 @@ def _able(gpu: Any) -> CudaPython:
 
 
 def _driver() -> Any:
-    return importlib.import_module("cuda.bindings.driver")
+    return Bindings(load("driver"))
 
 
 def source(policy: Policy) -> str:
@@ -203,7 +208,7 @@ def ptx(source: str, sm: str) -> bytes:
     Raises:
         BackendError: NVRTC is missing, or compilation fails; with NVRTC's log.
     """
-    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    nvrtc = load("nvrtc")
     try:
         _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"decide.cu", 0, [], [])
     except RuntimeError as error:  # the bindings do not bring the library

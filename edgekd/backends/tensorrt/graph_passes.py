@@ -1,4 +1,6 @@
-"""Graph passes for TensorRT: fp16 types for strongly typed networks, ranges in place of Q/DQ pairs for a DLA."""
+"""Graph passes for TensorRT: fp16 types for strongly typed networks, ranges in place of Q/DQ pairs for a DLA, and
+operators of 8.6 written out for 8.5.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,16 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Convert a graph to fp16; images and logits stay float32, and 8-bit tensors int8.
 
     Raises:
-        BackendError: A weight is beyond fp16's range.
+        BackendError: A weight is beyond fp16's range, or the graph cannot be converted.
     """
+    try:
+        return _to_half(model)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, version_converter.ConvertError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackendError(f"the network cannot be converted to fp16: {reason}", fix="use --recipe fp32") from error
+
+
+def _to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     model = _at_opset(model, HALF_QDQ_OPSET) if _has_qdq(model) else _copy(model)
     graph = model.graph
     del graph.value_info[:]
@@ -62,8 +72,11 @@ def _to_fp16(constant: onnx.TensorProto, *, upwards: bool) -> onnx.TensorProto:
 def _attributes_to_fp16(node: onnx.NodeProto, kept: set[str]) -> None:
     """Convert constants inside nodes, and casts to float32."""
     for attribute in node.attribute:
-        if node.op_type in ("Constant", "ConstantOfShape") and attribute.t.data_type == TensorProto.FLOAT:
-            if not kept.intersection(node.output):
+        if node.op_type in ("Constant", "ConstantOfShape"):
+            if attribute.name in ("value_float", "value_floats"):  # have no 16-bit form
+                value = np.array(helper.get_attribute_value(attribute), np.float32)
+                attribute.CopyFrom(helper.make_attribute("value", numpy_helper.from_array(value)))
+            if attribute.t.data_type == TensorProto.FLOAT and not kept.intersection(node.output):
                 attribute.t.CopyFrom(_to_fp16(attribute.t, upwards=False))
         elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16
@@ -82,6 +95,61 @@ def _cast_ends(graph: onnx.GraphProto) -> None:
     nodes += [helper.make_node("Cast", [inner[n]], [n], name=f"cast_{n}", to=TensorProto.FLOAT) for n in logits]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def without_new_operators(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Write out the operators that the parser of TensorRT 8.5 lacks: LayerNormalization and HardSwish (opset 17)."""
+    model = _copy(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        written_out = {"LayerNormalization": _layer_normalization, "HardSwish": _hard_swish}.get(node.op_type)
+        nodes += written_out(node) if written_out and node.domain in ("", "ai.onnx") else [node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _layer_normalization(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias, over the last axes."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    x, scale, *bias = node.input
+    first = int(attributes.get("axis", -1))
+    if first >= 0:
+        raise BackendError(f"node '{node.name}' normalises from axis {first} on", fix="use TensorRT 8.6 or newer")
+    axes, prefix = list(range(first, 0)), node.output[0]
+    mean, centred, square, variance, epsilon, stable, deviation, normal = (
+        f"{prefix}_{part}"
+        for part in ("mean", "centred", "square", "variance", "epsilon", "stable", "deviation", "normal")
+    )
+    has_bias = bool(bias and bias[0])
+    scaled = f"{prefix}_scaled" if has_bias else prefix
+    value = numpy_helper.from_array(np.float32(attributes.get("epsilon", 1e-5)))
+    nodes = [
+        helper.make_node("ReduceMean", [x], [mean], axes=axes, keepdims=1),
+        helper.make_node("Sub", [x, mean], [centred]),
+        helper.make_node("Mul", [centred, centred], [square]),
+        helper.make_node("ReduceMean", [square], [variance], axes=axes, keepdims=1),
+        helper.make_node("Constant", [], [epsilon], value=value),
+        helper.make_node("Add", [variance, epsilon], [stable]),
+        helper.make_node("Sqrt", [stable], [deviation]),
+        helper.make_node("Div", [centred, deviation], [normal]),
+        helper.make_node("Mul", [normal, scale], [scaled]),
+    ]
+    if has_bias:
+        nodes.append(helper.make_node("Add", [scaled, bias[0]], [prefix]))
+    for part in nodes:
+        part.name = f"{node.name or prefix}_{part.op_type}_{part.output[0].removeprefix(prefix).lstrip('_')}"
+    return nodes
+
+
+def _hard_swish(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """x * max(0, min(1, x / 6 + 1 / 2))."""
+    (x,), (y,) = node.input, node.output
+    gate = f"{y}_gate"
+    return [
+        helper.make_node("HardSigmoid", [x], [gate], name=f"{node.name or y}_gate", alpha=1 / 6, beta=0.5),
+        helper.make_node("Mul", [x, gate], [y], name=node.name),
+    ]
 
 
 def without_qdq(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:

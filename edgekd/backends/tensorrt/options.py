@@ -1,10 +1,11 @@
-"""Options of the TensorRT backend."""
+"""Options of the TensorRT backends, and what an engine is built for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from edgekd.artifacts.recipe import Recipe
+from edgekd.backends.tensorrt.library import TENSORRT, Library
 from edgekd.errors import ConfigError
 from edgekd.schema import from_dict
 
@@ -51,3 +52,25 @@ def parse_options(recipe: Recipe, *, where: str = "the recipe") -> TensorRTOptio
         what = f"{where}:\n  tensorrt.dla_core: a DLA has no fp32 (set float_layers), and one batch size only"
         raise ConfigError(what, fix="correct these keys")
     return options
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an engine is built for.
+
+    Attributes:
+        library: The library that builds and runs it.
+        recipe: Precision and batch sizes.
+        options: The library's options.
+        compute_capabilities: Names of GPU architectures, as `trt.ComputeCapability` has them; empty for the GPU here.
+    """
+
+    library: Library
+    recipe: Recipe
+    options: TensorRTOptions
+    compute_capabilities: tuple[str, ...] = ()
+
+
+def tensorrt_target(recipe: Recipe) -> Target:
+    """Return what TensorRT builds for a recipe."""
+    return Target(TENSORRT, recipe, parse_options(recipe))

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import ReadFile
 from edgekd.backends.cuda.base import Graph, Memory
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.device_tensor import Tensor
 from edgekd.backends.tensorrt.graph_passes import is_boundary
-from edgekd.backends.tensorrt.library import failed, forget_messages, library, make
-from edgekd.backends.tensorrt.options import parse_options
+from edgekd.backends.tensorrt.library import Library
+from edgekd.backends.tensorrt.options import Target
 from edgekd.errors import BackendError, DataError
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ class TensorRTRunner:
     """A loaded engine file: a `Runner` for arrays in host memory, and a stage of a `StagedRun`.
 
     Attributes:
+        library: The library that runs it.
         name: Name of the graph.
         sizes: Batch sizes that it was built for, ascending.
         inputs, outputs: Names of the tensors, in graph order.
@@ -45,13 +45,14 @@ class TensorRTRunner:
         row_shapes: See `edgekd.backends.runner.CompiledGraph`.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, read: ReadFile = Path.read_bytes) -> None:
-        trt = library()
+    def __init__(self, path: Path, target: Target, read: ReadFile = Path.read_bytes) -> None:
+        self.library = target.library
+        trt = self.library.trt
         self.name = path.stem
-        self.sizes = sorted(set(recipe.batch_sizes))
+        self.sizes = sorted(set(target.recipe.batch_sizes))
         with device():
-            self._runtime = make(trt.Runtime)
-            self.engine = self._deserialised(path, recipe, read)
+            self._runtime = self.library.make(trt.Runtime)
+            self.engine = self._deserialised(path, target, read)
             names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
             self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
             self.outputs = [n for n in names if n not in self.inputs]
@@ -65,21 +66,22 @@ class TensorRTRunner:
         self.logits = [n for n in self.outputs if not is_boundary(n)]
         self.row_shapes = self.tensors[self.inputs[0]].shape, self.tensors[self.logits[0]].shape
 
-    def _deserialised(self, path: Path, recipe: Recipe, read: ReadFile) -> Any:
-        if parse_options(recipe).version_compatible:
+    def _deserialised(self, path: Path, target: Target, read: ReadFile) -> Any:
+        if target.options.version_compatible:
             self._runtime.engine_host_code_allowed = True
-        if parse_options(recipe).dla_core is not None:
-            self._runtime.DLA_core = parse_options(recipe).dla_core
+        if target.options.dla_core is not None:
+            self._runtime.DLA_core = target.options.dla_core
         engine = self._runtime.deserialize_cuda_engine(read(path))
         if engine is None:
-            raise failed(f"TensorRT cannot open {path}", fix="compile it again on this machine with edgekd compile")
-        if parse_options(recipe).strip_weights:
-            _refit(engine, path.with_suffix(".onnx"), read)
-        forget_messages()
+            what = f"{self.library.name} cannot open {path}"
+            raise self.library.failed(what, fix="compile it again on this machine with edgekd compile")
+        if target.options.strip_weights:
+            _refit(self.library, engine, path.with_suffix(".onnx"), read)
+        self.library.forget_messages()
         return engine
 
     def _dtype(self, name: str) -> npt.DTypeLike:
-        trt = library()
+        trt = self.library.trt
         known = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT8: np.int8}
         return known[self.engine.get_tensor_dtype(name)]
 
@@ -92,21 +94,21 @@ class TensorRTRunner:
 
     def context(self, size: int) -> Any:
         """Return an execution context for batches of `size`, without scratch memory."""
-        trt = library()
+        trt = self.library.trt
         if size not in self._contexts:
             if hasattr(trt, "ExecutionContextAllocationStrategy"):
                 context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             else:
                 context = self.engine.create_execution_context_without_device_memory()
             if context is None:
-                raise failed(f"TensorRT cannot make a context for {self.name}")
+                raise self.library.failed(f"{self.library.name} cannot make a context for {self.name}")
             ready = context.set_optimization_profile_async(self.sizes.index(size), device().stream)
             device().synchronize()
             for name in self.inputs:
                 shape = (size, *tuple(self.engine.get_tensor_shape(name))[1:])
                 ready = ready and context.set_input_shape(name, shape)
             if not ready:
-                raise failed(f"TensorRT refuses batches of {size} for {self.name}")
+                raise self.library.failed(f"{self.library.name} refuses batches of {size} for {self.name}")
             self._contexts[size] = context
         return self._contexts[size]
 
@@ -119,7 +121,7 @@ class TensorRTRunner:
             context.device_memory = self._scratch.address
         for name, tensor in self.tensors.items():
             if not context.set_tensor_address(name, tensor.address):
-                raise failed(f"TensorRT refuses the memory of {name}")
+                raise self.library.failed(f"{self.library.name} refuses the memory of {name}")
         return context
 
     def read_from(self, before: TensorRTRunner) -> None:
@@ -203,19 +205,19 @@ class TensorRTRunner:
             raise DataError(what, fix=f"give {tensor.dtype} (N, {shape})")
 
 
-def enqueue(context: Any, *, name: str) -> None:
-    """Enqueue a run of a prepared context; `name` is the graph's, for the error."""
+def enqueue(context: Any, runner: TensorRTRunner) -> None:
+    """Enqueue a run of a context that `runner` has prepared."""
     if not context.execute_async_v3(device().stream):
-        raise failed(f"TensorRT cannot run {name}")
+        raise runner.library.failed(f"{runner.library.name} cannot run {runner.name}")
 
 
-def _refit(engine: Any, path: Path, read: ReadFile) -> None:
+def _refit(library: Library, engine: Any, path: Path, read: ReadFile) -> None:
     """Load the weights that the engine was built without."""
-    trt = library()
-    refitter = make(trt.Refitter, engine)
-    parser = make(trt.OnnxParserRefitter, refitter)
+    trt = library.trt
+    refitter = library.make(trt.Refitter, engine)
+    parser = library.make(trt.OnnxParserRefitter, refitter)
     if not (parser.refit_from_bytes(read(path)) and refitter.refit_cuda_engine()):
-        raise failed(f"the weights of {path} do not fit the engine beside it", fix="compile it again")
+        raise library.failed(f"the weights of {path} do not fit the engine beside it", fix="compile it again")
 
 
 class Batch:
@@ -223,7 +225,7 @@ class Batch:
 
     def __init__(self, runner: TensorRTRunner, size: int) -> None:
         self._context = runner.prepared(size)
-        self._name = runner.name
+        self._runner = runner
         self._logits = [runner.tensors[name] for name in runner.logits]
         self._size = size
         self.enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
@@ -232,7 +234,7 @@ class Batch:
 
     def enqueue(self) -> None:
         """Enqueue the run and the copy of its logits, without a graph."""
-        enqueue(self._context, name=self._name)
+        enqueue(self._context, self._runner)
         for tensor in self._logits:
             tensor.fetch(self._size)
 
