@@ -2,15 +2,15 @@
 
     python benchmarks/uint8_input.py student.onnx --out benchmarks/results/uint8-input.md
 
-The reference is what edgekd does: `Preprocess.normalised` in NumPy, then the graph of all exits. It takes turns with the
-other forms on the same pixels, so the ratios hold on a busy machine; decoding and resizing are the same for all and left
-out. The forms:
+The reference is what edgekd does: `Preprocess.normalised` in NumPy, then the graph of all exits. It takes turns with
+the other forms on the same pixels, so the ratios hold on a busy machine; decoding and resizing are the same for all
+and left out. The forms:
 
-- `cast`: uint8 (N, 3, H, W) → Cast → Mul → Add for each channel, then the graph as it is.
-- `folded`: uint8 → Cast → Pad with the colour that becomes 0 → the first convolution, whose weights hold the scale and
-  whose bias holds the mean. Floats only, and only where the first convolution has a bias of its own and pads with zeros.
+- `cast`: uint8 (N, 3, H, W), Cast, then Mul and Add for each channel, then the graph as it is.
+- `folded`: uint8, Cast, Pad with the colour that becomes 0, then the first convolution, whose weights hold the scale
+  and whose bias holds the mean. Not for int8 graphs, whose first convolution reads quantised floats.
 
-Each form gets the transposed copy (N, 3, H, W) of the pixels that NumPy has to make in any case; it is timed as well.
+The bytes are brought from (N, H, W, 3) to (N, 3, H, W) by a copy in NumPy, which is timed as well.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def forms(
     """Return the graphs of each form; int8 graphs are quantised first, as float graphs."""
     preprocess = metadata.preprocess
     if precision == "int8":
-        model = quantize(
-            model, metadata, calibration, target="cpu", heads=True, reduce_range=backend.reduces_range()
-        )
+        model = quantize(model, metadata, calibration, target="cpu", heads=True, reduce_range=backend.reduces_range())
     found = {"float32": model, "cast": cast_form(model, preprocess)}
     if folded := folded_form(model, preprocess):
         found["folded"] = folded

@@ -22,6 +22,11 @@ MANIFEST = "manifest.json"
 NETWORK = "network"
 """`EngineFile.graph` of the network that the graphs were built from, kept so that exits can be removed."""
 NETWORK_FILE = f"{NETWORK}.onnx"
+STUDENT = "student"
+STUDENT_FILE = f"{STUDENT}.onnx"
+"""The network that was compiled, kept in a pending engine as the reference of its check."""
+PENDING = ("parity", "accuracy", "stage_ms")
+"""Fields of a manifest that are unknown until the engine has run."""
 MAX_MS = 1e12
 """Milliseconds (30 years) that no measured time exceeds."""
 
@@ -31,7 +36,7 @@ class EngineFile:
     """One file of an engine.
 
     Attributes:
-        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`; or `network`, which is not run.
+        graph: The graph it belongs to: `stage_0`, …, `monolithic` or `final`; `network` and `student` are not run.
         sha256: SHA-256 of its content.
         bytes: Its size.
     """
@@ -192,6 +197,8 @@ class Manifest:
         notes: Remarks for the user.
         curve: Trade-off curve of `edgekd tune`.
         tuning: How the exit policy was chosen; None until then.
+        pending: Names of the fields that are unknown because the engine was built where it cannot run; nothing may use
+            it until it is checked on the machine that runs it.
         certificate: What the exit policy keeps on new images; None if nothing is certified. It is void when the
             engine's files, its policy or its preprocessing change, so what changes them drops it.
         attempts: The searches for a certificate so far.
@@ -215,6 +222,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     tuning: Tuning | None = None
+    pending: tuple[str, ...] = ()
     certificate: Certificate | None = None
     attempts: tuple[Attempt, ...] = ()
     edgekd: str = ""
@@ -227,6 +235,8 @@ class Manifest:
                 raise ValueError(f"stage_ms: {size} is not a batch size")
             if len(times) != len(self.metadata.exits) or not all(0 <= t <= MAX_MS for t in times):
                 raise ValueError(f"stage_ms.{size}: one time for each exit")
+        if self.pending and (self.pending != PENDING or self.parity or self.accuracy or self.stage_ms or self.tuning):
+            raise ValueError(f"pending: {', '.join(PENDING)}, none of which is known")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -312,6 +322,14 @@ def _listed(path: Path, manifest: Manifest) -> str:
 
 def _edited(path: Path) -> ArtifactError:
     return ArtifactError(f"{path} is not the file that was built (cut short or edited)", fix="compile again")
+
+
+def is_pending(folder: Path) -> bool:
+    """Return True if a folder is a readable engine that was built where it cannot run, and not checked since."""
+    try:
+        return bool(_manifest(folder).pending)
+    except ArtifactError:
+        return False
 
 
 def has_certificate(folder: Path) -> bool:

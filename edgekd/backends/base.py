@@ -66,6 +66,8 @@ class Backend(ABC, Generic[Graph]):
         fixed_batch_sizes: Staged runs take batches up to the largest of the recipe's batch sizes only.
         pads_batches: Batches run best in a size that was timed, so survivors are padded to one.
         works_after_fork: It can be used in a process forked from one that used it.
+        may_crash: Its library may end the process instead of raising, so `edgekd doctor` tries it in one of its own.
+        across_systems: Engines run on other operating systems than the one that built them.
     """
 
     name: ClassVar[str]
@@ -77,6 +79,8 @@ class Backend(ABC, Generic[Graph]):
     fixed_batch_sizes: ClassVar[bool] = False
     pads_batches: ClassVar[bool] = False
     works_after_fork: ClassVar[bool] = False
+    may_crash: ClassVar[bool] = False
+    across_systems: ClassVar[bool] = False
 
     @abstractmethod
     def version(self) -> str | None:
@@ -155,6 +159,13 @@ class Backend(ABC, Generic[Graph]):
             BackendError: The backend does not support it.
         """
         raise BackendError(f"{self.name} cannot apply the exit policy on the device", fix="omit --device-side-exit")
+
+    def cannot_run(self, recipe: Recipe) -> str:
+        """Return why an engine of this recipe can be built but not run on this machine; empty if it can run.
+
+        Such an engine is pending: `edgekd tune` or `edgekd bench` checks and times it on the machine that runs it.
+        """
+        return ""
 
     def host_facts(self) -> dict[str, str]:
         """Return what engines depend on besides the CPU: device, driver and runtime versions, clocks, power mode.

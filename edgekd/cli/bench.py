@@ -22,6 +22,7 @@ from edgekd.cli.common import (
     reserve,
     say,
 )
+from edgekd.cli.pending import complete_pending
 from edgekd.errors import ConfigError
 
 
@@ -57,6 +58,7 @@ def bench(
             reserve(out.with_suffix(suffix), kind)
     settings = config.load(Suite, "benchmarks/suites", suite, overrides=config.parse_overrides(set_ or []))
     others = dict(_named(pair) for pair in against or [])
+    complete_pending(engine, data, split, threads=settings.threads)
     chosen = read_or_scan(data, split, read_metadata(engine).classes)
     with bar("bench") as progress:
         record = measure(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgekd.compiler.build import Attempt
     from edgekd.types import Array, Labels, Progress
 
+RTX = "tensorrt-rtx"
 LEAST_SEEN = 20
 """Fewest pictures without labels to compile with."""
 GATE_PICTURES = 500
@@ -54,6 +55,10 @@ def compile_(
             callback=_known_backend,
         ),
     ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="RTX GPUs that tensorrt-rtx builds for: rtx-30, rtx-40, rtx-50 or portable (the default)."),
+    ] = None,
     data: OptionalData = None,
     split: SplitFile = None,
     out: Annotated[Path | None, typer.Option(help="Engine folder; default: STUDENT.engine.")] = None,
@@ -78,6 +83,10 @@ def compile_(
 
     out = out or source.with_suffix(".engine")
     overrides = config.parse_overrides(set_ or []) | ({"graphs": graphs} if graphs else {})
+    if device is not None:
+        if backend != RTX:
+            raise ConfigError(f"--device is for --backend {RTX}", fix="omit it: others build for this machine")
+        overrides[f"{RTX}.device"] = device
     compile_recipe = load_recipe(recipe, overrides=overrides)
     if data is None and split is not None:
         raise ConfigError("--split without --data", fix="give the images, too")
@@ -94,7 +103,7 @@ def compile_(
             if compile_recipe.precision == "int8":
                 calibration, _ = load("train", limit=compile_recipe.calibration_images, progress=progress)
         elif data is not None:
-            calibration, validation = _seen_pictures(student, data, compile_recipe, progress)
+            calibration, validation = seen_pictures(student, data, compile_recipe, progress)
     with bar("compile") as progress:
         manifest, attempts = compile_engine(
             student,
@@ -112,6 +121,9 @@ def compile_(
     echo(f"{out}: {manifest.backend} {manifest.backend_version}; recipe {name}, runs {ran}")
     for note in manifest.notes:
         echo(f"note: {note}")
+    if manifest.pending:
+        unknown = ", ".join(manifest.pending)
+        echo(f"pending: {unknown} are unknown until it has run; copy it to its GPU and check it there:")
     if had_certificate:
         echo("the certificate of the replaced engine is void: certify this one with edgekd tune --max-change 1")
     if data is not None and split is None:
@@ -121,7 +133,7 @@ def compile_(
         next_command("tune", out, "--data", data or "…", "--split", split or "…", "--max-accuracy-drop", 0.3)
 
 
-def _seen_pictures(
+def seen_pictures(
     student: StudentModel, data: Path, recipe: Recipe, progress: Progress
 ) -> tuple[Array | None, tuple[Array, Labels]]:
     """Load pictures that the network has learned from: every other one to calibrate, the rest for the gate.

@@ -20,6 +20,7 @@ from edgekd.cli.common import (
     read_or_scan,
     reserve,
 )
+from edgekd.cli.pending import complete_pending
 from edgekd.cli.promises import (
     CertaintyOption,
     CostsOption,
@@ -105,6 +106,7 @@ def tune(
     if not (engine / MANIFEST).is_file():
         raise ConfigError(f"{engine} is not an engine folder", fix="thresholds are part of an engine: compile it first")
     reserve(engine / MANIFEST)
+    complete_pending(engine, data, split, threads=threads)
     opened = open_engine(engine, threads=threads)
     promised = functools.partial(
         promises_of,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from edgekd.artifacts.manifest import NETWORK, NETWORK_FILE, Manifest, read_file, read_manifest
+from edgekd.artifacts.manifest import NETWORK, NETWORK_FILE, STUDENT, STUDENT_FILE, Manifest, read_file, read_manifest
 from edgekd.artifacts.metadata import ModelMetadata, read_onnx
 from edgekd.artifacts.partition import graph, graph_names, with_shapes
 from edgekd.artifacts.recipe import Recipe
@@ -199,7 +199,7 @@ def _in_sequence(
     return [np.concatenate(rows) for rows in zip(*batches)] if len(batches) > 1 else [*batches[0]]
 
 
-def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> Engine:
+def open_engine(path: Path, *, threads: int | None = None, digest: str = "", pending: bool = False) -> Engine:
     """Open student.engine/, or student.onnx in ONNX Runtime FP32.
 
     A graph that is loaded later is checked against the manifest read here, so an opened engine never changes.
@@ -208,24 +208,28 @@ def open_engine(path: Path, *, threads: int | None = None, digest: str = "") -> 
         path: Engine folder or ONNX file.
         threads: CPU threads to use; all that the process may use if None.
         digest: Digest that the engine must have, if not empty.
+        pending: Open it even if it was built where it cannot run, and was not checked since.
 
     Raises:
         ArtifactError: Missing, damaged or edited; built by another backend version or for another kind of machine; of
-            another digest.
+            another digest; pending.
         BackendError: The backend is not installed.
         ConfigError: Fewer threads than one.
     """
-    engine = _open(path, threads=checked_threads(threads))
+    engine = _open(path, threads=checked_threads(threads), pending=pending)
     if digest and engine.digest != digest:
         raise ArtifactError(f"{path} was replaced since it was opened", fix="run the command again")
     return engine
 
 
-def _open(path: Path, *, threads: int) -> Engine:
+def _open(path: Path, *, threads: int, pending: bool) -> Engine:
     recover(path)
     if not path.is_dir():
         return reference_engine(*read_onnx(path), threads=threads)
     manifest = read_manifest(path)
+    if manifest.pending and not pending:
+        what = f"{path} is pending: it was built where it cannot run, and its accuracy and times are unknown"
+        raise ArtifactError(what, fix=f"check it on a machine that runs it: edgekd tune {path} --data … --split …")
     check_host(manifest, path)
     _check_files(manifest, path)
     return built_engine(path, manifest, threads=threads)
@@ -297,7 +301,8 @@ def _check_shapes(graph: CompiledGraph, name: str, metadata: ModelMetadata) -> N
 def _check_files(manifest: Manifest, path: Path) -> None:
     """Check that the manifest lists the files of these graphs, as this backend writes them, and no others.
 
-    `WHOLE` graphs and `NETWORK_FILE` may be among them; engines of earlier versions have no `NETWORK_FILE`.
+    `WHOLE` graphs and `NETWORK_FILE` may be among them; engines of earlier versions have no `NETWORK_FILE`. Pending
+    engines have `STUDENT_FILE`.
 
     Raises:
         ArtifactError: It does not.
@@ -307,10 +312,16 @@ def _check_files(manifest: Manifest, path: Path) -> None:
     needed, every = (graph_names(manifest.metadata, whole=whole) for whole in (False, True))
     names = [name for name in every if name in needed or name in found.values()]
     expected = {f"{name}{suffix}": name for name in names for suffix in suffixes}
+    expected |= {STUDENT_FILE: STUDENT} if manifest.pending else {}
     if found != expected:
         odd = min(found.items() ^ expected.items())[0]
         what = f"{path}: its manifest lists other files than the graphs of {manifest.backend}: {odd}"
         raise ArtifactError(what, fix="compile again")
+
+
+def _machine(name: str) -> str:
+    """Return an architecture's name on Linux for the one on Windows."""
+    return "x86_64" if name == "AMD64" else name
 
 
 def check_host(manifest: Manifest, path: Path) -> None:
@@ -330,9 +341,9 @@ def check_host(manifest: Manifest, path: Path) -> None:
     )
     for key, built_on, found in (
         ("system", there.system, platform.system()),
-        ("machine", there.machine, platform.machine()),
+        ("machine", _machine(there.machine), _machine(platform.machine())),
     ):
-        if built_on != found:
+        if built_on != found and not (key == "system" and backend.across_systems):
             raise ArtifactError(f"{path} was built on {key} {built_on}; this machine has {found}", fix=rebuild)
     if reason := backend.incompatibility(manifest):
         raise ArtifactError(f"{path} {reason}", fix=rebuild)

@@ -12,6 +12,7 @@ from fakes.cuda import Cuda
 from fakes.machine import IMAGES, RNG, Box, engine_of, policies
 from helpers.device_kernel import Kernel
 
+from edgekd.backends.cuda.device import device
 from edgekd.backends.tensorrt.device_exit import SHIPPED, ptx, source
 from edgekd.confidence import CONFIDENCE_MEASURES, ConfidenceMeasure
 from edgekd.errors import BackendError, ConfigError
@@ -72,6 +73,7 @@ def test_the_gpu_ends_the_cascade(
         want = Classifier(reference, policy=policy).run(IMAGES)
         ours = Classifier(engine, policy=policy, device_side_exit=True)
         kernel.conditions = cuda.graphs.conditions
+        ours.run(IMAGES[:1])  # opening the last exit's graph may have moved the scratch memory
         before = cuda.launches, cuda.syncs, cuda.runs
         found = ours.run(IMAGES)
         assert found.exits.tolist() == want.exits.tolist()
@@ -80,6 +82,11 @@ def test_the_gpu_ends_the_cascade(
         after = cuda.launches, cuda.syncs, cuda.runs
         stages = int((want.exits + 1).sum())  # no later stage runs
         assert [b - a for a, b in zip(before, after)] == [20, 20, stages]
+    with device() as gpu:
+        address = gpu.scratch.memory.address
+    engine.logits(IMAGES)  # in one piece, which needs more scratch memory: that of the cascade moves
+    assert address not in cuda.blocks
+    assert ours.run(IMAGES).probabilities == pytest.approx(want.probabilities, abs=1e-5)
 
 
 def test_a_measure_without_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

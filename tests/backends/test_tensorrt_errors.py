@@ -18,6 +18,7 @@ from fakes.machine import IMAGES, Box, compiled, engine_of, recipe
 from edgekd.artifacts.metadata import put_metadata, read_onnx, read_student
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device, find
+from edgekd.backends.tensorrt.library import TENSORRT
 from edgekd.compiler.build import compile_engine
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.runtime.engine import open_engine
@@ -88,6 +89,25 @@ def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp
         compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())
 
 
+def test_what_is_logged_of_a_build(box: Callable[..., Box], caplog: pytest.LogCaptureFixture) -> None:
+    """A build has up to a million messages. Weights that overflow are told, as the accuracy suffers."""
+    box("10.3")
+    with device():
+        logger, severity = TENSORRT.logger, TENSORRT.trt.Logger
+    logger.log(severity.VERBOSE, "Tactic: 0x1 Time: 0.1")
+    logger.log(severity.VERBOSE, "Layers:\nName: a")
+    logger.log(severity.WARNING, "Detected layernorm nodes in FP16.")
+    assert not caplog.records
+    logger.log(severity.WARNING, "2 weights would overflow in FP16 and are converted to the closest finite value.")
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert logger.listing == "Layers:\nName: a"
+    caplog.set_level("DEBUG", "edgekd.backends.tensorrt.library")
+    logger.log(severity.INFO, "Engine generation completed")
+    assert "TensorRT: Engine generation completed" in caplog.text
+    TENSORRT.forget_messages()
+    assert (logger.listing, len(logger.warnings)) == ("", 0)
+
+
 def test_int8_where_there_is_none(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
     box("8.6", fast_int8=False)
     with pytest.raises(BackendError, match=r"Orin \(SM 8\.7\) has no fast int8[\s\S]*fp16"):
@@ -118,6 +138,15 @@ def test_engines_of_other_versions_and_gpus(box: Callable[..., Box], small_stude
         ArtifactError, match=r"for Orin \(SM 8\.7\); this machine has T4 \(SM 7\.5\)[\s\S]*--recipe fp32"
     ):
         open_engine(out)
+
+
+def test_a_driver_that_tensorrt_cannot_start_with(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:
+    """A runtime would crash the interpreter, so on another driver than at the build a builder is made first."""
+    box("10.3")
+    compiled(small_student, tmp_path / "e.engine", recipe())
+    box("10.3", cuda=Cuda(driver=13000), cannot_start=True)
+    with pytest.raises(BackendError, match=r"cannot make its Builder[\s\S]*initialization failure with error: 35"):
+        open_engine(tmp_path / "e.engine")
 
 
 def test_a_file_that_tensorrt_refuses(box: Callable[..., Box], tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ TYPING_ERRORS = {
     ("evaluate", "subset"): ("evaluate {out} --subset tst", "test"),
     ("compile", "recipe"): ("compile {student} --recipe int9", "int8"),
     ("compile", "backend"): ("compile {student} --backend openvin", "openvino"),
+    ("compile", "device"): ("compile {student} --backend tensorrt-rtx --device rtx-4", "rtx-40"),
     ("tune", "confidence"): ("tune {student} --data {cells} --split x --confidence margn", "margin"),
     ("tune", "average"): ("tune {student} --data {cells} --split x --average meen", "mean"),
     ("predict", "strategy"): ("predict {student} {cells} --strategy cascad", "cascade"),

@@ -218,6 +218,13 @@ def offer_builder(world: World) -> None:
             if "IBuilderConfig.progress_monitor" in names:
                 self.progress_monitor = None
             self._sources = (1 << 10) - 1
+            self._capabilities: list[str] = []
+
+        def set_compute_capability(self, capability: Any, index: int) -> bool:
+            assert capability in trt.ComputeCapability
+            assert 0 <= index < self.num_compute_capabilities
+            self._capabilities.append(capability.name)
+            return True
 
         def set_flag(self, flag: Any) -> None:
             assert flag in flags
@@ -284,7 +291,10 @@ def offer_builder(world: World) -> None:
                 return None
             if config._cache is not None:
                 config._cache._kernels |= {f"{n.op_type}:{n.output[0]}" for n in network._model.graph.node}
-            return _plan(network, config)
+            plan = _plan(network, config)
+            if trouble.rtx:
+                self._logger.log(trt.Logger.VERBOSE, _listing(pickle.loads(plan[4:])["layers"]))
+            return plan
 
         def _wrong(self, network: Any, config: Any) -> str:
             if network._model is None or network._parser() is None:
@@ -338,6 +348,7 @@ def offer_builder(world: World) -> None:
             "compatible": "VERSION_COMPATIBLE" in flag_names,
             "hardware": level.name if (level := getattr(config, "hardware_compatibility_level", None)) else "NONE",
             "sm": cuda.sm,
+            "capabilities": config._capabilities,
             "model": given.SerializeToString(),
             "linear": [t._name for t in (*network._inputs, *network._outputs) if t.allowed_formats == linear],
             "dtypes": {t._name: t._dtype.name for t in (*network._inputs, *network._outputs)},
@@ -348,6 +359,22 @@ def offer_builder(world: World) -> None:
             "stripped": stripped,
         }
         return b"ftrt" + pickle.dumps(content)
+
+    def _listing(layers: list[dict[str, Any]]) -> str:
+        """The builder's own list, in the words of TensorRT-RTX 1.7.1."""
+        rows = ["Layers:"]
+        for layer in layers:
+            inputs = ", ".join(
+                f"{{ Name: {tensor['Name']}, Dimensions: [1], Strides: [1], StrideOrder: [0], "
+                f"Datatype: {tensor['Format/Datatype']}, Format: (Linear) Row major linear format }}"
+                for tensor in layer["Inputs"]
+            )
+            kind = "correlation" if layer["LayerType"] == "CaskConvolution" else layer["LayerType"]
+            rows.append(
+                f"Name: {layer['Name']}, LayerType: {kind}, Inputs: [ {inputs}], Constants: [], Outputs: [], "
+                "TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: "
+            )
+        return "\n".join(rows)
 
     def _layers(model: onnx.ModelProto, flag_names: set[str], network: Any, config: Any) -> list[dict[str, Any]]:
         """What the inspector will say, in the words of the version."""
@@ -382,12 +409,21 @@ def offer_builder(world: World) -> None:
                 precision = "Half"
             else:
                 precision = "Float"
-            text = precision if major >= 10 else words[precision]
-            layer = {"Name": node.name, "Inputs": [{"Name": node.input[0], "Format/Datatype": text}], "Outputs": []}
+            layer = {"Name": node.name, "Inputs": [{"Name": node.input[0]}], "Outputs": []}
+            if major >= 11:  # one compiler for all layers; in this version's words it is not proved
+                layer["Inputs"] = [
+                    {"Name": node.input[0], "Datatype": precision, "Format": "(NHWC) Channel major format"}
+                ]
+                layer |= {"LayerType": "correlation" if node.op_type == "Conv" else "gemm"}
+                layer |= {"TacticName": "__myelin_CASK_STUB", "Metadata": f"[ONNX Layer: {node.name}]"}
+                found.append(layer)
+                continue
+            layer["Inputs"][0]["Format/Datatype"] = words[precision]
             if node.op_type == "Conv":
                 layer |= {"LayerType": "CaskConvolution", "ParameterType": "Convolution"}
                 layer |= {"Weights": {"Type": precision, "Count": 9}}
             elif major >= 10:
+                layer["Inputs"][0]["Format/Datatype"] = precision
                 layer |= {"LayerType": "gemm", "TacticName": "sm80_xmma_gemm"}
             else:  # a convolution of 1x1
                 layer |= {"LayerType": "CaskGemmConvolution", "ParameterType": "Convolution"}

@@ -22,7 +22,7 @@ NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8}
 
 def offer_engine(world: World) -> None:
     """Runtimes, engines, contexts, inspectors and refitters."""
-    trt, cuda, trouble, major, offer = world.trt, world.cuda, world.trouble, world.major, world.offer
+    trt, cuda, trouble, offer = world.trt, world.cuda, world.trouble, world.offer
     types_ = trt.DataType
 
     @offer
@@ -40,12 +40,15 @@ def offer_engine(world: World) -> None:
                 return json.dumps({"Layers": [layer["Name"] for layer in content["layers"]]})
             layers = json.loads(json.dumps(content["layers"]))
             for tensor in (t for layer in layers for t in layer["Inputs"] if self.execution_context is None):
+                tensor.pop("Datatype", None)
                 tensor["Format/Datatype"] = "N/A due to dynamic shapes"
             return json.dumps({"Layers": layers, "Bindings": []})
 
     @offer
     class Runtime(Named):
         def __init__(self, logger: Any) -> None:
+            if trouble.cannot_start:
+                raise RuleBroken("a runtime is made where CUDA does not start: it crashes the interpreter")
             self._logger = world.attached(logger)
             self._allowed = False
             self.DLA_core = -1
@@ -64,7 +67,12 @@ def offer_engine(world: World) -> None:
             if content["version"] != trt.__version__ and not (content["compatible"] and self._allowed):
                 world.error(self._logger, "6: The engine plan file is not compatible with this version of TensorRT")
                 return None
-            if content["sm"] != cuda.sm and content["hardware"] == "NONE":
+            if trouble.rtx:
+                here = "SM{}{}".format(*cuda.sm)
+                if not (cuda.driver and cuda.count) or here not in (content["capabilities"] or [here]):
+                    world.error(self._logger, "Cuda Runtime (cudaError 35)")
+                    return None
+            elif content["sm"] != cuda.sm and content["hardware"] == "NONE":
                 world.error(self._logger, "6: The engine plan file is generated on an incompatible device")
                 return None
             return ICudaEngine(content)
@@ -76,13 +84,14 @@ def offer_engine(world: World) -> None:
             self._model = onnx.load_from_string(content["model"])
             self._shapes = {**shapes_of(self._model), **content["static"]}
             self._weights = not content["stripped"]
+            self._scratch = 512 * len(self._model.graph.node)
             self._session: Any = None
             self._used: dict[int, Any] = {}  # profile to the context that has it
             self._ran: list[int] = []  # profiles, in the order of their first runs and of every return
 
         num_io_tensors = property(lambda self: len(self._shapes))
-        device_memory_size = property(lambda self: 4096)
-        device_memory_size_v2 = property(lambda self: 4096)
+        device_memory_size = property(lambda self: self._scratch)
+        device_memory_size_v2 = property(lambda self: self._scratch)
         num_optimization_profiles = property(lambda self: max(len(self._content["profiles"]), 1))
 
         def get_tensor_name(self, index: int) -> str:
@@ -99,9 +108,12 @@ def offer_engine(world: World) -> None:
             return self._shapes[name]
 
         def get_tensor_format(self, name: str) -> Any:
-            return trt.TensorFormat.LINEAR if name in self._content["linear"] else trt.TensorFormat.CHW32
+            linear = name in self._content["linear"] and name != trouble.padded
+            return trt.TensorFormat.LINEAR if linear else trt.TensorFormat.CHW32
 
         def get_tensor_format_desc(self, name: str) -> str:
+            if name == trouble.padded:
+                return "Channel major FP16 format where channel % 32 == 0"
             return "Row major linear " + {"FLOAT": "FP32", "HALF": "FP16 format"}[self._content["dtypes"][name]]
 
         def get_tensor_components_per_element(self, name: str) -> int:
@@ -175,14 +187,16 @@ def offer_engine(world: World) -> None:
             return tuple(batch if d == -1 else d for d in self._engine._shapes[name])
 
         def _set_memory(self, address: int) -> None:
-            self.set_device_memory(address, 4096) if major >= 10 else setattr(self, "_memory", (address, 4096))
+            cuda.bytes_at(address, self._engine._scratch)
+            self._memory = (address, self._engine._scratch)
 
         device_memory = property(None, _set_memory)
 
         def set_device_memory(self, memory: int, size: int) -> None:
-            if size < 4096:
+            if size < self._engine._scratch:
                 raise RuleBroken("too little device memory for the context")
-            self._memory = (memory, size)
+            cuda.bytes_at(memory, size)
+            self._memory = (memory, self._engine._scratch)
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             assert type(memory) is int

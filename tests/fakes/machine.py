@@ -20,7 +20,7 @@ from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.metadata import read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.cuda.device import find
-from edgekd.backends.tensorrt.library import TENSORRT
+from edgekd.backends.tensorrt.library import TENSORRT, TENSORRT_RTX
 from edgekd.backends.tensorrt.runner import warn_once
 from edgekd.compiler.build import compile_engine
 from edgekd.policy import Policy
@@ -30,6 +30,7 @@ from edgekd.types import Array
 RNG = np.random.default_rng(5)
 IMAGES = RNG.normal(size=(20, 3, 16, 16)).astype(np.float32)
 BUCKETS = (1, 2, 4, 8)
+RTX = "tensorrt_rtx_bindings"
 
 
 class Finder:
@@ -71,7 +72,8 @@ def forget() -> None:
     for cached in (find, warn_once):
         cached.cache_clear()
     vars(TENSORRT).clear()
-    for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", "cuda", "pycuda")]:
+    vars(TENSORRT_RTX).clear()
+    for name in [n for n in sys.modules if n.split(".")[0] in ("tensorrt", RTX, "cuda", "pycuda")]:
         del sys.modules[name]
 
 
@@ -94,14 +96,15 @@ def box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
         forget()
         cuda, found = cuda or Cuda(), Trouble(**trouble)
         cudas.append(cuda)
-        modules: dict[str, Callable[[], Any]] = {"tensorrt": lambda: make(family, cuda, found)}
+        library = RTX if found.rtx else "tensorrt"
+        modules: dict[str, Callable[[], Any]] = {library: lambda: make(family, cuda, found)}
         if "cuda-python" in bindings:
             modules |= {"cuda": _package, "cuda.bindings": _package}
             modules["cuda.bindings.runtime"] = lambda: cuda_python(cuda)
             modules["cuda.bindings.driver"] = lambda: cuda_driver(cuda, kernel)
         if "pycuda" in bindings:
             modules |= {"pycuda": _package, "pycuda.driver": lambda: pycuda(cuda)}
-        for name in {"tensorrt", "cuda", "pycuda"} - modules.keys():
+        for name in {"tensorrt", "tensorrt_rtx", RTX, "cuda", "pycuda"} - modules.keys():
             sys.modules[name] = None  # type: ignore[assignment]  # as if not installed, whatever is
         finder = Finder(modules)
         monkeypatch.setattr(sys, "meta_path", [finder, *(f for f in sys.meta_path if not isinstance(f, Finder))])

@@ -1,8 +1,25 @@
 """A TensorRT for each family of versions: it knows only the names that the real bindings have, keeps the real rules
 that edgekd depends on, and runs the graphs in ONNX Runtime. What only a GPU can tell, it cannot.
 
+Not proved on a GPU, or on one alone (an H100 with 8.6): that a context which takes another profile gives up the one it
+had; that garbage is no timing cache (for TensorRT-RTX it is an empty one); that a context without memory accepts a
+profile; that formats are told only with a context; what the inspectors of 10 and 11 call things; that Q/DQ graphs give
+what they give in ONNX Runtime. Every engine here needs 4096 bytes of scratch memory, so too little cannot be noticed.
+
 Rules that real TensorRT answers with a log message and None or False are answered so here; what crashes there, or
 gives wrong numbers, raises `RuleBroken`.
+
+What the fakes do and no GPU has shown, except TensorRT 8.6 on an H100 (benchmarks/results/gpu), where it is so marked:
+
+- CUDA bindings of a newer minor version than the driver's are refused on a Jetson (integrated), and accepted elsewhere.
+- A profile is free again when its context leaves it. A context with the user's memory accepts a profile before it has
+  memory (8.6).
+- A captured graph survives later calls on other contexts of its engine (8.6), and another memory of its own context.
+- Several engines can share one scratch memory, which is larger than most of them need.
+- A kernel in a child graph may set a condition of the parent (8.6).
+- Formats in the inspector's report are unknown only without a context.
+- Q/DQ graphs give what ONNX Runtime gives, but for rounding.
+- Damaged timing caches are answered with None.
 """
 
 from __future__ import annotations
@@ -57,8 +74,10 @@ class Trouble:
     ignores_fp16: bool = False  # builds float32 whatever it is asked for
     damaged_information: bool = False
     dla_cores: int = 0
+    padded: str = ""  # tensor whose layout is not that of an array
     cannot_run: bool = False
     wrong_profile: int = -1  # whose kernels answer wrongly
+    rtx: bool = False  # TensorRT-RTX instead of TensorRT
     forgets: bool = False  # a context answers wrongly once one of another profile has run since it did
 
 
@@ -77,9 +96,11 @@ class World:
     def __init__(self, family: str, cuda: Cuda, trouble: Trouble) -> None:
         self.family, self.cuda, self.trouble = family, cuda, trouble
         self.names = real_names(family)
+        if trouble.rtx:
+            self.names |= {f"IBuilderConfig.{name}" for name in ("num_compute_capabilities", "set_compute_capability")}
         self.major, self.minor = map(int, family.split("."))
         self.trt: Any = types.ModuleType("tensorrt")
-        self.trt.__version__ = FULL[family]
+        self.trt.__version__ = "1.7.1.116" if trouble.rtx else FULL[family]
         self.trt.built = []  # network and config of every build, for tests to look at
 
     def offer(self, cls: type[Named]) -> type[Named]:
@@ -101,7 +122,7 @@ class World:
 
     def attached(self, logger: Any) -> Any:
         """The logger of what is being made."""
-        if not (self.cuda.driver and self.cuda.count):
+        if not (self.cuda.driver and self.cuda.count) and not self.trouble.rtx:
             raise RuleBroken("TensorRT is used where there is no driver or GPU: it crashes the interpreter")
         assert logger._is_logger
         if self.trouble.cannot_start:
@@ -133,6 +154,8 @@ def make(family: str, cuda: Cuda, trouble: Trouble) -> types.ModuleType:
             self._is_monitor = True
 
     world.trt.ILogger, world.trt.Logger = ILogger, Logger
+    if trouble.rtx:
+        world.trt.ComputeCapability = _Enum("ComputeCapability", ["SM86", "SM89", "SM120"])
     if "IProgressMonitor" in world.names:
         world.trt.IProgressMonitor = IProgressMonitor
     offer_builder(world)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from edgekd.backends.cuda.scratch import Scratch
 from edgekd.errors import ConfigError, nearest
 from edgekd.host import installed_version
 
@@ -104,6 +105,16 @@ class CudaDevice(ABC):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._scratch: weakref.ref[Scratch] | None = None
+
+    @property
+    def scratch(self) -> Scratch:
+        """Scratch memory of all engines; it exists as long as an engine keeps it."""
+        found = self._scratch() if self._scratch else None
+        if found is None:
+            found = Scratch(self)
+            self._scratch = weakref.ref(found)
+        return found
 
     def facts(self) -> dict[str, str]:
         """Return what measurements on this GPU depend on, for manifests and records."""

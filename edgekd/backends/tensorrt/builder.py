@@ -36,12 +36,17 @@ class Plan:
     Attributes:
         data: The serialised engine.
         graph: The graph that TensorRT parsed.
-        layers: Its layers for all batch sizes, where the builder lists them (TensorRT-RTX); else empty.
+        listing: The builder's list of its layers for all batch sizes, from TensorRT-RTX; else empty.
     """
 
     data: bytes
     graph: onnx.ModelProto
-    layers: list[Layer]
+    listing: str
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers of `listing`."""
+        return from_log(self.listing)
 
 
 def build_plan(
@@ -83,11 +88,11 @@ def build_plan(
         raise monitor.error
     if plan is None:
         raise library.failed(f"{library.name} cannot build {name} as {target.recipe.name}")
-    found = from_log(library.logger.listing)
+    listing = library.logger.listing
     library.forget_messages()
     if progress:
         progress(1.0)
-    return Plan(bytes(plan), graph, found)
+    return Plan(bytes(plan), graph, listing)
 
 
 def _check_able(builder: Any, target: Target) -> None:

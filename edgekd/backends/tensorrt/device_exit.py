@@ -94,22 +94,29 @@ class DeviceCascade:
             self._total = gpu.allocate(4 * self._classes)
             self._host = gpu.pinned((2 + self._classes,), np.float32)
             self._kernel = _compiled(self._gpu, policy)
-            self._contexts = [stage.prepared(1) for stage in stages]
-            for stage, context in zip(stages, self._contexts):  # the first run cannot be captured
-                enqueue(context, stage)
-            gpu.synchronize()
-            self._graph = self._built()
+            self._scratch = gpu.scratch
+            self._scratch.reserve(self, 0)  # the stages ask for what they need
+            self._graph: Graph | None = self._built()
 
     def __call__(self, image: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float, int]:
         with self._gpu as gpu:
             self._stages[0].fits("images", image)
+            self._graph = self._graph or self._built()
             self._images.put(image)
             gpu.launch(self._graph)
             gpu.download(self._host, self._result.address)
             gpu.synchronize()
             return self._host[2:].copy(), float(self._host[0]), int(self._host[1])
 
+    def scratch_moved(self) -> None:
+        """Build the graph anew when it is next used; see `edgekd.backends.cuda.scratch`."""
+        self._graph = None
+
     def _built(self) -> Graph:
+        self._contexts = [stage.prepared(1) for stage in self._stages]
+        for stage, context in zip(self._stages, self._contexts):  # the first run cannot be captured
+            enqueue(context, library=stage.library, name=stage.name)
+        self._gpu.synchronize()
         root = self._gpu.do(self._gpu.runtime.cudaGraphCreate(0))
         try:
             self._add(root, 0)
@@ -145,7 +152,7 @@ class DeviceCascade:
 
     def _stage(self, exit: int, handle: int) -> None:
         stage, policy = self._stages[exit], self._policy
-        enqueue(self._contexts[exit], stage)
+        enqueue(self._contexts[exit], library=stage.library, name=stage.name)
         values = (
             stage.tensors[stage.logits[0]].address,
             self._total.address,

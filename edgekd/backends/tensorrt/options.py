@@ -56,7 +56,7 @@ def parse_options(recipe: Recipe, *, where: str = "the recipe") -> TensorRTOptio
 
 @dataclass(frozen=True)
 class Target:
-    """What an engine is built for.
+    """An engine to build: for what, and by which library.
 
     Attributes:
         library: The library that builds and runs it.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.backends.base import ReadFile
-from edgekd.backends.cuda.base import Graph, Memory
+from edgekd.backends.cuda.base import Graph
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.device_tensor import Tensor
 from edgekd.backends.tensorrt.graph_passes import is_boundary
@@ -58,7 +58,10 @@ class TensorRTRunner:
             self.outputs = [n for n in names if n not in self.inputs]
             self._contexts: dict[int, Any] = {}
             self._batches: dict[int, Batch] = {}
-            shapes = self.context(self.sizes[-1])
+            self._check_layout(path)
+            self._scratch = device().scratch
+            self._scratch.reserve(self, self._scratch_size())
+            shapes = self.context(self.sizes[0])  # a first context has the first profile by default
             self.tensors = {
                 n: Tensor(tuple(shapes.get_tensor_shape(n))[1:], self._dtype(n), self.sizes[-1]) for n in names
             }
@@ -67,8 +70,8 @@ class TensorRTRunner:
         self.row_shapes = self.tensors[self.inputs[0]].shape, self.tensors[self.logits[0]].shape
 
     def _deserialised(self, path: Path, target: Target, read: ReadFile) -> Any:
-        if target.options.version_compatible:
-            self._runtime.engine_host_code_allowed = True
+        if target.options.version_compatible and hasattr(self._runtime, "engine_host_code_allowed"):
+            self._runtime.engine_host_code_allowed = True  # TensorRT 8.5 knows no such engines
         if target.options.dla_core is not None:
             self._runtime.DLA_core = target.options.dla_core
         engine = self._runtime.deserialize_cuda_engine(read(path))
@@ -85,12 +88,27 @@ class TensorRTRunner:
         known = {trt.DataType.FLOAT: np.float32, trt.DataType.HALF: np.float16, trt.DataType.INT8: np.int8}
         return known[self.engine.get_tensor_dtype(name)]
 
-    @functools.cached_property
-    def _scratch(self) -> Memory:
-        """Scratch memory shared by the contexts of all batch sizes, of which one runs at a time."""
+    def _check_layout(self, path: Path) -> None:
+        """Check that all inputs and outputs are arrays without padding, as edgekd allocates and copies them.
+
+        Raises:
+            BackendError: One is not.
+        """
+        trt = self.library.trt
+        for name in (*self.inputs, *self.outputs):
+            if self.engine.get_tensor_format(name) != trt.TensorFormat.LINEAR:
+                layout = self.engine.get_tensor_format_desc(name)
+                what = f"{path}: {name} is laid out as '{layout}', not as a plain array"
+                raise BackendError(what, fix="compile it again with edgekd compile")
+
+    def _scratch_size(self) -> int:
+        """Return the bytes of scratch memory that the batch size with the largest need takes."""
         new = hasattr(self.engine, "device_memory_size_v2")
-        size = self.engine.device_memory_size_v2 if new else self.engine.device_memory_size
-        return device().allocate(max(size, 1))
+        return int(self.engine.device_memory_size_v2 if new else self.engine.device_memory_size)
+
+    def scratch_moved(self) -> None:
+        """Make the batches anew when they are next used; see `edgekd.backends.cuda.scratch`."""
+        self._batches.clear()
 
     def context(self, size: int) -> Any:
         """Return an execution context for batches of `size`, without scratch memory."""
@@ -114,11 +132,11 @@ class TensorRTRunner:
 
     def prepared(self, size: int) -> Any:
         """Return the same context with scratch memory, reading and writing `tensors`."""
-        context = self.context(size)
+        context, scratch = self.context(size), self._scratch.memory
         if hasattr(context, "set_device_memory"):
-            context.set_device_memory(self._scratch.address, self._scratch.size)
+            context.set_device_memory(scratch.address, scratch.size)
         else:
-            context.device_memory = self._scratch.address
+            context.device_memory = scratch.address
         for name, tensor in self.tensors.items():
             if not context.set_tensor_address(name, tensor.address):
                 raise self.library.failed(f"{self.library.name} refuses the memory of {name}")
@@ -205,10 +223,10 @@ class TensorRTRunner:
             raise DataError(what, fix=f"give {tensor.dtype} (N, {shape})")
 
 
-def enqueue(context: Any, runner: TensorRTRunner) -> None:
-    """Enqueue a run of a context that `runner` has prepared."""
+def enqueue(context: Any, *, library: Library, name: str) -> None:
+    """Enqueue a run of a prepared context of the graph `name`."""
     if not context.execute_async_v3(device().stream):
-        raise runner.library.failed(f"{runner.library.name} cannot run {runner.name}")
+        raise library.failed(f"{library.name} cannot run {name}")
 
 
 def _refit(library: Library, engine: Any, path: Path, read: ReadFile) -> None:
@@ -225,7 +243,7 @@ class Batch:
 
     def __init__(self, runner: TensorRTRunner, size: int) -> None:
         self._context = runner.prepared(size)
-        self._runner = runner
+        self._library, self._name = runner.library, runner.name  # not the runner: a cycle would keep its memory
         self._logits = [runner.tensors[name] for name in runner.logits]
         self._size = size
         self.enqueue()  # TensorRT sets itself up on the first run, which cannot be captured
@@ -234,7 +252,7 @@ class Batch:
 
     def enqueue(self) -> None:
         """Enqueue the run and the copy of its logits, without a graph."""
-        enqueue(self._context, self._runner)
+        enqueue(self._context, library=self._library, name=self._name)
         for tensor in self._logits:
             tensor.fetch(self._size)
 
