@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Backend, ReadFile, fractions
+from edgekd.backends.base import Backend, ReadFile
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.smi import power_and_clocks
 from edgekd.backends.runner import DeviceCascade as DeviceCascadeRunner
@@ -80,7 +81,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         """
         return TensorRTRunner(path, tensorrt_target(recipe), read)
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count precisions among the layers that multiply by weights, as TensorRT's engine inspector names them.
 
         What the inspector does not tell is left out, with a warning.
@@ -101,7 +102,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
                 len(found),
                 path.stem,
             )
-        return fractions(told)
+        return Counter(told)
 
     def quantization_target(self, recipe: Recipe) -> str:
         return "tensorrt" if parse_options(recipe).dla_core is None else "dla"
