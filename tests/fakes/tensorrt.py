@@ -8,6 +8,18 @@ what they give in ONNX Runtime. Every engine here needs 4096 bytes of scratch me
 
 Rules that real TensorRT answers with a log message and None or False are answered so here; what crashes there, or
 gives wrong numbers, raises `RuleBroken`.
+
+What the fakes do and no GPU has shown, except TensorRT 8.6 on an H100 (benchmarks/results/gpu), where it is so marked:
+
+- CUDA bindings of a newer minor version than the driver's are refused on a Jetson (integrated), and accepted elsewhere.
+- A profile is free again when its context leaves it. A context with the user's memory accepts a profile before it has
+  memory (8.6).
+- A captured graph survives later calls on other contexts of its engine (8.6), and another memory of its own context.
+- Several engines can share one scratch memory, which is larger than most of them need.
+- A kernel in a child graph may set a condition of the parent (8.6).
+- Formats in the inspector's report are unknown only without a context.
+- Q/DQ graphs give what ONNX Runtime gives, but for rounding.
+- Damaged timing caches are answered with None.
 """
 
 from __future__ import annotations

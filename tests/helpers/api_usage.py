@@ -28,6 +28,7 @@ NAMES = {
     "_context": "IExecutionContext",
     "inspector": "EngineInspector",
     "refitter": "Refitter",
+    "logging": OTHER,
 }
 """What a variable or attribute of that name holds, where nothing else tells."""
 ONLY_IN = {
@@ -217,7 +218,8 @@ class _Reader:
             self._touch(kind, node.attr, node)
             return self.api.returns(kind, node.attr)
         found = self._named(node.attr)
-        if found is None and node.attr in self._words:
+        of_logging = isinstance(node.value, ast.Name) and node.value.id == "logging"  # has a DEBUG, too
+        if found is None and node.attr in self._words and not of_logging:
             self.found.unclear.add(f"{self._module}:{node.lineno}: {ast.unparse(node)}")
         return found
 
