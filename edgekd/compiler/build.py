@@ -378,7 +378,7 @@ class Compilation:
             The candidates, and what was tried, for the manifest or the refusal.
         """
         assert self._search is not None  # int8
-        if find_backend(REFERENCE).version() is None:
+        if REFERENCE not in {one.name for one in installed()}:
             return [], ["ONNX Runtime is not installed, so no cause was looked for"]
         target, limit = self._target(backend), self._recipe.max_accuracy_drop
         nearest = min(plain, key=lambda candidate: candidate.report.drop)
