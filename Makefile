@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo docs test test-pythons faults check clean
+.PHONY: install demo docs test test-pythons test-tensorrt faults check clean
 
 install: $(READY)
 
@@ -29,6 +29,10 @@ test: check
 # The tests that need no torch, on every Python that pyproject.toml names and this machine has (pyenv's and uv's, too).
 test-pythons:
 	$(PYTHON) tests/pythons.py build/pythons
+
+# Every network with NVIDIA's real builder, which needs no GPU: 180 MB of wheels once, and about ten minutes.
+test-tensorrt: $(READY)
+	$(BIN)/python tests/tensorrt_builds.py benchmarks/results/tensorrt-rtx-builds.md
 
 # 100,000 mutated inputs and 300 kills: about an hour; `make test` has a few of both. Their summaries are committed.
 faults: $(READY)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from edgekd.signals import Stopped, stopping
+from edgekd.signals import Stopped, deferred, stopping
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -74,3 +75,28 @@ def test_ignored_signals_stay_ignored() -> None:
         assert stops.by is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_waits_for_native_code(number: signal.Signals) -> None:
+    """What native code calls cannot raise through it."""
+    done = []
+
+    def work() -> None:
+        with deferred() as received:
+            send(number)
+            send(number)
+            done.append(list(received))
+
+    with stopping(), pytest.raises(Stopped, match=number.name):
+        work()
+    assert done == [[number, number]]
+
+
+def test_a_second_signal_ends_the_process() -> None:
+    code = (
+        "import os, signal, edgekd.signals as s\ns.AGAIN_S = -1\nsignal.signal(2, signal.default_int_handler)\n"
+        "with s.deferred():\n    os.kill(os.getpid(), 2)\n    os.kill(os.getpid(), 2)\n    print('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -98,7 +98,10 @@ class Meter:
         self._millijoules()
 
     def _do(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._nvml, name)(*arguments)
+        try:
+            code = getattr(self._nvml, name)(*arguments)
+        except AttributeError:
+            raise NotMeasured(f"NVML of this driver has no {name}") from None
         if code:
             raise NotMeasured(f"NVML: {name} returned {code}")
 

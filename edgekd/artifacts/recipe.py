@@ -21,6 +21,8 @@ class Recipe:
             lose on the validation split.
         calibration_images: Images of the training split that activation ranges are calibrated on; int8 only.
         calibration_method: How the end of an activation's range is chosen; int8 only.
+        int8_attempts: Further engines that may be built and judged when int8 loses too much, 0 for none: with other
+            ranges and corrections first, then with blocks in float.
         batch_sizes: Batch sizes whose stage times are measured into the manifest, and which backends with fixed batch
             sizes build for.
         options: Backend name to its options, as TOML has them; in TOML, a table called like the backend.
@@ -32,6 +34,7 @@ class Recipe:
     max_accuracy_drop: float = 0.5
     calibration_images: int = 256
     calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    int8_attempts: int = 6
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     options: dict[str, dict[str, Option]] = field(default_factory=dict, metadata=TABLES)
 
@@ -40,6 +43,8 @@ class Recipe:
             raise ValueError("float_layers: only where the other layers are int8")
         if self.calibration_images < 1:
             raise ValueError("calibration_images: at least 1")
+        if self.int8_attempts < 0:
+            raise ValueError("int8_attempts: at least 0")
         if 1 not in self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError("batch_sizes: sizes from 1 on, and 1 among them")
 

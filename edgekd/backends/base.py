@@ -65,6 +65,7 @@ class Backend(ABC, Generic[Graph]):
         fixed_batch_sizes: Staged runs take batches up to the largest of the recipe's batch sizes only.
         pads_batches: Batches run best in a size that was timed, so survivors are padded to one.
         works_after_fork: It can be used in a process forked from one that used it.
+        may_crash: Its library may end the process instead of raising, so `edgekd doctor` tries it in one of its own.
         across_systems: Engines run on other operating systems than the one that built them.
     """
 
@@ -77,6 +78,7 @@ class Backend(ABC, Generic[Graph]):
     fixed_batch_sizes: ClassVar[bool] = False
     pads_batches: ClassVar[bool] = False
     works_after_fork: ClassVar[bool] = False
+    may_crash: ClassVar[bool] = False
     across_systems: ClassVar[bool] = False
 
     @abstractmethod

@@ -163,7 +163,10 @@ def _session(model: Path | bytes, *, threads: int, optimised: Path | None = None
     source = model if isinstance(model, bytes) else str(model)
     try:
         providers = ["CPUExecutionProvider"]  # no fallback exists, and ONNX Runtime would print that
-        session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
+        keep_float = ["WeightBiasQuantization"]  # it would quantise, per tensor, a layer left in float between others
+        session = onnxruntime.InferenceSession(
+            source, options, providers=providers, enable_fallback=0, disabled_optimizers=keep_float
+        )
     except Exception as error:
         raise backend_failure(f"onnxruntime cannot load {name}", error) from error
     session._model_bytes = None  # kept only to open the model again with other providers

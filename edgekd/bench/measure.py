@@ -283,7 +283,8 @@ def run_worker(task: WorkerTask, folder: Path, *, name: str) -> WorkerResult:
             worker.communicate()
     if code:
         lines = (folder / "stderr").read_text(errors="replace").strip().splitlines()
-        reason = f"ended by signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
+        words = lines[-1] if lines else f"exit code {code}"
+        reason = f"ended by signal {-code}{f', after: {words}' if lines else ''}" if code < 0 else words
         raise BackendError(f"measuring {name} failed: {reason}", fix="edgekd doctor checks what is installed")
     return read_json(folder / "result.json", WorkerResult, what="worker result")
 

@@ -89,7 +89,7 @@ def main() -> int:
     try:
         result = measure(read_json(path, WorkerTask, what="worker task"), path.parent)
     except EdgekdError as error:
-        sys.stderr.write(error.what.replace("\n", " ") + "\n")
+        sys.stderr.write(str(error).replace("\n", " ") + "\n")
         return 1
     path.with_name("result.json").write_bytes(to_json(result))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import re
 import shutil
@@ -28,23 +29,26 @@ from edgekd.artifacts.manifest import (
 from edgekd.artifacts.metadata import ModelMetadata, StudentModel
 from edgekd.artifacts.partition import graphs
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import AUTO, AnyBackend, find_backend, installed
+from edgekd.backends.base import AUTO, REFERENCE, AnyBackend, find_backend, installed
 from edgekd.backends.report import describe_host
 from edgekd.compiler.gate import (
+    LEAST_INT8,
     GateReport,
     Validation,
     bounds,
     check,
     read_back,
     stage_times,
+    times_in_turns,
     verdict,
     worst_drop,
 )
+from edgekd.compiler.int8 import Int8Search, Quantization, Target, described
 from edgekd.errors import BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import ENGINE, atomic_folder, sha256
 from edgekd.host import HostInfo, checked_threads
 from edgekd.progress import Span
-from edgekd.quantization import quantize
+from edgekd.quantization.blocks import Block
 from edgekd.runtime.engine import Engine, built_engine, reference_engine
 from edgekd.types import Array, Labels, Progress
 
@@ -207,20 +211,31 @@ def _fastest(results: list[_Engine | _Failure]) -> _Engine:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One engine, with int8 or with float exit heads, and the gate's report on it."""
+    """One engine, quantised in one way (None: float), and the gate's report on it."""
 
-    heads: str
+    quantization: Quantization | None
     folder: Path
     manifest: Manifest
     engine: Engine
     report: GateReport
 
     @property
+    def heads(self) -> str:
+        """The kind of exit heads."""
+        return "quantised" if self.quantization is None or self.quantization.heads else "float"
+
+    @property
     def note(self) -> str:
         """The reason why another candidate may be preferred."""
+        is_plain = len(self.manifest.metadata.exits) == 1
+        what, was, loses = ("plain int8", "was", "loses") if is_plain else (f"{self.heads} exit heads", "were", "lose")
         if self.report.refusal:
-            return f"{self.heads} exit heads were refused: {self.report.refusal.what}"
-        return f"{self.heads} exit heads lose {self.report.drop:.2f} points on the validation images"
+            return f"{what} {was} refused: {self.report.refusal.what}"
+        return f"{what} {loses} {self.report.drop:.2f} points on the validation images"
+
+    def within(self, limit: float) -> bool:
+        """Return True if it passes and loses no more than `limit` points on the validation images."""
+        return self.report.refusal is None and self.report.drop <= limit
 
 
 class Compilation:
@@ -248,7 +263,10 @@ class Compilation:
         self._calibration = _calibration(recipe, calibration)
         self._validation = validation
         self._threads = threads
-        self._quantized: dict[tuple[str, bool, bool], onnx.ModelProto] = {}
+        self._search = (
+            Int8Search(student, calibration) if recipe.precision == "int8" and calibration is not None else None
+        )
+        self._quantized: dict[tuple[Target, Quantization], onnx.ModelProto] = {}
         self._hosts: dict[str, HostInfo] = {}
 
     def compile(self, backend: AnyBackend, folder: Path, span: Span, *, may_be_pending: bool) -> _Engine:
@@ -294,7 +312,8 @@ class Compilation:
         model = self._student.model
         notes = [f"pending, since it cannot run where it was built: {reason}", *backend.build_notes(self._recipe)]
         if self._recipe.precision == "int8":
-            model = self._quantise(backend, False, span.part(0.3))
+            way = Quantization(heads=False, method=self._recipe.calibration_method)
+            model = self._quantise(backend, way, span.part(0.3))
             notes.append("exit heads: float convolutions")
         built = self._build(backend, folder, model, span.part(0.6))
         precision = read_back(folder, backend, recipe=self._recipe)
@@ -309,60 +328,117 @@ class Compilation:
         """Build candidates, and choose the one that loses least.
 
         int8 exit heads, which are faster than float ones, are kept if they pass and lose no more than is allowed; else
-        float heads are tried, too.
+        float heads are tried, too, and then what `_mended` finds.
 
         Returns:
             The candidate and the notes for its manifest.
 
         Raises:
-            GateError: None passes; the last one's.
+            GateError: None passes; that of the one that loses least, and what was tried.
         """
-        is_int8 = self._recipe.precision == "int8"
-        heads = ["quantised", "float"] if is_int8 and len(self._student.metadata.exits) > 1 else ["quantised"]
+        is_int8, limit = self._recipe.precision == "int8", self._recipe.max_accuracy_drop
+        heads = [True, False] if is_int8 and len(self._student.metadata.exits) > 1 else [True]
+        ways = [Quantization(one, self._recipe.calibration_method) if is_int8 else None for one in heads]
         candidates: list[_Candidate] = []
-        for one in heads:
-            candidates.append(self._candidate(backend, folder / f"{one}-heads", one, span.part(1 / len(heads))))
-            report = candidates[-1].report
-            if report.refusal is None and report.drop <= self._recipe.max_accuracy_drop:
+        for way in ways:
+            candidates.append(self._candidate(backend, folder, way, span.part(0.5 / len(ways))))
+            if candidates[-1].within(limit):
                 break
-        passed = [candidate for candidate in candidates if candidate.report.refusal is None]
-        if not passed and (refusal := candidates[-1].report.refusal):
-            raise refusal
-        best = min(passed, key=lambda candidate: candidate.report.drop)
+        plain, tried = list(candidates), list[str]()
+        if is_int8 and self._recipe.int8_attempts and not candidates[-1].within(limit):
+            more, tried = self._mended(backend, folder, plain, span.part(0.5))
+            candidates += more
+        best = _least_lossy(candidates)
+        if refusal := best.report.refusal:
+            what = "\n".join([refusal.what, *(f"  {line}" for line in tried)])
+            raise GateError(what, fix=refusal.fix)
         notes = [] if self._validation else ["no validation images were given: accuracy and parity are unchecked"]
         notes += backend.build_notes(self._recipe)
-        notes += [candidate.note for candidate in candidates if candidate is not best]
+        notes += [candidate.note for candidate in plain if candidate is not best]
+        notes += tried
+        if len(candidates) > len(plain):
+            notes.append(self._cost(best, plain[0]))
         if is_int8:
             notes.append(f"exit heads: {'int8' if best.heads == 'quantised' else 'float'} convolutions")
         return best, notes
 
-    def _candidate(self, backend: AnyBackend, folder: Path, heads: str, span: Span) -> _Candidate:
-        """Quantise, partition, build and gate one engine."""
+    def _mended(
+        self, backend: AnyBackend, folder: Path, plain: list[_Candidate], span: Span
+    ) -> tuple[list[_Candidate], list[str]]:
+        """Build int8 candidates that lose less, until one is good enough: other ranges and corrections, then blocks.
+
+        What is tried is chosen on calibration images. Of the most sensitive blocks 1, 2, 4, … are left in float, so
+        that few candidates are judged on the validation images.
+
+        Returns:
+            The candidates, and what was tried, for the manifest or the refusal.
+        """
+        assert self._search is not None  # int8
+        if find_backend(REFERENCE).version() is None:
+            return [], ["ONNX Runtime is not installed, so no cause was looked for"]
+        target, limit = self._target(backend), self._recipe.max_accuracy_drop
+        nearest = min(plain, key=lambda candidate: candidate.report.drop)
+        start = nearest.quantization
+        assert start is not None  # int8
+        found: list[_Candidate] = []
+        improved = self._search.improve(target, start, span.part(0.3))
+        tried = [str(improved)]
+
+        def build(way: Quantization, share: float) -> bool:
+            found.append(self._candidate(backend, folder, way, span.part(share)))
+            for other in found:
+                if other is not _least_lossy(found):
+                    other.engine.close()
+            tried.append(f"{described(way, start)}: {found[-1].report.drop:+.2f} points")
+            return found[-1].within(limit)
+
+        if improved.quantization != start and build(improved.quantization, 0.1):
+            return found, tried
+        attempts = self._recipe.int8_attempts - len(found)
+        sensitive = self._search.sensitive_blocks(target, improved.quantization, span.part(0.3)) if attempts else []
+        for count in _doubling(_affordable(sensitive, *self._search.layers(start.heads)), attempts):
+            if build(replace(improved.quantization, floats=tuple(sensitive[:count])), 0.3 / attempts):
+                break
+        if not sensitive and attempts:
+            tried.append("no block in float brings the logits nearer")
+        return found, tried
+
+    def _cost(self, best: _Candidate, plain: _Candidate) -> str:
+        """Return what the chosen engine takes compared with plain int8, timed in turns, and how many were judged."""
+        if best.quantization is None or best.quantization == plain.quantization:
+            return "none of these loses less: plain int8 is kept"
+        images = self._validation.images if self._validation else None
+        before, after = (sum(ms) for ms in times_in_turns([plain.engine, best.engine], images))
+        floats = "; ".join(block.name for block in best.quantization.floats)
+        return (
+            f"{f'left in float: {floats}; ' if floats else ''}stages take {after:.2f} ms on one image, "
+            f"{after / before:.2f} times the {before:.2f} ms of plain int8; "
+            "chosen by logits on calibration images, judged on the validation images"
+        )
+
+    def _candidate(self, backend: AnyBackend, folder: Path, way: Quantization | None, span: Span) -> _Candidate:
+        """Quantise, partition, build and gate one engine, in a folder of its own."""
+        folder = folder / str(len(list(folder.glob("*"))))
         model = self._student.model
-        if self._recipe.precision == "int8":
-            model = self._quantise(backend, heads == "quantised", span.part(0.3))
+        if way is not None:
+            model = self._quantise(backend, way, span.part(0.3))
         manifest = self._build(backend, folder, model, span.part(0.6))
+        if way is not None and manifest.calibration is not None:
+            manifest = replace(manifest, calibration=replace(manifest.calibration, method=way.method))
         engine = built_engine(folder, manifest, threads=self._threads)
         report = check(engine, self._validation, recipe=self._recipe)
         span.fraction(1)
-        return _Candidate(heads, folder, manifest, engine, report)
+        return _Candidate(way, folder, manifest, engine, report)
 
-    def _quantise(self, backend: AnyBackend, heads: bool, span: Span) -> onnx.ModelProto:
+    def _target(self, backend: AnyBackend) -> Target:
+        return Target(backend.quantization_target(self._recipe), backend.reduces_range())
+
+    def _quantise(self, backend: AnyBackend, way: Quantization, span: Span) -> onnx.ModelProto:
         """Return the Q/DQ graph for a backend; backends with the same needs share one."""
-        assert self._images is not None  # `compile_engine` checks it
-        key = backend.quantization_target(self._recipe), heads, backend.reduces_range()
+        assert self._search is not None  # int8
+        key = self._target(backend), way
         if key not in self._quantized:
-            target, _, reduce_range = key
-            self._quantized[key] = quantize(
-                self._student.model,
-                self._student.metadata,
-                self._images,
-                target=target,
-                heads=heads,
-                reduce_range=reduce_range,
-                method=self._recipe.calibration_method,
-                progress=span,
-            )
+            self._quantized[key] = self._search.graph(*key, span)
         return self._quantized[key]
 
     def _build(self, backend: AnyBackend, folder: Path, model: onnx.ModelProto, span: Span) -> Manifest:
@@ -382,6 +458,23 @@ class Compilation:
             calibration=self._calibration,
             edgekd=__version__,
         )
+
+
+def _least_lossy(candidates: list[_Candidate]) -> _Candidate:
+    """Return the candidate that loses least, of those that pass if any does."""
+    return min(candidates, key=lambda candidate: (candidate.report.refusal is not None, candidate.report.drop))
+
+
+def _affordable(sensitive: list[Block], quantized: int, layers: int) -> int:
+    """Return how many blocks may be float for `read_back` to accept the engine as int8."""
+    floats = itertools.accumulate(block.convolutions for block in sensitive)
+    return sum(quantized - count >= LEAST_INT8 * layers for count in floats)
+
+
+def _doubling(most: int, attempts: int) -> list[int]:
+    """Return 1, 2, 4, … up to `most`, which is the last, and no more than `attempts` numbers."""
+    counts = sorted({min(2**k, most) for k in range(most.bit_length() + 1)} - {0})
+    return counts if len(counts) <= attempts else [*counts[: attempts - 1], counts[-1]] if attempts else []
 
 
 def build_graphs(

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,8 @@ ALPHA = 0.05
 """Probability of refusing an engine that loses exactly the allowed accuracy, over all of its predictions together."""
 BATCH_SIZE_IMAGES = 64
 """Images, or as few more as fill the last batch, on which each batch size of an engine is checked."""
+LEAST_INT8 = 0.2
+"""Fraction of an int8 engine's layers that run in int8, at least: linear layers, heads and blocks may be float."""
 WARM_UP = 3
 """Rounds that are discarded; the first compiles what is compiled on first use."""
 TIMING_S = 0.4
@@ -240,8 +243,8 @@ def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str,
         BackendError: They differ from the recipe's.
     """
     precision = backend.precisions(folder / f"monolithic{backend.suffix}", recipe=recipe)
-    # int8 leaves linear layers and perhaps the heads in float; fp16 leaves layers in float32 that are faster there.
-    least = {"fp32": 0.9, "fp16": 0.5, "int8": 0.2}[recipe.precision]
+    # fp16 leaves layers in float32 that are faster there.
+    least = {"fp32": 0.9, "fp16": 0.5, "int8": LEAST_INT8}[recipe.precision]
     names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
     share = sum(precision.get(name, 0.0) for name in names)
     if share < least or (recipe.uses_fp16 and precision.get("fp32", 0.0) > 0.5):
@@ -270,6 +273,24 @@ def stage_times(
         images = np.zeros((1, 3, side, side), np.float32)
     times = {size: _round_times(engine, images[np.arange(size) % len(images)]) for size in sizes}
     return {str(size): tuple(ms[:-1]) for size, ms in times.items()}, times[1][-1]
+
+
+def times_in_turns(engines: Sequence[Engine], images: Array | None) -> list[list[float]]:
+    """Return the median milliseconds of every stage on one image, for engines that take turns.
+
+    Args:
+        engines: The engines, of networks with the same input.
+        images: Images (N, 3, H, W), of which the first is run; zeros if None.
+    """
+    side = engines[0].metadata.preprocess.image_size
+    image = np.zeros((1, 3, side, side), np.float32) if images is None else images[:1]
+    runners = [engine.staged_runner() for engine in engines]
+    rounds: list[list[list[float]]] = [[] for _ in engines]
+    end = time.perf_counter() + TIMING_S * len(engines)
+    while len(rounds[0]) < WARM_UP + 3 or time.perf_counter() < end:
+        for engine, runner, found in zip(engines, runners, rounds):
+            found.append(_one_round(engine, runner, image)[:-1])
+    return [[1e3 * statistics.median(column) for column in zip(*found[WARM_UP:])] for found in rounds]
 
 
 def _round_times(engine: Engine, batch: Array) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import onnx
@@ -22,6 +22,7 @@ class Quantizer(Protocol):
         images: Array,
         *,
         heads: bool,
+        floats: Collection[str],
         reduce_range: bool,
         method: str,
         progress: Progress | None,
@@ -49,6 +50,7 @@ def quantize(
     *,
     target: str,
     heads: bool,
+    floats: Collection[str] = (),
     reduce_range: bool = False,
     method: str = "minmax",
     progress: Progress | None = None,
@@ -61,6 +63,7 @@ def quantize(
         images: Calibration images (N, 3, H, W) of the training split, preprocessed.
         target: A name in `QUANTIZERS`.
         heads: Quantise the exit heads, too; a DLA's always are.
+        floats: First outputs of nodes, of the network with its batch norm folded, that stay float.
         reduce_range: Limit weights of the target `cpu` to 7 bits, for CPUs on which sums of 8-bit products saturate.
         method: A name in `calibration.CALIBRATORS`.
         progress: Called with the number of calibration images done and their total.
@@ -70,4 +73,13 @@ def quantize(
         BackendError: See `calibration.activation_ranges`.
     """
     quantizer = QUANTIZERS[target]
-    return quantizer(model, metadata, images, heads=heads, reduce_range=reduce_range, method=method, progress=progress)
+    return quantizer(
+        model,
+        metadata,
+        images,
+        heads=heads,
+        floats=floats,
+        reduce_range=reduce_range,
+        method=method,
+        progress=progress,
+    )

@@ -1,11 +1,11 @@
-"""Calibration: activation ranges of symmetric int8, measured on training images once and cached."""
+"""Calibration: activation ranges, measured on training images once and cached."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ LEVELS = 128
 STRIDE = 32
 """Bins between the clipping thresholds that `Entropy` tries."""
 PERCENT = 99.999
-REVISION = 1
+REVISION = 2
 """Part of every cache key: raise it when a calibrator's result changes."""
 
 
@@ -36,15 +36,26 @@ class MinMax:
     """The largest magnitude: nothing is clipped."""
 
     def __init__(self) -> None:
-        self.largest = 0.0
+        self.lowest, self.highest = np.inf, -np.inf
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude; 0 without activations."""
+        return max(-self.lowest, self.highest, 0.0)
 
     def add(self, values: npt.NDArray[np.floating[Any]]) -> None:
         """Include activations, an array of any shape."""
-        self.largest = max(self.largest, float(np.abs(values).max(initial=0)))
+        self.lowest = min(self.lowest, float(values.min(initial=np.inf)))
+        self.highest = max(self.highest, float(values.max(initial=-np.inf)))
 
     def amax(self) -> float:
         """Return the end of the activation range: the magnitude that int8's 127 stands for."""
         return self.largest
+
+    def limits(self) -> tuple[float, float]:
+        """Return the activation range as unsigned integers cover it: both of its ends, neither beyond `amax`."""
+        amax = self.amax()
+        return max(self.lowest, -amax), min(self.highest, amax)
 
 
 class Histogram(MinMax):
@@ -121,6 +132,20 @@ def activation_ranges(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
+    """Return the largest magnitude of each of `activation_limits`, which int8's 127 stands for."""
+    limits = activation_limits(model, tensors, images, method=method, folder=folder, progress=progress)
+    return {name: max(-low, high, 0.0) for name, (low, high) in limits.items()}
+
+
+def activation_limits(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    images: Array,
+    *,
+    method: str,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, tuple[float, float]]:
     """Measure the activation range of tensors, or read it from the cache.
 
     The cache key covers the network's weights, the images and the settings, so that a cached range is never stale.
@@ -134,7 +159,7 @@ def activation_ranges(
         progress: Called with the number of images done and their total.
 
     Returns:
-        Tensor to amax, the magnitude that int8's 127 stands for.
+        Tensor to both ends of its range.
 
     Raises:
         ConfigError: No images, or an unknown method.
@@ -187,11 +212,11 @@ def divergence(counts: npt.NDArray[np.float64], top: int) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def _read(path: Path, key: str, tensors: Sequence[str]) -> dict[str, float] | None:
+def _read(path: Path, key: str, tensors: Sequence[str]) -> dict[str, tuple[float, float]] | None:
     """Return the cached ranges if the file is intact and holds the key itself."""
     try:
         cached = parse_json(path.read_text(encoding="utf-8"))
-        ranges = {name: float(cached["ranges"][name]) for name in tensors}
+        ranges = {name: (float(low), float(high)) for name in tensors for low, high in [cached["ranges"][name]]}
         return ranges if cached["key"] == key else None
     except FileNotFoundError:
         return None
@@ -207,26 +232,44 @@ def _write(path: Path, calibration: dict[str, Any]) -> None:
         log.warning("the calibration cannot be cached in %s (%s): it will be repeated", path.parent, error.strerror)
 
 
-def _measure(
-    model: onnx.ModelProto, tensors: Sequence[str], images: Array, *, method: str, progress: Progress | None
-) -> dict[str, float]:
-    session = _session(model, tensors)
-    calibrators = {name: CALIBRATORS[method]() for name in tensors}
+def run_tensors(
+    model: onnx.ModelProto, tensors: Sequence[str], images: Array, *, progress: Progress | None = None
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Run images in batches, and yield the values of tensors.
+
+    Args:
+        model: A network, float or quantised.
+        tensors: Names of inputs, outputs and inner tensors.
+        images: Images (N, 3, H, W).
+        progress: Called with the number of images done and their total.
+
+    Raises:
+        BackendError: ONNX Runtime, which runs the network, is not installed.
+    """
     inner = [name for name in tensors if name != "images"]
+    session = _session(model, inner)
     for start in range(0, len(images), BATCH):
         batch = np.ascontiguousarray(images[start : start + BATCH])
         outputs = {"images": batch, **dict(zip(inner, session.run(inner, {"images": batch})))}
-        for name in tensors:
-            if not np.isfinite(outputs[name]).all():
-                raise BackendError(f"{name} is not finite on a calibration image", fix="compile with --recipe fp32")
-            calibrators[name].add(outputs[name])
+        yield {name: outputs[name] for name in tensors}
         if progress:
             progress(start + len(batch), len(images))
-    return {name: calibrator.amax() for name, calibrator in calibrators.items()}
+
+
+def _measure(
+    model: onnx.ModelProto, tensors: Sequence[str], images: Array, *, method: str, progress: Progress | None
+) -> dict[str, tuple[float, float]]:
+    calibrators = {name: CALIBRATORS[method]() for name in tensors}
+    for batch in run_tensors(model, tensors, images, progress=progress):
+        for name, values in batch.items():
+            if not np.isfinite(values).all():
+                raise BackendError(f"{name} is not finite on a calibration image", fix="compile with --recipe fp32")
+            calibrators[name].add(values)
+    return {name: calibrator.limits() for name, calibrator in calibrators.items()}
 
 
 def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
-    """Return a session of the network with `tensors` as outputs, too."""
+    """Return a session of the network with `tensors` as outputs."""
     try:
         import onnxruntime
     except ImportError:
@@ -237,8 +280,14 @@ def _session(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
         ) from None
     extended = onnx.ModelProto()
     extended.CopyFrom(model)
-    given = {value.name for value in [*extended.graph.output, *extended.graph.input]}
-    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in given)
+    if tensors:
+        del extended.graph.output[:]
+        extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(extended.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        extended.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],  # it would quantise what is left in float
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
@@ -20,6 +22,7 @@ def quantize_dla(
     images: Array,
     *,
     heads: bool = True,
+    floats: Collection[str] = (),
     reduce_range: bool = False,
     method: str = "minmax",
     progress: Progress | None = None,
@@ -29,21 +32,21 @@ def quantize_dla(
     TensorRT up to 10.11 gets the scales as dynamic ranges instead (`graph_passes.without_qdq`). `heads` and
     `reduce_range` change nothing. See `quantization.quantize` for arguments and errors.
     """
-    model = fold_batchnorm(model)
+    model = qdq.named(fold_batchnorm(model))
     logits = {value.name for value in model.graph.output}
     shaped = with_shapes(model).graph
-    floats = {v.name for v in shaped.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT} - logits
-    computed = [name for node in model.graph.node if node.op_type != "Constant" for name in node.output]
-    tensors = ["images", *(name for name in computed if name in floats)]
+    known = {v.name for v in shaped.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT} - logits
+    quantizable = [n for n in model.graph.node if n.op_type != "Constant" and n.output[0] not in floats]
+    tensors = ["images", *(name for node in quantizable for name in node.output if name in known)]
     ranges = activation_ranges(model, tensors, images, method=method, progress=progress)
     quantised = onnx.ModelProto()
     quantised.CopyFrom(model)
-    _insert(quantised.graph, ranges)
+    _insert(quantised.graph, ranges, floats)
     onnx.checker.check_model(quantised)
     return quantised
 
 
-def _insert(graph: onnx.GraphProto, ranges: dict[str, float]) -> None:
+def _insert(graph: onnx.GraphProto, ranges: dict[str, float], floats: Collection[str]) -> None:
     weights = {c.name: numpy_helper.to_array(c) for c in graph.initializer}
 
     def pair(tensor: str, scale: np.float32 | np.ndarray) -> list[NodeProto]:
@@ -57,6 +60,8 @@ def _insert(graph: onnx.GraphProto, ranges: dict[str, float]) -> None:
         ranges,
         lambda tensor: pair(tensor, qdq.activation_scale(ranges[tensor])),
         lambda node: pair(node.input[1], qdq.weight_scales(weights[node.input[1]])),
-        is_quantized=lambda node: node.op_type in ("Conv", "Gemm") and node.input[1] in weights,
+        is_quantized=lambda node: (
+            node.op_type in ("Conv", "Gemm") and node.input[1] in weights and node.output[0] not in floats
+        ),
     )
     del graph.value_info[:]

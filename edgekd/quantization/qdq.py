@@ -25,6 +25,15 @@ def head_nodes(model: onnx.ModelProto, metadata: ModelMetadata) -> list[NodeProt
     return [node for node in model.graph.node if node.output[0] not in kept]
 
 
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the network with a name for every node, which quantisers keep."""
+    complete = onnx.ModelProto()
+    complete.CopyFrom(model)
+    for i, node in enumerate(complete.graph.node):
+        node.name = node.name or f"unnamed_{node.op_type}_{i}"
+    return complete
+
+
 def dequantized(tensor: str) -> str:
     """Return the name of the output of a tensor's pair."""
     return f"{tensor}_dequantized"

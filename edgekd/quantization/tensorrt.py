@@ -7,12 +7,18 @@ There is a pair
   that is a convolution gets one of its own. The other side has none, so that TensorRT fuses convolution and addition;
 - on every input of a concatenation if one of them has a pair, or if a quantised convolution or addition reads the
   result in the end. Data movement in between (shuffling, splitting, max pooling) keeps one scale, so that nothing has
-  to be requantised.
+  to be requantised;
+- on a tensor that is moved before it is read, where it is computed, and where two stages are cut in between: it is
+  moved, and passed on, as int8;
+- on both sides of the global average pooling of a classifier or exit head that reads what a quantised convolution
+  computes: it is not dequantised as a whole.
+
+`benchmarks/tensorrt_layers.py` counts the layers that NVIDIA's compiler makes of this and of other placements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx
@@ -30,6 +36,8 @@ DATA_MOVEMENT_OPS = {
     *("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 """Operators whose outputs hold values of their inputs only."""
+_REARRANGING_OPS = DATA_MOVEMENT_OPS - {"Concat", "MaxPool"}
+"""Those that compute nothing and have one source."""
 
 
 def quantize_tensorrt(
@@ -38,6 +46,7 @@ def quantize_tensorrt(
     images: Array,
     *,
     heads: bool = False,
+    floats: Collection[str] = (),
     reduce_range: bool = False,
     method: str = "minmax",
     folder: Path | None = None,
@@ -48,8 +57,8 @@ def quantize_tensorrt(
     `reduce_range` changes nothing. `folder` is where activation ranges are cached, the user's cache folder if None.
     See `quantization.quantize` for the other arguments and for errors.
     """
-    model = fold_batchnorm(model)
-    placement = place_pairs(model, metadata, heads=heads)
+    model = qdq.named(fold_batchnorm(model))
+    placement = place_pairs(model, metadata, heads=heads, floats=floats)
     if not placement.layers:
         raise ConfigError(f"{metadata.network} has no convolution worth quantising", fix="compile with --recipe fp16")
     ranges = activation_ranges(model, placement.tensors, images, method=method, folder=folder, progress=progress)
@@ -61,23 +70,28 @@ def quantize_tensorrt(
     return quantised
 
 
-def place_pairs(model: onnx.ModelProto, metadata: ModelMetadata, *, heads: bool) -> QdqPlacement:
+def place_pairs(
+    model: onnx.ModelProto, metadata: ModelMetadata, *, heads: bool, floats: Collection[str] = ()
+) -> QdqPlacement:
     """Choose the layers that are quantised and the activations that get a pair.
 
     Args:
         model: The float network, batch norm folded.
         metadata: Its metadata, which identify the exit heads.
         heads: Quantise the exit heads, too.
+        floats: First outputs of nodes that stay float.
     """
     nodes = list(model.graph.node)
-    floats = _after_global_pooling(nodes, [constant.name for constant in model.graph.initializer])
-    floats |= set() if heads else {node.output[0] for node in qdq.head_nodes(model, metadata)}
-    candidates = [node for node in nodes if node.output[0] not in floats]
+    pooled = _after_global_pooling(nodes, [constant.name for constant in model.graph.initializer])
+    excluded = {*floats} | (set() if heads else {node.output[0] for node in qdq.head_nodes(model, metadata)})
+    candidates = [node for node in nodes if node.output[0] not in excluded | pooled]
     placement = QdqPlacement(with_shapes(model))
     placement.choose_layers(candidates)
     placement.pair_layer_inputs()
     placement.pair_residual_additions(candidates)
     placement.pair_concatenations(candidates)
+    placement.pair_pooling(node for node in nodes if _is_global_pool(node) and node.output[0] not in excluded)
+    placement.pair_sources({name for one in metadata.exits for name in one.boundary})
     return placement
 
 
@@ -134,7 +148,7 @@ class QdqPlacement:
 
     def pair_layer_inputs(self) -> None:
         """Pass 2: pair the input of every quantised layer."""
-        self._add(dict.fromkeys(node.input[0] for node in self.layers.values()))
+        self.pair(dict.fromkeys(node.input[0] for node in self.layers.values()))
 
     def pair_residual_additions(self, candidates: Iterable[NodeProto]) -> None:
         """Pass 3: pair the inputs of additions, except that of the deepest convolution that nothing else reads."""
@@ -145,7 +159,7 @@ class QdqPlacement:
             if node.op_type == "Add" and same_shape and any(self._is_near_int8(name) for name in inputs):
                 fusible = [n for n in inputs if n in self.layers and self._consumers[n] == [node]]
                 fused = max(fusible, key=depth.__getitem__, default=None)
-                self._add(name for name in inputs if name != fused)
+                self.pair(name for name in inputs if name != fused)
 
     def pair_concatenations(self, candidates: Iterable[NodeProto]) -> None:
         """Pass 4: pair every input of a concatenation if one has a pair, until no more are added."""
@@ -155,7 +169,25 @@ class QdqPlacement:
             count = len(self._paired)
             self._propagate_scale(node.output[0] for node in concatenations if self._paired.intersection(node.input))
 
-    def _add(self, tensors: Iterable[str]) -> None:
+    def pair_pooling(self, pools: Iterable[NodeProto]) -> None:
+        """Pass 5: pair input and output of a global pooling behind quantised layers, but not in front of a gate.
+
+        A gate's is left alone: the compiler fuses its pooling with what reads the map, too.
+        """
+        for node in pools:
+            if self._is_written_as_int8(node.input[0]) and not self._feeds_convolution(node.output[0]):
+                self.pair([node.input[0], node.output[0]])
+
+    def pair_sources(self, boundaries: Collection[str]) -> None:
+        """Pass 6: pair what becomes a paired tensor by being rearranged: where it is computed, and at `boundaries`."""
+        for name in self.tensors:
+            while (producer := self._producer.get(name)) is not None and producer.op_type in _REARRANGING_OPS:
+                name = producer.input[0]
+                self.pair([name] if name in boundaries else [])
+            self.pair([name])
+
+    def pair(self, tensors: Iterable[str]) -> None:
+        """Pair these tensors, and share their scales with what they were moved from."""
         tensors = list(tensors)
         self._paired.update(tensors)
         self._propagate_scale(tensors)
@@ -181,6 +213,22 @@ class QdqPlacement:
             and producer.op_type in DATA_MOVEMENT_OPS
             and any(map(self._is_near_int8, producer.input))
         )
+
+    def _is_written_as_int8(self, name: str) -> bool:
+        """Return True for a tensor with a pair, or one that a quantised layer could write, with what is fused to it."""
+        producer = self._producer.get(name)
+        if name in self._paired or name in self.layers or producer is None:
+            return name in self._paired or name in self.layers
+        if producer.op_type in ("Relu", "Clip"):
+            return self._is_written_as_int8(producer.input[0])
+        return producer.op_type == "Add" and any(
+            self._consumers[n] == [producer] and n in self.layers for n in producer.input
+        )
+
+    def _feeds_convolution(self, name: str) -> bool:
+        """Return True if a convolution depends on the tensor."""
+        readers = self._consumers.get(name, [])
+        return any(n.op_type == "Conv" or any(map(self._feeds_convolution, n.output)) for n in readers)
 
     def _propagate_scale(self, tensors: Iterable[str]) -> None:
         """Share the scale of `tensors` with what they were moved from; inputs of concatenations get a pair, too."""

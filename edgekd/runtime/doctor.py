@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import json
+import signal
+import subprocess
 
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AnyBackend, all_backends
 from edgekd.backends.report import describe_host
-from edgekd.errors import BackendError
+from edgekd.child import start_child
+from edgekd.errors import EdgekdError
 from edgekd.extras import extras
 from edgekd.files import temporary_folder
 from edgekd.host import installed_version
+from edgekd.runtime.self_test import graphs, self_test
+
+CHILD = "edgekd.runtime.self_test"
+"""Module that tests a backend in a process of its own."""
+TIMEOUT_S = 600
+"""Time that it may take; TensorRT times kernels as it builds."""
 
 
 def report() -> tuple[list[str], bool]:
-    """Report on this machine and its packages, and run a small graph with every backend.
+    """Report on this machine and its packages, and run a small network with every backend.
 
     Returns:
         The lines of `edgekd doctor`, and True if every installed backend works.
@@ -32,7 +39,7 @@ def report() -> tuple[list[str], bool]:
 
 
 def _try(backend: AnyBackend) -> tuple[str, bool]:
-    """Build and run a convolution whose result is known.
+    """Build and run two small stages.
 
     Returns:
         A line about it, and False if the backend is installed and does not work.
@@ -40,26 +47,42 @@ def _try(backend: AnyBackend) -> tuple[str, bool]:
     if backend.version() is None:
         return f"not installed ({backend.install_command})", True
     recipe = Recipe("fp32", batch_sizes=(1,))
+    if reason := backend.cannot_run(recipe):
+        return _try_to_build(backend, recipe, reason)
+    return _in_child(backend) if backend.may_crash else self_test(backend, ["fp32"])
+
+
+def _try_to_build(backend: AnyBackend, recipe: Recipe, reason: str) -> tuple[str, bool]:
     with temporary_folder("doctor") as folder:
-        path = folder / f"stage_0{backend.suffix}"
         try:
-            backend.build(_convolution(), path, recipe=recipe)
-            if reason := backend.cannot_run(recipe):
-                return f"{backend.version()} builds ahead of time; none of its engines can run here: {reason}", True
-            output = backend.load(path, recipe=recipe, threads=1)(np.ones((1, 3, 8, 8), np.float32))[0]
-            facts = backend.host_facts()
-        except BackendError as error:
-            return error.what, False
-    works = np.allclose(output, 3.0)
-    on = f" on {', '.join(f'{key} {value}' for key, value in facts.items())}" if facts else ""
-    return f"{backend.version()} {'works' if works else 'gives wrong results'}{on}", works
+            backend.build(graphs(quantised=False)[0], folder / f"stage_0{backend.suffix}", recipe=recipe)
+        except EdgekdError as error:
+            return str(error).replace("\n", " "), False
+    return f"{backend.version()} builds ahead of time; none of its engines can run here: {reason}", True
 
 
-def _convolution() -> onnx.ModelProto:
-    """Return a graph that sums the three channels: ones in, threes out."""
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 8, 8])
-    sums = helper.make_tensor_value_info("exit_0", TensorProto.FLOAT, ["n", 1, 8, 8])
-    weight = numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "weight")
-    node = helper.make_node("Conv", ["images", "weight"], ["exit_0"])
-    graph = helper.make_graph([node], "doctor", [images], [sums], [weight])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+def _in_child(backend: AnyBackend) -> tuple[str, bool]:
+    """Test a backend in a process of its own, and report how it ended if it crashed."""
+    with temporary_folder("doctor") as folder:
+        steps, errors = folder / "steps", folder / "stderr"
+        steps.touch()
+        with errors.open("wb") as stderr:
+            child = start_child(CHILD, backend.name, str(steps), stdout=subprocess.DEVNULL, stderr=stderr)
+            try:
+                code: int | None = child.wait(TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                child.kill()
+                child.communicate()
+        rows = [json.loads(line) for line in steps.read_text(encoding="utf-8").splitlines()]
+        printed = [line.strip() for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+    last = rows[-1] if rows else {}
+    if code == 0 and "line" in last:
+        return last["line"], last["works"]
+    how = f"did not end in {TIMEOUT_S // 60} minutes" if code is None else f"ended with exit code {code}"
+    if code is not None and code < 0:
+        how = f"crashed with {signal.Signals(-code).name}"
+    where = f" in the step '{last['step']}'" if "step" in last else ""
+    words = f"; its last words: {printed[-1]}" if printed else ""
+    return f"{backend.version()} {how}{where}{words}", False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,51 @@ def test_precisions_of_real_engines(h100: dict[str, Any]) -> None:
     assert counts == {"stage_0": 16, "stage_1": 13, "stage_2": 10, "stage_3": 6, "monolithic": 45, "final": 21}
     found = layers.precisions(layers.from_inspector(json.dumps({"Layers": h100["graphs"]["monolithic"]["layers"]})))
     assert fractions([str(f) for f in found]) == pytest.approx(h100["precisions_of_monolithic"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "counts"),
+    [
+        ("fp32", {"fp32": 15}),
+        ("fp16", {"fp16": 15}),
+        ("int8", {"int8": 11, "fp32": 4}),
+        ("int8-fp16", {"int8": 22, "fp16": 6}),
+    ],
+)
+def test_precisions_in_the_newer_compilers_words(recipe: str, counts: dict[str, int]) -> None:
+    """The second stage of multi-exit-resnet18, as the builder of TensorRT-RTX lists it: five convolutions of ResNet18,
+    six of the head and its attention, and three matrix products in generated code. The last has two batch sizes, and
+    the compiler merged layers of one.
+    """
+    found = layers.from_log((GOLDEN / f"tensorrt-rtx-1.7.1-{recipe}.txt").read_text())
+    assert Counter(layers.precisions(found)) == counts
+    kinds = {layer.kind for layer in found}
+    assert {"correlation", "kgen"} <= kinds
+    conv = "/network/layer2/layer2.0/conv1/Conv"  # generated code that adds its bias names it, too
+    assert layers.precision_of_nodes(found, [conv, "/none"]) == {conv: recipe.split("-")[0]}
+
+
+def test_a_multiplication_that_only_a_generated_layer_names() -> None:
+    """TensorRT 10 and 11 compile small layers into code of their own; a report may also lack what is needed."""
+    weights = {"Name": "w", "Dimensions": [8, 4], "Datatype": "Half", "Format": "Row major"}
+    images = {"Name": "x", "Dimensions": [1, 8], "Format/Datatype": "Float"}
+    rows = [
+        {
+            "Name": "fc",
+            "LayerType": "kgen",
+            "Inputs": [images],
+            "Constants": [weights],
+            "Metadata": "[ONNX Layer: /fc/Gemm]",
+        },
+        {"Name": "act", "LayerType": "kgen", "Inputs": [images], "Constants": [], "Metadata": "[ONNX Layer: /fc/Gemm]"},
+        {"Name": "c", "LayerType": "gemm", "Metadata": "[ONNX Layer: /c/MatMul]\x1e[ONNX Layer: /c/Add]", "Inputs": []},
+        "a name alone",
+    ]
+    found = layers.from_inspector(json.dumps({"Layers": rows}))
+    assert layers.precisions(found) == [None, "fp16"]
+    assert found[2].nodes == ("/c/MatMul", "/c/Add")
+    with pytest.raises(ValueError, match="no layers"):
+        layers.from_inspector('{"Layer": []}')
 
 
 def test_boundaries_are_linear(h100: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,17 +26,19 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifacts.metadata import read_onnx
 from edgekd.artifacts.partition import graphs
+from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.device_tensor import moves
-from edgekd.backends.tensorrt.builder import build_plan, timing_cache, timing_cache_path
+from edgekd.backends.tensorrt.builder import _monitor, build_plan, timing_cache, timing_cache_path
 from edgekd.backends.tensorrt.graph_passes import to_fp16, without_new_operators, without_qdq
 from edgekd.backends.tensorrt.library import TENSORRT
 from edgekd.backends.tensorrt.options import tensorrt_target
 from edgekd.errors import ArtifactError, BackendError, DataError, GateError
 from edgekd.policy import Policy
+from edgekd.runtime import doctor
 from edgekd.runtime.classifier import Classifier
-from edgekd.runtime.doctor import report
 from edgekd.runtime.engine import open_engine
+from edgekd.runtime.self_test import PRECISIONS, self_test
 
 
 def test_moves_by_hand() -> None:
@@ -313,6 +316,61 @@ def test_progress(box: Callable[..., Box], family: str, small_student: Path, tmp
     assert (len(set(shares)) > 15) == (family != "8.5")  # below 10, there is no progress monitor
 
 
+def _monitor_of(box: Callable[..., Box], told: list[float], received: list[int]) -> Any:
+    box("10.3")
+    with device():
+        return _monitor(told.append, TENSORRT, received)
+
+
+def test_progress_is_told_as_tensorrt_has_it(box: Callable[..., Box]) -> None:
+    """As TensorRT-RTX 1.7.1 reports: of six steps it takes five, and one is over before the phase in it is."""
+    told: list[float] = []
+    monitor = _monitor_of(box, told, [])
+    monitor.phase_start("Building engine", None, 6)
+    for step in range(5):
+        monitor.phase_start("Inner", "Building engine", 2)
+        assert monitor.step_complete("Inner", 0)
+        assert monitor.step_complete("Building engine", step)
+        assert monitor.step_complete("Inner", 1)
+        monitor.phase_finish("Inner")
+    monitor.phase_finish("Building engine")
+    assert monitor.step_complete("Never begun", 3)
+    monitor.phase_finish("Never begun")
+    assert told == sorted(set(told))
+    assert told[-1] <= 1
+
+
+def test_progress_comes_from_many_threads(box: Callable[..., Box]) -> None:
+    told: list[float] = []
+    monitor = _monitor_of(box, told, [])
+    monitor.phase_start("Building engine", None, 8)
+
+    def work(number: int) -> bool:
+        going = True
+        for turn in range(200):
+            name = f"Tactics {number % 4}"  # two threads have a phase of the same name
+            monitor.phase_start(name, "Building engine", 3)
+            going = all(monitor.step_complete(name, step) for step in range(3)) and going
+            monitor.phase_finish(name)
+            going = monitor.step_complete("Building engine", turn % 8) and going
+        return going
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert monitor.error is None
+    assert told == sorted(set(told))
+    assert told[-1] <= 1
+
+
+def test_what_ends_a_build(box: Callable[..., Box]) -> None:
+    received: list[int] = []
+    monitor = _monitor_of(box, [], received)
+    monitor.phase_start("Building engine", None, 2)
+    assert monitor.step_complete("Building engine", 0)
+    received.append(2)
+    assert not monitor.step_complete("Building engine", 1)
+
+
 def test_fp16_graph_of_the_student(small_student: Path) -> None:
     model = onnx.load(str(small_student))
     half = to_fp16(model)
@@ -439,11 +497,62 @@ def test_graphs_that_cannot_become_fp16() -> None:
         to_fp16(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
 
 
-def test_doctor_tries_tensorrt(box: Callable[..., Box]) -> None:
-    box("10.3")
-    lines, healthy = report()
-    assert any(line.startswith("tensorrt: 10.3.0 works on gpu Orin, sm 8.7, ") for line in lines), lines
+def test_doctor_tries_tensorrt(box: Callable[..., Box], monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = box("10.3").cuda
+    tested = self_test(find_backend("tensorrt"), PRECISIONS)
+    monkeypatch.setattr(doctor, "_in_child", lambda backend: tested)  # the fake is not there in another process
+    lines, healthy = doctor.report()
+    (line,) = [line for line in lines if line.startswith("tensorrt: ")]
+    assert line.startswith("tensorrt: 10.3.0 works on gpu Orin, sm 8.7, ")
+    assert line.endswith("; right in fp32, fp16, int8")
     assert healthy
+    assert cuda.launches == 3 * 8  # CUDA graphs of every stage
+
+
+@pytest.mark.parametrize(
+    ("trouble", "text"),
+    [
+        ({"wrong_profile": 0}, r"gives wrong results on gpu .*; fp32: a batch of 1 after it, exit 0: off by"),
+        ({"forgets": True}, r"fp16: a batch of 2 whose second image goes on, exit 0"),
+        ({"cannot_start": True}, r"initialization failure with error: 35"),
+        ({"fast_int8": False}, r"works on .*; right in fp32, fp16; no int8: "),
+    ],
+)
+def test_doctor_finds_what_is_wrong(box: Callable[..., Box], trouble: dict[str, Any], text: str) -> None:
+    box("8.6", **trouble)
+    found, works = self_test(find_backend("tensorrt"), PRECISIONS)
+    assert re.search(text, found), found
+    assert works == ("works" in found)
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        (
+            "os.kill(os.getpid(), signal.SIGSEGV)",
+            "crashed with SIGSEGV in the step 'fp16: build stage_1'; its last words: C",
+        ),
+        ("raise SystemExit(3)", "ended with exit code 3 in the step"),
+        ("time.sleep(60)", "did not end in 0 minutes in the step"),
+    ],
+)
+def test_a_crash_does_not_take_doctor_down(
+    box: Callable[..., Box], last: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box("8.6")
+    lines = ["import os, signal, sys, time", "open(sys.argv[2], 'w').write('{\"step\": \"fp16: build stage_1\"}\\n')"]
+    (tmp_path / "dies.py").write_text("\n".join([*lines, "print('CUDA error', file=sys.stderr, flush=True)", last]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "CHILD", "dies")
+    monkeypatch.setattr(doctor, "TIMEOUT_S", 2 if "sleep" in last else 30)
+    found, works = doctor._try(find_backend("tensorrt"))
+    assert text in found
+    assert not works
+
+
+def test_doctor_in_a_process_of_its_own() -> None:
+    """With a backend that is here; its result and its remarks come back."""
+    assert doctor._in_child(find_backend("onnxruntime"))[1]
 
 
 def test_fp16_stages_of_multi_exit_resnet18(student_onnx: Path) -> None:

@@ -18,6 +18,7 @@ from fakes.machine import IMAGES, Box, compiled, engine_of, recipe
 from edgekd.artifacts.metadata import put_metadata, read_onnx, read_student
 from edgekd.backends.base import find_backend
 from edgekd.backends.cuda.device import device, find
+from edgekd.backends.tensorrt.library import TENSORRT
 from edgekd.compiler.build import compile_engine
 from edgekd.errors import ArtifactError, BackendError
 from edgekd.runtime.engine import open_engine
@@ -86,6 +87,25 @@ def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp
     onnx.save(model, str(tmp_path / "new.onnx"))
     with pytest.raises(BackendError, match=r"8\.6\.1 understands opset 17; stage_0 has opset 18[\s\S]*newer TensorRT"):
         compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())
+
+
+def test_what_is_logged_of_a_build(box: Callable[..., Box], caplog: pytest.LogCaptureFixture) -> None:
+    """A build has up to a million messages. Weights that overflow are told, as the accuracy suffers."""
+    box("10.3")
+    with device():
+        logger, severity = TENSORRT.logger, TENSORRT.trt.Logger
+    logger.log(severity.VERBOSE, "Tactic: 0x1 Time: 0.1")
+    logger.log(severity.VERBOSE, "Layers:\nName: a")
+    logger.log(severity.WARNING, "Detected layernorm nodes in FP16.")
+    assert not caplog.records
+    logger.log(severity.WARNING, "2 weights would overflow in FP16 and are converted to the closest finite value.")
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert logger.listing == "Layers:\nName: a"
+    caplog.set_level("DEBUG", "edgekd.backends.tensorrt.library")
+    logger.log(severity.INFO, "Engine generation completed")
+    assert "TensorRT: Engine generation completed" in caplog.text
+    TENSORRT.forget_messages()
+    assert (logger.listing, len(logger.warnings)) == ("", 0)
 
 
 def test_int8_where_there_is_none(box: Callable[..., Box], small_student: Path, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def task(folder: Path, engine: Path, *, seconds: float = 0.0) -> WorkerTask:
 
 
 def test_failing_worker_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"measuring full failed: no ONNX file at .*gone\.onnx"):
+    with pytest.raises(BackendError, match=r"measuring full failed: no ONNX file at .*gone\.onnx .+"):  # and advice
         run_worker(task(tmp_path, tmp_path / "gone.onnx"), tmp_path / "run", name="full")
 
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgekd.artifacts.manifest import Accuracy, PredictionAccuracy, read_manifest
+from edgekd.artifacts.manifest import Accuracy, Manifest, PredictionAccuracy, read_manifest
 from edgekd.artifacts.metadata import read_student
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import installed, load_recipe
 from edgekd.cli.compile import _attempts
-from edgekd.compiler.build import Attempt, compile_engine
+from edgekd.compiler.build import Attempt, _doubling, compile_engine
 from edgekd.compiler.gate import GateReport, Validation, check
 from edgekd.errors import BackendError, ConfigError, GateError
 from edgekd.files import sha256
-from edgekd.runtime.engine import open_engine
+from edgekd.runtime.engine import Engine, open_engine
+from edgekd.testing.students import small_student
 
 IMAGES = np.random.default_rng(3).normal(size=(12, 3, 32, 32)).astype(np.float32)
-SHORT = {"batch_sizes": [1, 2], "openvino.static_batch_sizes": [1]}
+SHORT = {"batch_sizes": [1, 2], "int8_attempts": 0, "openvino.static_batch_sizes": [1]}
 
 
 def recipe(name: str, **overrides: object) -> Recipe:
@@ -228,6 +231,71 @@ def test_heads_stay_float_when_quantised_ones_are_refused(
     assert manifest.precision["int8"] == pytest.approx(20 / 58)
     assert manifest.notes[:2] == ("quantised exit heads were refused: too far", "exit heads: float convolutions")
     assert manifest.calibration.images == 12
+
+
+SMALL_IMAGES = np.random.default_rng(4).normal(size=(40, 3, 16, 16)).astype(np.float32)
+
+
+def compile_small(folder: Path, **overrides: object) -> tuple[Manifest, Attempt]:
+    """Compile a small network for ONNX Runtime, judged by its own answers."""
+    student = read_student(small_student(folder / "student.onnx"))
+    labels = open_engine(folder / "student.onnx").logits(SMALL_IMAGES)[-1].argmax(axis=1)
+    manifest, (attempt,) = compile_engine(
+        student,
+        folder / "e",
+        recipe=load_recipe("int8", {"batch_sizes": [1], **overrides}),
+        backend="onnxruntime",
+        calibration=SMALL_IMAGES,
+        validation=(SMALL_IMAGES, labels),
+    )
+    return manifest, attempt
+
+
+def test_int8_that_loses_too_much_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate refuses all but an engine that has a block in float; engines are chosen before they are judged."""
+    from edgekd.compiler import build
+
+    judged = []
+
+    def refuse(engine: Engine, *args: object, **options: object) -> GateReport:
+        judged.append(engine)
+        report = check(engine, *args, **options)  # type: ignore[arg-type]
+        return report if len(judged) == 4 else replace(report, refusal=GateError("too far"))
+
+    monkeypatch.setattr(build, "check", refuse)
+    monkeypatch.setattr("edgekd.compiler.int8.WORTHWHILE", 2.0)  # all that is tried is kept
+    manifest, attempt = compile_small(tmp_path, max_accuracy_drop=50.0)
+    assert len(judged) == 4  # int8 heads, float heads, other ranges and corrections, one block in float
+    notes = "\n".join(manifest.notes)
+    for words in ("percentile ranges", "entropy ranges", "equalised channels and bias correction", "1 block"):
+        assert words in notes
+    assert re.search(r"left in float: .+; stages take [\d.]+ ms on one image, [\d.]+ times", notes)
+    assert "stages take" in attempt.note
+    assert 0.2 <= manifest.precision["int8"] < 1
+    assert {p.name for p in (tmp_path / "e").iterdir()} == {*manifest.files, "manifest.json"}
+
+
+def test_a_refusal_lists_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.compiler import build
+
+    reports = []
+
+    def refuse(*args: object, **options: object) -> GateReport:
+        reports.append(check(*args, **options))  # type: ignore[arg-type]
+        return replace(reports[-1], refusal=GateError(f"too far: {len(reports)}"))
+
+    monkeypatch.setattr(build, "check", refuse)
+    with pytest.raises(GateError, match="error of the logits on calibration images") as caught:
+        compile_small(tmp_path, max_accuracy_drop=50.0, int8_attempts=3)
+    assert caught.value.what.count(" points") == len(reports) - 2 <= 3
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("most", "attempts", "counts"), [(0, 5, []), (1, 5, [1]), (6, 5, [1, 2, 4, 6]), (24, 3, [1, 2, 24]), (6, 0, [])]
+)
+def test_few_engines_with_blocks_in_float_are_judged(most: int, attempts: int, counts: list[int]) -> None:
+    assert _doubling(most, attempts) == counts
 
 
 @pytest.mark.parametrize("calibration", [None, IMAGES[:0]])

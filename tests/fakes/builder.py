@@ -409,12 +409,21 @@ def offer_builder(world: World) -> None:
                 precision = "Half"
             else:
                 precision = "Float"
-            text = precision if major >= 10 else words[precision]
-            layer = {"Name": node.name, "Inputs": [{"Name": node.input[0], "Format/Datatype": text}], "Outputs": []}
+            layer = {"Name": node.name, "Inputs": [{"Name": node.input[0]}], "Outputs": []}
+            if major >= 11:  # one compiler for all layers; in this version's words it is not proved
+                layer["Inputs"] = [
+                    {"Name": node.input[0], "Datatype": precision, "Format": "(NHWC) Channel major format"}
+                ]
+                layer |= {"LayerType": "correlation" if node.op_type == "Conv" else "gemm"}
+                layer |= {"TacticName": "__myelin_CASK_STUB", "Metadata": f"[ONNX Layer: {node.name}]"}
+                found.append(layer)
+                continue
+            layer["Inputs"][0]["Format/Datatype"] = words[precision]
             if node.op_type == "Conv":
                 layer |= {"LayerType": "CaskConvolution", "ParameterType": "Convolution"}
                 layer |= {"Weights": {"Type": precision, "Count": 9}}
             elif major >= 10:
+                layer["Inputs"][0]["Format/Datatype"] = precision
                 layer |= {"LayerType": "gemm", "TacticName": "sm80_xmma_gemm"}
             else:  # a convolution of 1x1
                 layer |= {"LayerType": "CaskGemmConvolution", "ParameterType": "Convolution"}

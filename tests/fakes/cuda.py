@@ -3,10 +3,6 @@
 Until then, host memory that a copy will be written to holds NaN, and so does device memory that nothing was written
 to. What real CUDA answers with garbage or a crash raises `RuleBroken`: addresses outside of allocations, memory freed
 while in use, copies from memory that is not pinned, overlapping copies, two threads on the stream at once.
-
-What is believed here and in `engine` and was not seen on a GPU: bindings of a newer minor version than the driver's are
-refused on a Jetson, and accepted elsewhere; a profile is free again when a context leaves it; captured graphs survive
-later calls on other contexts; contexts with memory of the user's accept a profile before they have any.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ def offer_engine(world: World) -> None:
                 return json.dumps({"Layers": [layer["Name"] for layer in content["layers"]]})
             layers = json.loads(json.dumps(content["layers"]))
             for tensor in (t for layer in layers for t in layer["Inputs"] if self.execution_context is None):
+                tensor.pop("Datatype", None)
                 tensor["Format/Datatype"] = "N/A due to dynamic shapes"
             return json.dumps({"Layers": layers, "Bindings": []})
 

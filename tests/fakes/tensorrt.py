@@ -1,8 +1,25 @@
 """A TensorRT for each family of versions: it knows only the names that the real bindings have, keeps the real rules
 that edgekd depends on, and runs the graphs in ONNX Runtime. What only a GPU can tell, it cannot.
 
+Not proved on a GPU, or on one alone (an H100 with 8.6): that a context which takes another profile gives up the one it
+had; that garbage is no timing cache (for TensorRT-RTX it is an empty one); that a context without memory accepts a
+profile; that formats are told only with a context; what the inspectors of 10 and 11 call things; that Q/DQ graphs give
+what they give in ONNX Runtime. Every engine here needs 4096 bytes of scratch memory, so too little cannot be noticed.
+
 Rules that real TensorRT answers with a log message and None or False are answered so here; what crashes there, or
 gives wrong numbers, raises `RuleBroken`.
+
+What the fakes do and no GPU has shown, except TensorRT 8.6 on an H100 (benchmarks/results/gpu), where it is so marked:
+
+- CUDA bindings of a newer minor version than the driver's are refused on a Jetson (integrated), and accepted elsewhere.
+- A profile is free again when its context leaves it. A context with the user's memory accepts a profile before it has
+  memory (8.6).
+- A captured graph survives later calls on other contexts of its engine (8.6), and another memory of its own context.
+- Several engines can share one scratch memory, which is larger than most of them need.
+- A kernel in a child graph may set a condition of the parent (8.6).
+- Formats in the inspector's report are unknown only without a context.
+- Q/DQ graphs give what ONNX Runtime gives, but for rounding.
+- Damaged timing caches are answered with None.
 """
 
 from __future__ import annotations

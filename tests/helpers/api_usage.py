@@ -217,7 +217,8 @@ class _Reader:
             self._touch(kind, node.attr, node)
             return self.api.returns(kind, node.attr)
         found = self._named(node.attr)
-        if found is None and node.attr in self._words:
+        of_logging = isinstance(node.value, ast.Name) and node.value.id == "logging"  # has a DEBUG, too
+        if found is None and node.attr in self._words and not of_logging:
             self.found.unclear.add(f"{self._module}:{node.lineno}: {ast.unparse(node)}")
         return found
 

@@ -101,7 +101,7 @@ def _dump(package: str, version: str, work: Path, kept: Path) -> None:
     said: list[NotHere] = []
     for python in _pythons():
         try:
-            wheel = _fetch(package, version, work / python, python=python)
+            wheel = download(package, version, work / python, python=python)
         except NotHere as error:
             said.append(error)
             continue
@@ -130,7 +130,12 @@ def _starts(python: str) -> bool:
     return path is not None and subprocess.run([path, "-V"], capture_output=True, check=False).returncode == 0
 
 
-def _fetch(package: str, version: str, folder: Path, *, python: str) -> Path:
+def download(package: str, version: str, folder: Path, *, python: str) -> Path:
+    """The wheel of this machine's platform for a version of Python, from a package registry.
+
+    Raises:
+        NotHere: None answers, or it has no such wheel.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     platforms = [f"--platform=manylinux_2_{glibc}_{platform.machine()}" for glibc in (17, 28, 35)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

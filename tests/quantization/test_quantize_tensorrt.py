@@ -26,7 +26,7 @@ from edgekd.policy import Policy
 from edgekd.quantization import quantize
 from edgekd.quantization.fold_batchnorm import fold_batchnorm
 from edgekd.quantization.qdq import MIN_SCALE
-from edgekd.quantization.tensorrt import DATA_MOVEMENT_OPS, ScaleGroups, quantize_tensorrt
+from edgekd.quantization.tensorrt import DATA_MOVEMENT_OPS, QdqPlacement, ScaleGroups, quantize_tensorrt
 
 SIZE = 96
 SINGLE = ["resnet18", "mixnet_s", "shufflenet_v2_x1_0", "ghostnet_100", "squeezenet1_1", "mobilenet_v2"]
@@ -58,30 +58,30 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @functools.cache
-def student(name: str) -> tuple[onnx.ModelProto, ModelMetadata]:
-    """Exported for 5 classes; seeded random weights, and batch norm that has seen pictures."""
+def student(name: str, exits: tuple[str, ...] = ()) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """Exported for 5 classes with the usual exits, or these; random weights, and batch norm that saw pictures."""
     import torch
 
     from edgekd.export import to_onnx
-    from edgekd.models.base import exits_of
+    from edgekd.models.base import FOUR_STAGES, exits_of
     from edgekd.models.networks import build
 
     torch.manual_seed(0)
-    net = build(name, classes=5, image_size=SIZE)
+    net = build(name, classes=5, image_size=SIZE, exits=exits or FOUR_STAGES)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             module.momentum = None
     with torch.no_grad():
         net.train()(torch.from_numpy(CALIBRATION))
-        exits = exits_of(net.eval()(torch.from_numpy(CALIBRATION[:1])))
-    metadata = ModelMetadata(name, tuple("abcde"), Preprocess(SIZE), exits, Policy((1.0,) * len(exits)))
+        ends = exits_of(net.eval()(torch.from_numpy(CALIBRATION[:1])))
+    metadata = ModelMetadata(name, tuple("abcde"), Preprocess(SIZE), ends, Policy((1.0,) * len(ends)))
     return to_onnx(net, image_size=SIZE), metadata
 
 
 @functools.cache
-def quantised(name: str, heads: bool = False) -> onnx.ModelProto:
-    model, metadata = student(name)
+def quantised(name: str, heads: bool = False, exits: tuple[str, ...] = ()) -> onnx.ModelProto:
+    model, metadata = student(name, exits)
     return quantize(model, metadata, CALIBRATION, target="tensorrt", heads=heads)
 
 
@@ -172,11 +172,12 @@ def test_which_convolutions(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "convolutions", "activations"),
     [
-        # 17 read by convolutions (a stem; in 8 blocks what they start from and what is between), 3 shortcuts
-        ("resnet18", 20, 20),
+        # 17 read by convolutions (a stem; in 8 blocks what they start from and what is between), 3 shortcuts;
+        # and both sides of the pooling, which with exits belongs to a head
+        ("resnet18", 20, 22),
         ("multi-exit-resnet18", 20, 20),
-        # every convolution reads something of its own; identities share, and nothing else is added
-        ("mobilenet_v2", 52, 52),
+        # every convolution reads something of its own; identities share; both sides of the pooling
+        ("mobilenet_v2", 52, 54),
         # all but the last, which has 5 outputs. 8 fire modules: squeeze, then two that read the same; a stem.
         # Concatenated: 2 x 7, since the eighth leads to the float classifier
         ("squeezenet1_1", 25, 1 + 8 * 2 + 7 * 2),
@@ -346,20 +347,63 @@ def test_the_pairs_of_onnxruntimes_own_quantiser_are_among_ours(tmp_path: Path) 
     )
     more = ours.keys() - theirs.keys()
     assert theirs.keys() < ours.keys()
-    assert len(more) == 3
-    assert all("downsample" in name for name in more)
+    assert sorted("pool" if "pool" in name else name.split("/")[-2] for name in more) == [
+        *("act2", "downsample.0", "downsample.0", "downsample.0", "pool")
+    ]
     for name, scale in theirs.items():
         np.testing.assert_allclose(ours[name], scale, rtol=1e-5)  # they run the network without optimising it
 
 
-def test_stages_pass_int8_and_equal_the_whole() -> None:
-    model, metadata = quantised("multi-exit-resnet18"), student("multi-exit-resnet18")[1]
+@pytest.mark.parametrize(
+    ("name", "exits"),
+    [
+        ("multi-exit-resnet18", ()),
+        ("multi-exit-shufflenet_v2_x1_0", ("stage2.1", "stage3.3", "final")),  # behind a shuffle, in front of a split
+    ],
+)
+def test_stages_pass_int8_and_equal_the_whole(name: str, exits: tuple[str, ...]) -> None:
+    model, metadata = quantised(name, exits=exits), student(name, exits)[1]
     parts, whole = graphs(model, metadata), run(model, IMAGES[:4])
     x = [IMAGES[:4]]
-    for k in range(4):
-        logits, *x = run(parts[f"stage_{k}"], x[-1])
-        np.testing.assert_array_equal(logits, whole[k])
+    for k, logits in enumerate(whole):
+        of_stage, *x = run(parts[f"stage_{k}"], x[-1])
+        np.testing.assert_array_equal(of_stage, logits)
         assert all(t.dtype == np.int8 for t in x)
+        assert parts[f"stage_{k}"].graph.output[-1].name in (f"exit_{k}", f"stage_{k}_quantized")
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x1_0", "mixnet_s"])
+def test_pairs_where_moved_tensors_are_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is moved to a pair comes from one; where nothing but movement reads it, no number changes."""
+    model, seen = quantised(name), Seen(quantised(name))
+    for q in seen.all("QuantizeLinear"):
+        at = q.input[0]
+        while at in seen.maker and seen.maker[at].op_type in DATA_MOVEMENT_OPS - {"Concat", "MaxPool"}:
+            at = seen.maker[at].input[0]
+        assert at == q.input[0] or seen.is_made_by(at, "DequantizeLinear")
+    monkeypatch.setattr(QdqPlacement, "pair_sources", lambda self, boundaries: None)
+    without = quantize_tensorrt(*student(name), CALIBRATION)
+    assert len(Seen(without).all("QuantizeLinear")) < len(seen.all("QuantizeLinear"))
+    if name == "shufflenet_v2_x1_0":
+        np.testing.assert_array_equal(run(model, IMAGES), run(without, IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "pools"),
+    [
+        ("multi-exit-resnet18", False, 0),
+        ("multi-exit-resnet18", True, 3),  # the deepest exit pools a sum with its context
+        ("multi-exit-ghostnet_100", True, 3),  # neither gates nor the deepest exit: convolutions read them
+        ("mixnet_s", False, 1),
+    ],
+)
+def test_pooling_of_heads_has_a_pair_on_both_sides(name: str, heads: bool, pools: int) -> None:
+    seen = Seen(quantised(name, heads))
+    found = [n for n in seen.nodes if n.op_type in ("GlobalAveragePool", "ReduceMean")]
+    int8 = [n for n in found if seen.is_made_by(n.input[0], "DequantizeLinear")]
+    behind = [n for n in found if [r.op_type for r in seen.readers(n.output[0])] == ["QuantizeLinear"]]
+    assert int8 == behind
+    assert len(int8) == pools
 
 
 def test_heads_when_asked() -> None:

@@ -109,7 +109,7 @@ class CudaDevice(ABC):
 
     @property
     def scratch(self) -> Scratch:
-        """Scratch memory of all engines; it exists as long as somebody keeps it."""
+        """Scratch memory of all engines; it exists as long as an engine keeps it."""
         found = self._scratch() if self._scratch else None
         if found is None:
             found = Scratch(self)

@@ -42,6 +42,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
     options = TensorRTOptions
     fixed_batch_sizes = True
     pads_batches = True
+    may_crash = True
 
     def version(self) -> str | None:
         return TENSORRT.version()

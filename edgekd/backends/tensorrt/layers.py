@@ -73,13 +73,16 @@ class Layer:
         return re.search(_WEIGHTED, f"{self.kind} {self.parameters}", re.IGNORECASE) is not None
 
     @property
+    def generated_product(self) -> str | None:
+        """The type of the weights (of two dimensions or more) that a layer of generated code reads; else None."""
+        weights = [] if self.multiplies else [c for c in self.constants if sum(n > 1 for n in c.shape) > 1]
+        return weights[0].precision if weights else None
+
+    @property
     def precision(self) -> str | None:
         """The type of its weights, else of its first input, else as in its kernel's name; None if nothing tells."""
-        if self.weights:
-            return self.weights
-        weights = [] if self.multiplies else [c for c in self.constants if sum(n > 1 for n in c.shape) > 1]
-        told = [tensor.precision for tensor in (*weights, *self.inputs) if tensor.precision in _TYPES]
-        return next(iter(told), None) or _precision(self.tactic)
+        told = [tensor.precision for tensor in self.inputs if tensor.precision in _TYPES]
+        return self.weights or self.generated_product or next(iter(told), None) or _precision(self.tactic)
 
 
 def from_inspector(report: str) -> list[Layer]:
@@ -148,16 +151,16 @@ def _precision(text: str) -> str | None:
 def precisions(layers: Sequence[Layer]) -> list[str | None]:
     """Return the precision of each multiplication by weights; None for one that cannot be told.
 
-    These are the layers whose type says so and, of ONNX nodes that are named by other layers alone, those which
-    exporters call a convolution or matrix product.
+    These are the layers whose type says so and, in layers that the compiler generates with weights of two dimensions or
+    more, the ONNX nodes which no other layer names and which exporters call a convolution or matrix product.
     """
     found = [layer.precision for layer in layers if layer.multiplies]
     told = {node for layer in layers if layer.multiplies for node in layer.nodes}
-    for layer in layers:  # the first that names a node multiplies, later ones add the bias
-        for node in layer.nodes:
+    for layer in layers:
+        for node in layer.nodes if layer.generated_product else ():
             if node not in told and re.search(_NODE, node):
                 told.add(node)
-                found.append(layer.precision)
+                found.append(layer.generated_product)
     return found
 
 

@@ -64,6 +64,7 @@ class TensorRTRtxBackend(Backend[TensorRTRunner]):
     options = RtxOptions
     fixed_batch_sizes = True
     pads_batches = True
+    may_crash = True
     across_systems = True
 
     def version(self) -> str | None:

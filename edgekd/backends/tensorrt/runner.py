@@ -70,8 +70,8 @@ class TensorRTRunner:
         self.row_shapes = self.tensors[self.inputs[0]].shape, self.tensors[self.logits[0]].shape
 
     def _deserialised(self, path: Path, target: Target, read: ReadFile) -> Any:
-        if target.options.version_compatible:
-            self._runtime.engine_host_code_allowed = True
+        if target.options.version_compatible and hasattr(self._runtime, "engine_host_code_allowed"):
+            self._runtime.engine_host_code_allowed = True  # TensorRT 8.5 knows no such engines
         if target.options.dla_core is not None:
             self._runtime.DLA_core = target.options.dla_core
         engine = self._runtime.deserialize_cuda_engine(read(path))
