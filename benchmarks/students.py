@@ -165,7 +165,8 @@ def measure(subject: Subject, folder: Path, options: argparse.Namespace) -> dict
 def _engine(subject: Subject, source: Path, backend: str, precision: str, *, threads: int | None) -> Engine:
     """Compile without validation images, so without a gate: the table shows what int8 costs."""
     out = source.with_name(f"{backend}-{precision}.engine")
-    recipe = Recipe(precision, batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1,)}})  # type: ignore[arg-type]
+    options = {"openvino": {"static_batch_sizes": (1,)}}
+    recipe = Recipe(precision, batch_sizes=(1,), graphs="all", options=options)  # type: ignore[arg-type]
     images = subject.calibration if precision == "int8" else None
     compile_engine(
         read_student(source), out, recipe=recipe, backend=backend, calibration=images, validation=None, threads=threads

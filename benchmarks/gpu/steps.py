@@ -51,6 +51,7 @@ def recipe_of(args: argparse.Namespace, *, method: str = "minmax") -> Recipe:
         max_accuracy_drop=DROP,
         calibration_method=method,  # type: ignore[arg-type]
         batch_sizes=sizes,
+        graphs="all",
         options={
             "tensorrt": {
                 "library_tactics": not args.no_library_tactics,

@@ -80,12 +80,13 @@ class Parity:
 
     Attributes:
         max_abs_logit_difference: Largest difference from student.onnx, for each exit.
-        staged_to_monolithic: Largest difference between the stages in sequence and the monolithic graph.
+        staged_to_monolithic: Largest difference between the stages in sequence and the monolithic graph; None without
+            one.
         by_batch_size: For backends that build kernels for each batch size: every size, in the order of the runs.
     """
 
     max_abs_logit_difference: tuple[float, ...]
-    staged_to_monolithic: float
+    staged_to_monolithic: float | None = None
     by_batch_size: tuple[BatchParity, ...] = ()
 
 

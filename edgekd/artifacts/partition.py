@@ -51,10 +51,14 @@ def _undefined(graph: onnx.GraphProto) -> list[str]:
     return sorted({name for node in graph.node for name in node.input} - given - made)
 
 
-def graph_names(metadata: ModelMetadata) -> list[str]:
-    """Return the graphs of an engine: each stage, `monolithic` and `final`; only `monolithic` if there is one exit."""
+WHOLE = ("monolithic", "final")
+"""The graphs that are not stages: every exit in one piece, and the last exit alone."""
+
+
+def graph_names(metadata: ModelMetadata, *, whole: bool = True) -> list[str]:
+    """Return the graphs of an engine: each stage and, if `whole`, those of `WHOLE`; `monolithic` if it has one exit."""
     count = len(metadata.exits)
-    return ["monolithic"] if count == 1 else [*(f"stage_{k}" for k in range(count)), "monolithic", "final"]
+    return ["monolithic"] if count == 1 else [*(f"stage_{k}" for k in range(count)), *(WHOLE if whole else ())]
 
 
 def graph(model: onnx.ModelProto, metadata: ModelMetadata, *, name: str) -> onnx.ModelProto:
@@ -76,10 +80,12 @@ def graph(model: onnx.ModelProto, metadata: ModelMetadata, *, name: str) -> onnx
     return extract(model, [["images"], *boundaries][k], [metadata.outputs[k], *[*boundaries, []][k]])
 
 
-def graphs(model: onnx.ModelProto, metadata: ModelMetadata) -> dict[str, onnx.ModelProto]:
-    """Extract every graph of `graph_names`."""
+def graphs(
+    model: onnx.ModelProto, metadata: ModelMetadata, names: Sequence[str] | None = None
+) -> dict[str, onnx.ModelProto]:
+    """Extract the graphs called `names`; every graph of `graph_names` if None."""
     model = with_shapes(model)
-    return {name: graph(model, metadata, name=name) for name in graph_names(metadata)}
+    return {name: graph(model, metadata, name=name) for name in names or graph_names(metadata)}
 
 
 def keep_exits(

@@ -25,6 +25,8 @@ class Recipe:
             ranges and corrections first, then with blocks in float.
         batch_sizes: Batch sizes whose stage times are measured into the manifest, and which backends with fixed batch
             sizes build for.
+        graphs: `stages` builds the stages alone, in which a cascade runs; `all` also builds `monolithic` (every exit in
+            one piece) and `final` (the last exit alone), which other strategies and comparisons run.
         options: Backend name to its options, as TOML has them; in TOML, a table called like the backend.
             `Backend.parse_options` parses them.
     """
@@ -36,6 +38,7 @@ class Recipe:
     calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax"
     int8_attempts: int = 6
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    graphs: Literal["stages", "all"] = "stages"
     options: dict[str, dict[str, Option]] = field(default_factory=dict, metadata=TABLES)
 
     def __post_init__(self) -> None:

@@ -51,9 +51,10 @@ class Backend(ABC, Generic[Graph]):
         mine = "my_package.backend:MyBackend"
 
     `edgekd compile --backend mine`, `edgekd doctor`, the versions in records and the `[mine]` table of recipes follow
-    from it; `edgekd.testing.check_backend` tests it. An engine holds a graph for each stage, `monolithic` (all exits)
-    and `final` (the last exit alone). Inputs and outputs are named as in the ONNX graph, the batch size is the free
-    first dimension, a stage's first output is its logits, and the others are the next stage's inputs in order.
+    from it; `edgekd.testing.check_backend` tests it. An engine holds a graph for each stage and, where asked for,
+    `monolithic` (all exits) and `final` (the last exit alone). Inputs and outputs are named as in the ONNX graph, the
+    batch size is the free first dimension, a stage's first output is its logits, and the others are the next stage's
+    inputs in order.
 
     Attributes:
         name: Name on the command line and in manifests; the entry point has the same.
@@ -116,11 +117,11 @@ class Backend(ABC, Generic[Graph]):
         """
 
     @abstractmethod
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
-        """Read back the precisions that run.
+    def precisions(self, path: Path, *, recipe: Recipe) -> Mapping[str, int]:
+        """Read back the precisions that run in one graph.
 
         Returns:
-            Precision (fp32, fp16, bf16, int8) to its fraction of the layers that multiply by weights.
+            Precision (fp32, fp16, bf16, int8) to its number of the layers that multiply by weights.
         """
 
     def suffixes(self, recipe: Recipe) -> tuple[str, ...]:
@@ -310,11 +311,6 @@ def check_options(recipe: Recipe, where: str) -> None:
         if name not in BACKENDS:
             raise ConfigError(f"{where}:\n  {name}: no backend has this table", fix=nearest(name, BACKENDS))
         get_backend(name).parse_options(recipe, where=where)
-
-
-def fractions(layers: list[str]) -> dict[str, float]:
-    """Return the fraction of each name: ["int8", "int8", "fp32", "int8"] -> {"int8": 0.75, "fp32": 0.25}."""
-    return {name: layers.count(name) / len(layers) for name in sorted(set(layers), key=layers.count, reverse=True)}
 
 
 def backend_failure(what: str, error: Exception) -> BackendError:

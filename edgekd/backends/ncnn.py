@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ import onnx
 
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import CpuBackend, ReadFile, backend_failure, fractions
+from edgekd.backends.base import CpuBackend, ReadFile, backend_failure
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write, temporary_folder
 
@@ -120,13 +121,13 @@ class NcnnBackend(CpuBackend[NcnnRunner]):
         """
         return NcnnRunner(_read(path, read, recipe=recipe, threads=threads), path)
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count the types in which the layers that multiply by weights store their outputs."""
         net = _read(path, Path.read_bytes, recipe=recipe, threads=1)
         stored = _run_on_noise(net, path, {name: _shape_hint(net, name) for name in net.input_names()}, as_stored=True)
         names, blobs = {32: "fp32", 16: _sixteen_bit_float()}, net.blobs()
         layers = [layer for layer in net.layers() if layer.type in _WEIGHTED]
-        return fractions([names[stored[blobs[layer.tops[0]].name].elembits()] for layer in layers])
+        return Counter([names[stored[blobs[layer.tops[0]].name].elembits()] for layer in layers])
 
     def incompatibility(self, manifest: Manifest) -> str:
         if reason := super().incompatibility(manifest):

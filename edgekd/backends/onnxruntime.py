@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import onnx
 
 from edgekd.artifacts import onnx_checks
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import CpuBackend, ReadFile, backend_failure, fractions
+from edgekd.backends.base import CpuBackend, ReadFile, backend_failure
 from edgekd.backends.runner import StagedRunner
 from edgekd.backends.staged import Arrays, BoundStages, bound_staged_runner
 from edgekd.errors import ArtifactError, BackendError
@@ -104,13 +105,13 @@ class OnnxRuntimeBackend(CpuBackend[OnnxRuntimeRunner]):
                 raise ArtifactError(f"{path} is not a graph built by edgekd: {error}", fix="compile again") from None
         return open_graph(data, threads=threads, name=str(path))
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count fp32 and int8 among the layers of the optimised graph."""
         with temporary_folder("optimised") as folder:
             optimised = folder / "optimised.onnx"
             _session(path, threads=1, optimised=optimised, name=str(path))
             types = [node.op_type for node in onnx.load(str(optimised)).graph.node]
-        return fractions(["int8" if t in _INT8 else "fp32" for t in types if t in _INT8 | _FLOAT])
+        return Counter(["int8" if t in _INT8 else "fp32" for t in types if t in _INT8 | _FLOAT])
 
     def staged_runner(self, stages: Sequence[OnnxRuntimeRunner]) -> StagedRunner:
         """Return a staged runner whose sessions are bound to each other for single images."""

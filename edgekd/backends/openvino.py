@@ -7,6 +7,7 @@ import ctypes
 import functools
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import onnx
 
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import CpuBackend, ReadFile, backend_failure, fractions
+from edgekd.backends.base import CpuBackend, ReadFile, backend_failure
 from edgekd.backends.runner import StagedRunner
 from edgekd.backends.staged import BoundStages, bound_staged_runner
 from edgekd.errors import BackendError
@@ -148,7 +149,7 @@ class OpenVinoBackend(CpuBackend[OpenVinoRunner]):
 
         return OpenVinoRunner(_read(path, read), compile_for, self.parse_options(recipe).static_batch_sizes)
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count precisions among the layers of the compiled graph."""
         found = []
         compiled = _compile(_read(path), path, recipe=recipe, threads=1, size=1)
@@ -157,7 +158,7 @@ class OpenVinoBackend(CpuBackend[OpenVinoRunner]):
             kind, precision = (str(getattr(info[k], "value", info[k])) for k in ("layerType", "runtimePrecision"))
             if kind.startswith(_LAYERS):
                 found.append(_NAMES.get(precision, precision))
-        return fractions(found)
+        return Counter(found)
 
     def staged_runner(self, stages: Sequence[OpenVinoRunner]) -> StagedRunner:
         """Return a staged runner whose infer requests are bound to each other for static batch sizes."""

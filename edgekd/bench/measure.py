@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edgekd.artifacts.certificate import Certificate
 from edgekd.artifacts.manifest import Manifest, void_reason
+from edgekd.artifacts.partition import WHOLE
 from edgekd.backends.report import describe_host
 from edgekd.bench import energy, variants
 from edgekd.bench.accuracy import answered, metrics
@@ -26,6 +27,7 @@ from edgekd.bench.suite import Suite
 from edgekd.bench.targets import targets, warnings
 from edgekd.bench.worker import OVERHEAD_QUERIES, WorkerResult, WorkerTask
 from edgekd.child import start_child
+from edgekd.compiler.whole_graphs import write_with_graphs
 from edgekd.data.images import load, load_subset
 from edgekd.data.preprocess import Preprocess
 from edgekd.data.split import Split
@@ -98,6 +100,7 @@ def bench(
     items = split.subset("test")
     groups = group_numbers(items)
     with temporary_folder("bench") as folder:
+        entries = _complete(entries, folder)
         images, labels = _prepare(entries, split, data, folder)
         preprocess_ms = _time_preprocessing([data / i.path for i in items], engine.metadata.preprocess)
         if on_estimate:
@@ -151,6 +154,27 @@ def plan(engine: Engine, path: Path, suite: Suite, against: Mapping[str, Path]) 
             raise ConfigError(f"--against {name}={other}: '{name}' is already a row", fix="choose another name")
         entries.append(Entry(name, open_engine(other, threads=suite.threads), other, "final", True))
     return entries
+
+
+def _complete(entries: list[Entry], folder: Path) -> list[Entry]:
+    """Replace engines that lack a graph in one piece, which a variant runs or is timed against, by copies with it.
+
+    Raises:
+        ArtifactError, BackendError: See `write_with_graphs`.
+    """
+    complete: dict[Path, tuple[Engine, Path]] = {}
+    for path in dict.fromkeys(entry.path for entry in entries):
+        own = [entry for entry in entries if entry.path == path]
+        engine, run = own[0].engine, {name for entry in own for name in _graphs_run(entry)}
+        out = write_with_graphs(engine, path, sorted(run.intersection(WHOLE)), folder / f"engine_{len(complete)}")
+        complete[path] = (engine if out == path else open_engine(out, threads=engine.threads), out)
+    return [replace(e, engine=complete[e.path][0], path=complete[e.path][1]) for e in entries]
+
+
+def _graphs_run(entry: Entry) -> set[str]:
+    exits, other = len(entry.engine.metadata.exits), variants.INTERLEAVED_WITH.get(entry.variant)
+    graphs = variants.graph_names(entry.variant, exits)
+    return graphs | variants.graph_names(other, exits) if other else graphs
 
 
 def _same_classes(entries: list[Entry], split: Split) -> None:

@@ -62,6 +62,13 @@ def compile_(
     data: OptionalData = None,
     split: SplitFile = None,
     out: Annotated[Path | None, typer.Option(help="Engine folder; default: STUDENT.engine.")] = None,
+    graphs: Annotated[
+        str | None,
+        typer.Option(
+            help="stages (a cascade needs no more; the default) or all: also the network in one piece.",
+            callback=one_of("stages", "all"),
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -75,7 +82,7 @@ def compile_(
     from edgekd.data.split import read_split
 
     out = out or source.with_suffix(".engine")
-    overrides = config.parse_overrides(set_ or [])
+    overrides = config.parse_overrides(set_ or []) | ({"graphs": graphs} if graphs else {})
     if device is not None:
         if backend != RTX:
             raise ConfigError(f"--device is for --backend {RTX}", fix="omit it: others build for this machine")

@@ -38,7 +38,7 @@ from edgekd.cli.promises import (
     needs_labels,
     promises_of,
 )
-from edgekd.errors import ConfigError, check_known
+from edgekd.errors import ArtifactError, BackendError, ConfigError, check_known
 
 if TYPE_CHECKING:
     from edgekd.artifacts.manifest import CurvePoint
@@ -228,16 +228,23 @@ def _certify(
     """
     from edgekd.certification.losses import can_exit_early
     from edgekd.compiler.gain import measure_gain
+    from edgekd.compiler.whole_graphs import add_final
     from edgekd.runtime.certify import save_certified, search_certificate, without_early_exit
 
     with bar("tune") as progress:
         found = search_certificate(opened, images, request, **search, progress=progress)
     if pixels is not None and can_exit_early(found.policy):
-        gain = measure_gain(opened, found.policy, pixels)
-        echo(f"the certified setting beside the plain network: {gain}")
-        if gain.is_clear and not gain.pays and not request.is_absolute:
-            echo("it is no faster, so it is not used")
-            found = without_early_exit(found)
+        try:
+            gain = measure_gain(opened, engine, found.policy, pixels)
+        except (ArtifactError, BackendError) as error:
+            echo(f"it is unknown whether the certified setting is faster: {error.what} ({error.fix})")
+        else:
+            echo(f"the certified setting beside the plain network: {gain}")
+            if gain.is_clear and not gain.pays and not request.is_absolute:
+                echo("it is no faster, so it is not used")
+                found = without_early_exit(found)
+    if found.policy.is_last_exit and not found.certificate:
+        opened = add_final(opened, engine)
     save_certified(engine, found.policy, found.certificate, found.attempt, digest=opened.digest)
     echo(certified_table(found))
     for line in found.limits:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from edgekd.artifacts.manifest import (
     write_manifest,
 )
 from edgekd.artifacts.metadata import ModelMetadata, StudentModel
-from edgekd.artifacts.partition import graphs
+from edgekd.artifacts.partition import graph_names, graphs
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AUTO, REFERENCE, AnyBackend, find_backend, installed
 from edgekd.backends.report import describe_host
@@ -284,11 +285,14 @@ class Compilation:
                 raise BackendError(what, fix=f"give --backend {backend.name} to build one for another machine")
             return self._pending(backend, folder, span, reason)
         best, notes = self._most_accurate(backend, folder, span.part(0.9))
-        precision = read_back(best.folder, backend, recipe=self._recipe)
+        precision = read_back(best.folder, best.manifest.metadata, backend, recipe=self._recipe)
+        if not precision:
+            notes.append(f"{backend.name} does not tell which precision runs")
         images = self._validation.images if self._validation else None
         stage_ms, monolithic_ms = stage_times(best.engine, images, sizes=self._recipe.batch_sizes)
         span.fraction(1)
-        note = "; ".join([f"in one piece {monolithic_ms:.2f} ms", *notes])
+        whole = [] if monolithic_ms is None else [f"in one piece {monolithic_ms:.2f} ms"]
+        note = "; ".join([*whole, *notes])
         attempt = Attempt(backend.name, True, sum(stage_ms["1"]), precision, note=note)
         if accuracy := best.report.accuracy:
             worst = worst_drop(accuracy)
@@ -316,7 +320,7 @@ class Compilation:
             model = self._quantise(backend, way, span.part(0.3))
             notes.append("exit heads: float convolutions")
         built = self._build(backend, folder, model, span.part(0.6))
-        precision = read_back(folder, backend, recipe=self._recipe)
+        precision = read_back(folder, self._student.metadata, backend, recipe=self._recipe)
         student = folder / STUDENT_FILE
         onnx.save(self._student.model, str(student))
         files = built.files | {STUDENT_FILE: EngineFile(STUDENT, sha256(student), student.stat().st_size)}
@@ -486,14 +490,14 @@ def build_graphs(
     recipe: Recipe,
     span: Span,
 ) -> dict[str, EngineFile]:
-    """Partition a network, build every graph of it, and keep the network beside them if exits can be cut out of it.
+    """Partition a network, build its graphs, and keep the network beside them if exits can be cut out of it.
 
     Args:
         backend: The backend.
         folder: Folder to write to; it is made.
         model: The network, quantised if the recipe is int8.
         metadata: Its metadata.
-        recipe: Precision, batch sizes and options.
+        recipe: Precision, batch sizes, options, and which graphs.
         span: Progress.
 
     Returns:
@@ -503,19 +507,31 @@ def build_graphs(
         BackendError: The backend cannot build a graph.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    names = graph_names(metadata, whole=recipe.graphs == "all")
+    files = build_parts(backend, folder, graphs(model, metadata, names), recipe=recipe, span=span)
+    if len(metadata.exits) == 1:
+        return files
+    network = folder / NETWORK_FILE
+    onnx.save(model, str(network))
+    return files | {network.name: EngineFile(NETWORK, sha256(network), network.stat().st_size)}
+
+
+def build_parts(
+    backend: AnyBackend, folder: Path, parts: Mapping[str, onnx.ModelProto], *, recipe: Recipe, span: Span
+) -> dict[str, EngineFile]:
+    """Build graphs in `folder`, and return their files.
+
+    Raises:
+        BackendError: The backend cannot build one.
+    """
     files = {}
-    parts = graphs(model, metadata)
     for name, graph in parts.items():
         part = span.part(1 / len(parts))
         backend.build(graph, folder / f"{name}{backend.suffix}", recipe=recipe, progress=part.fraction)
         part.fraction(1)
         for file in sorted(folder.glob(f"{name}.*")):
             files[file.name] = EngineFile(name, sha256(file), file.stat().st_size)
-    if len(metadata.exits) == 1:
-        return files
-    network = folder / NETWORK_FILE
-    onnx.save(model, str(network))
-    return files | {network.name: EngineFile(NETWORK, sha256(network), network.stat().st_size)}
+    return files
 
 
 def _calibration(recipe: Recipe, images: Array | None) -> Calibration | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from edgekd.compiler.gain import TOLERANCE, Gain, measure_gain
 from edgekd.compiler.pruning import replace_engine, write_pruned
+from edgekd.compiler.whole_graphs import add_final
 from edgekd.errors import ArtifactError, BackendError, ConfigError, EdgekdError, GateError
 from edgekd.files import temporary_folder
 from edgekd.policy import Policy, simulate
@@ -73,7 +74,8 @@ def tune_exits(
 ) -> Selection[T]:
     """Tune an engine, and cut out the exits that do not pay.
 
-    The folder is replaced once, at the end and only if exits were cut out; the policy found is not written into it.
+    The folder is replaced once, at the end and only if exits were cut out, or if the policy never exits early and the
+    graph that it then runs was not built yet. The policy found is not written into it.
 
     Args:
         folder: The engine folder.
@@ -94,7 +96,11 @@ def tune_exits(
     names, gain = list(engine.metadata.outputs), None
     with temporary_folder("pruned") as temporary:
         while len(names) > 1 and not (keep_exits or tuned.policy.is_last_exit):
-            gain = measure_gain(engine, tuned.policy, images)
+            try:
+                gain = measure_gain(engine, path, tuned.policy, images)
+            except (ArtifactError, BackendError) as error:
+                messages.append(f"it is unknown whether the exits pay: {error.what} ({error.fix})")
+                break
             times = _times(engine, images)
             choose = worthwhile_exits if gain.is_clear else used_exits
             keep = choose(times, logits, tuned.policy, gain)
@@ -123,6 +129,8 @@ def tune_exits(
             engine.close()
             first.close()
             engine = open_engine(folder, threads=threads)
+    if tuned.policy.is_last_exit:
+        engine = add_final(engine, folder)
     span.fraction(1)
     if gain:
         messages.append(f"the cascade beside the plain network: {gain}")

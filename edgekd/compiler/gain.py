@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.compiler.whole_graphs import with_graphs
 from edgekd.policy import Policy
 from edgekd.runtime.classifier import Classifier
 from edgekd.runtime.engine import Engine
@@ -89,21 +91,32 @@ class Gain:
 
 
 def measure_gain(
-    engine: Engine, policy: Policy, images: Array, *, sizes: tuple[int, ...] = SIZES, seconds: float = SECONDS
+    engine: Engine,
+    folder: Path,
+    policy: Policy,
+    images: Array,
+    *,
+    sizes: tuple[int, ...] = SIZES,
+    seconds: float = SECONDS,
 ) -> Gain:
     """Time the cascade under a policy against the final graph, in turns on the same images.
 
     Args:
         engine: The engine.
+        folder: Its folder, from whose network the final graph is built if the engine has none.
         policy: The policy of the cascade, with thresholds.
         images: Preprocessed images (N, 3, H, W) like those that the engine will see: the shares of the exits count.
         sizes: Batch sizes.
         seconds: Seconds for each batch size.
+
+    Raises:
+        ArtifactError, BackendError: See `write_with_graphs`.
     """
     images = images[np.linspace(0, len(images) - 1, min(len(images), IMAGES)).round().astype(int)]
-    classifiers = tuple(Classifier(engine, strategy=name, policy=policy) for name in ("cascade", "final"))
-    by_exit = np.argsort(classifiers[0].run(images).exits, kind="stable")
-    return Gain({size: _ratio(classifiers, images[by_exit], size, seconds) for size in sizes})
+    with with_graphs(engine, folder, ["final"]) as plain:
+        classifiers = Classifier(engine, policy=policy), Classifier(plain, strategy="final", policy=policy)
+        by_exit = np.argsort(classifiers[0].run(images).exits, kind="stable")
+        return Gain({size: _ratio(classifiers, images[by_exit], size, seconds) for size in sizes})
 
 
 def _ratio(classifiers: tuple[Classifier, ...], images: Array, size: int, seconds: float) -> Ratio:

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.artifacts.manifest import Accuracy, BatchParity, Parity, PredictionAccuracy
+from edgekd.artifacts.metadata import ModelMetadata
+from edgekd.artifacts.partition import graph_names
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import AnyBackend
 from edgekd.backends.runner import StagedRunner
@@ -71,7 +74,7 @@ class GateReport:
 
 
 def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> GateReport:
-    """Compare an engine's staged, monolithic and final graphs with student.onnx, and judge the worst of them.
+    """Compare an engine's stages, and its monolithic and final graphs if any, with student.onnx; judge the worst.
 
     The engine is refused for logits that are not finite, for an fp32 engine whose logits differ by more than
     `FP32_TOLERANCE`, or if an exact test finds that the predictions of the ensemble or of the last exit lose more
@@ -86,7 +89,8 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
     if validation is None:
         return GateReport()
     paths = logits_of_paths(engine, validation.images)
-    parity = Parity(_differences(paths, validation.reference), float(np.abs(paths[0] - paths[1]).max()))
+    between = float(np.abs(paths[0] - paths[1]).max()) if engine.has("monolithic") else None
+    parity = Parity(_differences(paths, validation.reference), between)
     accuracy = _accuracy(paths, validation.reference, validation.labels)
     refusal = _parity_refusal(engine, parity.max_abs_logit_difference, recipe=recipe) or _accuracy_refusal(
         engine, accuracy, recipe=recipe
@@ -98,10 +102,15 @@ def check(engine: Engine, validation: Validation | None, *, recipe: Recipe) -> G
 
 
 def logits_of_paths(engine: Engine, images: Array, *, batch_size: int = 32) -> list[Array]:
-    """Return the logits (E, N, C) of the stages, of the monolithic graph, and with the final graph's last exit."""
-    staged, monolithic = (f(images, batch_size=batch_size) for f in (engine.staged_logits, engine.logits))
-    final = [engine.final(images[i : i + batch_size])[-1] for i in range(0, len(images), batch_size)]
-    return [staged, monolithic, np.concatenate([staged[:-1], np.concatenate(final, dtype=np.float32)[None]])]
+    """Return the logits (E, N, C) of the stages and, if built, of the monolithic graph and with `final`'s last exit."""
+    staged = engine.staged_logits(images, batch_size=batch_size)
+    paths = [staged]
+    if engine.has("monolithic"):
+        paths.append(engine.logits(images, batch_size=batch_size))
+    if engine.has("final"):
+        final = [engine.final(images[i : i + batch_size])[-1] for i in range(0, len(images), batch_size)]
+        paths.append(np.concatenate([staged[:-1], np.concatenate(final, dtype=np.float32)[None]]))
+    return paths
 
 
 def _accuracy(paths: list[Array], reference: Array, labels: Labels) -> Accuracy:
@@ -228,21 +237,27 @@ def verdict(accuracy: Accuracy, *, limit: float) -> str:
     return f"accuracy drop (points) and its 95 % interval: {parts}{doubt if most > limit else ''}"
 
 
-def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str, float]:
-    """Read back the precisions that an engine runs in, as the backend reports them.
+def read_back(folder: Path, metadata: ModelMetadata, backend: AnyBackend, *, recipe: Recipe) -> dict[str, float]:
+    """Read back the precisions that an engine's stages run in, as the backend reports them.
 
     Args:
         folder: Folder of the built files.
+        metadata: Metadata of the network.
         backend: The backend that built them.
         recipe: The recipe.
 
     Returns:
-        Precision to its fraction of the layers.
+        Precision to its fraction of the layers; empty if the backend tells nothing of them.
 
     Raises:
         BackendError: They differ from the recipe's.
     """
-    precision = backend.precisions(folder / f"monolithic{backend.suffix}", recipe=recipe)
+    layers = Counter[str]()
+    for name in graph_names(metadata, whole=False):
+        layers.update(backend.precisions(folder / f"{name}{backend.suffix}", recipe=recipe))
+    if not layers:
+        return {}
+    precision = {name: count / layers.total() for name, count in layers.most_common()}
     # fp16 leaves layers in float32 that are faster there.
     least = {"fp32": 0.9, "fp16": 0.5, "int8": LEAST_INT8}[recipe.precision]
     names = ("fp16", "bf16") if recipe.precision == "fp16" else (recipe.precision,)
@@ -256,8 +271,8 @@ def read_back(folder: Path, backend: AnyBackend, *, recipe: Recipe) -> dict[str,
 
 def stage_times(
     engine: Engine, images: Array | None, *, sizes: tuple[int, ...]
-) -> tuple[dict[str, tuple[float, ...]], float]:
-    """Time the stages and the monolithic graph.
+) -> tuple[dict[str, tuple[float, ...]], float | None]:
+    """Time the stages and, if it was built, the monolithic graph.
 
     Args:
         engine: The engine.
@@ -266,13 +281,15 @@ def stage_times(
 
     Returns:
         Batch size (as text) to the median milliseconds of each stage, and the median milliseconds of the monolithic
-        graph at batch size 1.
+        graph at batch size 1; None without one.
     """
     if images is None:
         side = engine.metadata.preprocess.image_size
         images = np.zeros((1, 3, side, side), np.float32)
     times = {size: _round_times(engine, images[np.arange(size) % len(images)]) for size in sizes}
-    return {str(size): tuple(ms[:-1]) for size, ms in times.items()}, times[1][-1]
+    exits = len(engine.metadata.exits)
+    monolithic_ms = times[1][exits] if engine.has("monolithic") else None
+    return {str(size): tuple(ms[:exits]) for size, ms in times.items()}, monolithic_ms
 
 
 def times_in_turns(engines: Sequence[Engine], images: Array | None) -> list[list[float]]:
@@ -289,12 +306,12 @@ def times_in_turns(engines: Sequence[Engine], images: Array | None) -> list[list
     end = time.perf_counter() + TIMING_S * len(engines)
     while len(rounds[0]) < WARM_UP + 3 or time.perf_counter() < end:
         for engine, runner, found in zip(engines, runners, rounds):
-            found.append(_one_round(engine, runner, image)[:-1])
+            found.append(_one_round(engine, runner, image)[: len(engine.metadata.exits)])
     return [[1e3 * statistics.median(column) for column in zip(*found[WARM_UP:])] for found in rounds]
 
 
 def _round_times(engine: Engine, batch: Array) -> list[float]:
-    """Return the median milliseconds of every stage and of the monolithic graph, timed in turns."""
+    """Return the median milliseconds of every stage and of the monolithic graph, if built, timed in turns."""
     staged_runner = engine.staged_runner()
     for _ in range(WARM_UP):
         _one_round(engine, staged_runner, batch)
@@ -311,6 +328,7 @@ def _one_round(engine: Engine, staged_runner: StagedRunner, batch: Array) -> lis
         for _ in engine.metadata.exits:
             run.run_stage()
             clock.append(time.perf_counter())
-    engine.monolithic(batch)
-    clock.append(time.perf_counter())
+    if engine.has("monolithic"):
+        engine.monolithic(batch)
+        clock.append(time.perf_counter())
     return [after - before for before, after in itertools.pairwise(clock)]

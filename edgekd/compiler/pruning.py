@@ -105,7 +105,7 @@ def write_pruned(
     built = dataclasses.replace(
         old,
         metadata=metadata,
-        precision=read_back(out, backend, recipe=old.recipe),
+        precision=read_back(out, metadata, backend, recipe=old.recipe),
         host=describe_host(backend.name),
         files=files,
         parity=_kept_parity(old.parity, keep),
@@ -215,7 +215,7 @@ def _check_logits(before: Engine, after: Engine, keep: Sequence[int], images: Ar
             limits = np.maximum(limits, [parity.max_abs_logit_difference[k] for k in keep])
         elif recipe.precision != "fp32":
             limits = np.maximum(limits, REDUCED_TOLERANCE * np.ptp(old))
-        found = np.abs(new - old[1]).max(axis=(0, 2, 3))
+        found = np.abs(new - old[0]).max(axis=(0, 2, 3))
         for k, difference, limit in zip(keep, found, limits):
             if not difference <= limit:  # nor if it is not a number
                 what = f"{before.name} without the other exits: the logits of exit_{k} differ by {difference:.2e}"

@@ -87,7 +87,8 @@ class Classifier:
         strategy: `cascade` runs stage by stage, and each image takes the first exit whose threshold it reaches; `full`
             averages the probabilities of all exits at temperature 1; `final` runs the last exit alone, at its
             temperature, and so does a cascade in which no image can exit early and the last exit answers by itself.
-            Default: `cascade` if the engine was tuned, else `full`.
+            `full` and `final` are fastest with the graphs of `edgekd compile --graphs all`: without them, all stages
+            run, one after the other. Default: `cascade` if the engine was tuned, else `full`.
         policy: Replaces the engine's own policy.
         threads: CPU threads of the engine, when a path is given.
         device_side_exit: Experimental: the GPU itself ends the cascade, one image at a time (TensorRT, CUDA 12.4 or

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from edgekd.artifacts.manifest import NETWORK, NETWORK_FILE, STUDENT, STUDENT_FILE, Manifest, read_file, read_manifest
@@ -50,7 +51,7 @@ class Engine:
 
     Args:
         metadata: Classes, preprocessing, exits and policy.
-        load: Loads the graph called `stage_0`, …, `monolithic` or `final`.
+        load: Loads the graph called `stage_0`, … or, where built, `monolithic` or `final`.
         backend: The backend that loads them.
         recipe: The recipe that they were compiled with.
         threads: CPU threads to use.
@@ -105,6 +106,11 @@ class Engine:
                 fix="start processes by multiprocessing's spawn method, or open it in each of them",
             )
 
+    def has(self, graph: str) -> bool:
+        """Return True if `monolithic` or `final` was built; all stages in sequence stand in for one that was not."""
+        files = self.manifest.files.values() if self.manifest else ()
+        return self.manifest is None or len(self.metadata.exits) == 1 or any(file.graph == graph for file in files)
+
     def stage(self, k: int) -> Runner:
         """Return stage k: images (k = 0) or boundary k-1 to [logits (N, C)] and, but for the last, boundary k."""
         return self._runner(f"stage_{k}")
@@ -123,16 +129,26 @@ class Engine:
 
     @property
     def monolithic(self) -> Runner:
-        """The graph from images (N, 3, H, W) to the logits (N, C) of every exit."""
-        return self._runner("monolithic")
+        """From images (N, 3, H, W) to the logits (N, C) of every exit: one graph, or all stages in sequence."""
+        if self.has("monolithic"):
+            return self._runner("monolithic")
+        return functools.partial(
+            _in_sequence, self.staged_runner(), exits=len(self.metadata.exits), largest=self.largest_batch
+        )
 
     @property
     def final(self) -> Runner:
-        """The graph from images (N, 3, H, W) to [the last exit's logits (N, C)], without the earlier exit heads."""
-        return self._runner("final")
+        """From images (N, 3, H, W) to [the last exit's logits (N, C)]: one graph without the earlier exits' heads.
+
+        Where that was not built, all stages in sequence, heads included.
+        """
+        if self.has("final"):
+            return self._runner("final")
+        every = self.monolithic
+        return lambda *images: every(*images)[-1:]
 
     def logits(self, images: Array, *, batch_size: int = 32, progress: Progress | None = None) -> Array:
-        """Run the monolithic graph on images (N, 3, H, W).
+        """Run every exit on images (N, 3, H, W), in one piece where that was built.
 
         Args:
             images: The images.
@@ -142,9 +158,9 @@ class Engine:
         Returns:
             The logits of all exits, (E, N, C).
         """
-        batches = []
+        batches, every = [], self.monolithic
         for start in range(0, len(images), batch_size):
-            batches.append(self.monolithic(images[start : start + batch_size]))
+            batches.append(every(images[start : start + batch_size]))
             if progress:
                 progress(min(start + batch_size, len(images)), len(images))
         return np.concatenate([np.stack(outputs) for outputs in batches], axis=1, dtype=np.float32)
@@ -170,6 +186,17 @@ class Engine:
                 _check_shapes(graph, name, self.metadata)
                 self._runners[name] = graph
             return self._runners[name]
+
+
+def _in_sequence(
+    staged_runner: StagedRunner, images: npt.NDArray[np.generic], *, exits: int, largest: int | None
+) -> list[npt.NDArray[np.generic]]:
+    """Return the logits (N, C) of every exit by staged runs of at most `largest` images."""
+    size, batches = min(len(images), largest or len(images)), []
+    for start in range(0, len(images), size):
+        with staged_runner(cast(Array, images[start : start + size])) as run:
+            batches.append([run.run_stage() for _ in range(exits)])
+    return [np.concatenate(rows) for rows in zip(*batches)] if len(batches) > 1 else [*batches[0]]
 
 
 def open_engine(path: Path, *, threads: int | None = None, digest: str = "", pending: bool = False) -> Engine:
@@ -274,15 +301,18 @@ def _check_shapes(graph: CompiledGraph, name: str, metadata: ModelMetadata) -> N
 def _check_files(manifest: Manifest, path: Path) -> None:
     """Check that the manifest lists the files of these graphs, as this backend writes them, and no others.
 
-    `NETWORK_FILE` may be among them; engines of earlier versions have none. Pending engines have `STUDENT_FILE`.
+    `WHOLE` graphs and `NETWORK_FILE` may be among them; engines of earlier versions have no `NETWORK_FILE`. Pending
+    engines have `STUDENT_FILE`.
 
     Raises:
         ArtifactError: It does not.
     """
     suffixes = find_backend(manifest.backend).suffixes(manifest.recipe)
-    expected = {f"{name}{suffix}": name for name in graph_names(manifest.metadata) for suffix in suffixes}
-    expected |= {STUDENT_FILE: STUDENT} if manifest.pending else {}
     found = {name: file.graph for name, file in manifest.files.items() if (name, file.graph) != (NETWORK_FILE, NETWORK)}
+    needed, every = (graph_names(manifest.metadata, whole=whole) for whole in (False, True))
+    names = [name for name in every if name in needed or name in found.values()]
+    expected = {f"{name}{suffix}": name for name in names for suffix in suffixes}
+    expected |= {STUDENT_FILE: STUDENT} if manifest.pending else {}
     if found != expected:
         odd = min(found.items() ^ expected.items())[0]
         what = f"{path}: its manifest lists other files than the graphs of {manifest.backend}: {odd}"

@@ -50,8 +50,8 @@ class CarelessBackend(OnnxRuntimeBackend):
         path.read_bytes()  # besides `read`
         return Careless(super().load(path, **options)._session)
 
-    def precisions(self, path: Path, **options: Any) -> dict[str, float]:
-        return {"fp16": 1.0}
+    def precisions(self, path: Path, **options: Any) -> dict[str, int]:
+        return {"fp16": 1}
 
 
 def test_a_backend_that_does_not_conform(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_conformance(tmp_path: Path) -> None:
 def test_sixteen_bits_are_read_back_and_not_inferred_from_the_recipe(tmp_path: Path) -> None:
     node, w = convolution()
     NCNN.build(network(node, w=w), tmp_path / "m.param", recipe=FP16)
-    assert NCNN.precisions(tmp_path / "m.param", recipe=FP16) == {_sixteen_bit_float(): 1.0}
-    assert NCNN.precisions(tmp_path / "m.param", recipe=FP32) == {"fp32": 1.0}
+    assert NCNN.precisions(tmp_path / "m.param", recipe=FP16) == {_sixteen_bit_float(): 1}
+    assert NCNN.precisions(tmp_path / "m.param", recipe=FP32) == {"fp32": 1}
 
 
 @pytest.mark.parametrize("recipe", [FP32, FP16], ids=lambda r: r.name)

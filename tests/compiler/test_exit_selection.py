@@ -85,7 +85,7 @@ def test_when_a_gain_pays() -> None:
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
     student = read_student(small_student(tmp_path / "student.onnx"))
-    settings = load_recipe("fp32", {"batch_sizes": [1]})
+    settings = load_recipe("fp32", {"batch_sizes": [1], "graphs": "all"})
     compile_engine(student, tmp_path / "e", recipe=settings, backend="onnxruntime", validation=None)
     return tmp_path / "e"
 
@@ -150,7 +150,7 @@ def test_exits_that_stay(engine: Path, monkeypatch: pytest.MonkeyPatch, reason: 
 def test_a_gain_is_measured_on_both(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cascade runs the stages, the plain network the final graph; every batch has images of every exit's share."""
     opened: Engine = open_engine(engine)
-    found = measure_gain(opened, Policy((1.0,) * 3, (0.3, 0.3)), IMAGES, seconds=0.01)
+    found = measure_gain(opened, engine, Policy((1.0,) * 3, (0.3, 0.3)), IMAGES, seconds=0.01)
     assert list(found.by_size) == [1, 32]
     assert all(0 < r.low <= r.ratio <= r.high and r.cascade_ms > 0 for r in found.by_size.values())
     assert set(opened._runners) == {"stage_0", "stage_1", "stage_2", "final"}

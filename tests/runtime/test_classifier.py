@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from edgekd.artifacts.manifest import Manifest
+from edgekd.artifacts.manifest import EngineFile, Manifest
 from edgekd.artifacts.recipe import Recipe
 from edgekd.backends.base import find_backend
 from edgekd.backends.runner import StagedRunner
@@ -121,7 +121,8 @@ class Recorder(Engine):
 
     def __init__(self, engine: Engine, logits: Array, *, backend: str, stage_ms: dict[str, tuple[float, ...]]) -> None:
         recipe = Recipe("fp32")
-        manifest = Manifest(engine.metadata, backend, "", recipe, {}, host_info(), {}, "", stage_ms=stage_ms)
+        files = {"monolithic.onnx": EngineFile("monolithic", "", 0)}
+        manifest = Manifest(engine.metadata, backend, "", recipe, {}, host_info(), files, "", stage_ms=stage_ms)
         load = functools.partial(Recorded, self)
         super().__init__(
             engine.metadata, load, backend=find_backend(backend), recipe=recipe, threads=1, manifest=manifest

@@ -17,7 +17,7 @@ from edgekd import config
 from edgekd.artifacts.manifest import MANIFEST, read_manifest, read_metadata, write_manifest
 from edgekd.artifacts.metadata import Exit, put_metadata, read_onnx, read_student
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import find_backend, fractions
+from edgekd.backends.base import find_backend
 from edgekd.backends.openvino import OpenVinoBackend
 from edgekd.bench.suite import Suite
 from edgekd.compiler.build import compile_engine
@@ -27,7 +27,8 @@ from edgekd.runtime.engine import open_engine
 
 RNG = np.random.default_rng(2)
 IMAGES = RNG.normal(size=(12, 3, 32, 32)).astype(np.float32)
-QUICK = Recipe("int8", max_accuracy_drop=100.0, batch_sizes=(1,), options={"openvino": {"static_batch_sizes": (1,)}})
+_STATIC = {"openvino": {"static_batch_sizes": (1,)}}
+QUICK = Recipe("int8", max_accuracy_drop=100.0, batch_sizes=(1,), graphs="all", options=_STATIC)
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
@@ -48,10 +49,6 @@ def engine_path(request: pytest.FixtureRequest, student_onnx: Path, tmp_path_fac
 @pytest.fixture
 def copy(engine_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(engine_path, tmp_path / "copy.engine"))
-
-
-def test_fractions() -> None:
-    assert fractions(["int8", "fp32", "int8", "int8"]) == {"int8": 0.75, "fp32": 0.25}
 
 
 def test_student_onnx_opens_in_fp32(student_onnx: Path) -> None:

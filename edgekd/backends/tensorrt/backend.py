@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Backend, ReadFile, fractions
+from edgekd.backends.base import Backend, ReadFile
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.smi import power_and_clocks
 from edgekd.backends.runner import DeviceCascade as DeviceCascadeRunner
@@ -23,6 +24,7 @@ from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options, ten
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write
+from edgekd.host import l4t_release
 from edgekd.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,13 @@ class TensorRTBackend(Backend[TensorRTRunner]):
 
     def version(self) -> str | None:
         return TENSORRT.version()
+
+    @property
+    def install_command(self) -> str:
+        """On a Jetson, TensorRT is part of JetPack; PyPI's does not support its GPU."""
+        if l4t_release():
+            return "sudo apt install python3-libnvinfer, and an environment with --system-site-packages"
+        return super().install_command
 
     def build(
         self, graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None
@@ -72,7 +81,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
         """
         return TensorRTRunner(path, tensorrt_target(recipe), read)
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count precisions among the layers that multiply by weights, as TensorRT's engine inspector names them.
 
         What the inspector does not tell is left out, with a warning.
@@ -93,7 +102,7 @@ class TensorRTBackend(Backend[TensorRTRunner]):
                 len(found),
                 path.stem,
             )
-        return fractions(told)
+        return Counter(told)
 
     def quantization_target(self, recipe: Recipe) -> str:
         return "tensorrt" if parse_options(recipe).dla_core is None else "dla"

@@ -6,6 +6,7 @@ Engines have been built with version 1.7.1, where there is no GPU. None has been
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnx
 
 from edgekd.artifacts.manifest import Manifest
 from edgekd.artifacts.recipe import Recipe
-from edgekd.backends.base import Backend, ReadFile, fractions
+from edgekd.backends.base import Backend, ReadFile
 from edgekd.backends.cuda.device import device
 from edgekd.backends.cuda.smi import power_and_clocks
 from edgekd.backends.runner import StagedRunner
@@ -93,7 +94,7 @@ class TensorRTRtxBackend(Backend[TensorRTRunner]):
         """
         return TensorRTRunner(path, self._target(recipe), read)
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
+    def precisions(self, path: Path, *, recipe: Recipe) -> Counter[str]:
         """Count precisions among the layers that multiply by weights, as the builder lists them.
 
         Raises:
@@ -102,7 +103,7 @@ class TensorRTRtxBackend(Backend[TensorRTRunner]):
         found = precisions(from_log(path.with_suffix(LAYERS).read_text(encoding="utf-8")))
         if not found:
             raise BackendError(f"TensorRT-RTX lists no layer of {path} with weights", fix="report this network")
-        return fractions([precision or "unknown" for precision in found])
+        return Counter(precision or "unknown" for precision in found)
 
     def quantization_target(self, recipe: Recipe) -> str:
         return "tensorrt"

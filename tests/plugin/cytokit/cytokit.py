@@ -51,8 +51,8 @@ class ReferenceBackend(CpuBackend[ReferenceRunner]):
         except Exception as error:  # whatever a damaged file causes
             raise backend_failure(f"{path} cannot be loaded", error) from error
 
-    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, float]:
-        return {"fp32": 1.0}
+    def precisions(self, path: Path, *, recipe: Recipe) -> dict[str, int]:
+        return {"fp32": 1}
 
 
 def _gini(probabilities: np.ndarray) -> np.ndarray:
