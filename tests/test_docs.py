@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from edgekd.backends.base import load_recipe
+from edgekd.backends.cuda.base import pinned_bindings
+from edgekd.backends.cuda.device import _CUDA_OF_L4T as CUDA_OF_L4T
 from edgekd.cli.main import app
+from edgekd.config import parse_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -44,7 +49,7 @@ def test_commands_of_edgekd(page: Path) -> None:
             command = getattr(command, "commands", {}).get(word, command)
         options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
         assert {w.partition("=")[0] for w in words[2:] if w.startswith("--")} <= options, words
-    assert len(found) == {"jetson.md": 9, "getting-started.md": 12, "ncnn.md": 3}.get(page.name, 0)
+    assert len(found) == {"tensorrt.md": 3, "jetson.md": 8, "getting-started.md": 12, "ncnn.md": 3}.get(page.name, 0)
 
 
 @pytest.mark.slow
@@ -108,8 +113,33 @@ def test_messages_that_are_explained() -> None:
         assert part in sources
 
 
-def test_what_the_image_copies() -> None:
+def test_cuda_bindings_fit_each_jetpack() -> None:
+    """The page's table, its commands, the Dockerfile and the advice of the code name the same version."""
+    page, image = ((ROOT / "docs" / name).read_text() for name in ("jetson.md", "Dockerfile.jetson"))
+    rows = re.findall(r"^\| ([\d.]+)[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
+    assert [cuda for _, cuda, _ in rows] == list(CUDA_OF_L4T.values())[::-1]
+    pins = {jetpack: pinned_bindings(cuda) for jetpack, cuda, _ in rows}
+    for jetpack, _, said in rows:
+        assert f"`{pins[jetpack]}`" in said or jetpack == "5.1"
+    assert f"cuda-python=={re.findall('cuda-python==(11[^ ]*)', page)[0]}".startswith(pins["5.1"].rstrip("*"))
+    assert f"pip install '.[jetson]' '{pins['6.1']}'" in page
+    assert "l4t-jetpack:r36.4.0\n" in image
+    assert "CUDA_PYTHON=" + pins["6.1"].removeprefix("cuda-python==").removesuffix(".*") + "\n" in image
+    older = pins["6.0"].removeprefix("cuda-python==").removesuffix(".*")
+    assert f"l4t-jetpack:r36.3.0 --build-arg CUDA_PYTHON={older} ." in page
+    assert set(re.findall(r"--build-arg (\w+)=", page)) == set(re.findall(r"^ARG (\w+)=", image, re.MULTILINE))
+
+
+def test_settings_of_the_compile_commands() -> None:
+    found = 0
+    for page in PAGES:
+        for words in commands(page, "edgekd compile "):
+            settings = [value for option, value in itertools.pairwise(words) if option == "--set"]
+            found += len(settings)
+            load_recipe("fp16", overrides=parse_overrides(settings))
+    assert found
+
+
+def test_the_image_has_no_torch() -> None:
     text = (ROOT / "docs" / "Dockerfile.jetson").read_text()
-    for line in re.findall(r"^COPY --chown=\S+ (.*) \S+$", text, re.MULTILINE):
-        assert all((ROOT / source).exists() for source in line.split()), line
     assert "torch" not in text.replace("no torch", "").replace("not f('torch')", "")

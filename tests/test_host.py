@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgekd import host
+from edgekd.backends.base import all_backends
 from edgekd.errors import ConfigError
 
 V1 = "31 23 0:28 / {top} rw - tmpfs tmpfs rw\n32 31 0:29 {root} {top}/cpu,cpuacct rw - cgroup cgroup rw,cpuacct,cpu\n"
@@ -222,3 +223,11 @@ def test_facts_of_other_machines(many: Path) -> None:
     ):
         put(many, {"proc/driver/nvidia/version": f"NVRM version: {line}\nGCC version: 12\n"})
         assert host.host_info().facts == {"NVIDIA driver": "535.129.03"}
+
+
+def test_a_jetson_does_not_take_tensorrt_from_pypi(many: Path) -> None:
+    (backend,) = (b for b in all_backends() if b.name == "tensorrt")
+    assert backend.install_command == "pip install 'edgekd[tensorrt]'"
+    put(many, {"etc/nv_tegra_release": "# R36 (release), REVISION: 4.3\n"})
+    assert "python3-libnvinfer" in backend.install_command
+    assert "pip" not in backend.install_command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -43,6 +44,26 @@ def test_wheel_holds_the_package_and_the_tomls_and_nothing_else(wheel: Path) -> 
         *(f"edgekd/training/protocols/{p.name}" for p in (ROOT / "edgekd/training/protocols").glob("*.toml")),
         *(f"edgekd/reproduce/tables/{p.name}" for p in (ROOT / "edgekd/reproduce/tables").glob("*.toml")),
     }
+
+
+def test_the_jetson_image_copies_what_the_wheel_needs(wheel: Path, tmp_path: Path) -> None:
+    """A wheel built from the Dockerfile's COPY lines alone, read as docs/jetson/emulate.py reads them, is the same."""
+    spec = importlib.util.spec_from_file_location("emulate", ROOT / "docs/jetson/emulate.py")
+    assert spec
+    assert spec.loader
+    emulate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulate)
+    steps = emulate.instructions((ROOT / "docs/Dockerfile.jetson").read_text())
+    for word, rest in steps:
+        if word == "COPY":
+            emulate.copy(tmp_path, *rest.split())
+    ((source,),) = [
+        re.findall(r"pip install \S+ '/(\w+)\[jetson\]'", rest) for word, rest in steps if "[jetson]" in rest
+    ]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, tmp_path / source]
+    subprocess.run(command, check=True, capture_output=True)
+    (own,) = tmp_path.glob("*.whl")
+    assert set(zipfile.ZipFile(own).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_wheel_runs_from_elsewhere_and_without_torch(wheel: Path, student_onnx: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ class Improvement:
 
     def __str__(self) -> str:
         tried = ", ".join(str(step) for step in self.steps)
-        return f"error of the logits on calibration images {_percent(self.before)}; tried: {tried}"
+        return f"angular error of the logits on calibration images {_percent(self.before)}; tried: {tried}"
 
 
 class Int8Search:
@@ -198,15 +198,16 @@ class Int8Search:
         return Improvement(best, before, least, tuple(steps))
 
     def _error(self, target: Target, quantization: Quantization, span: Span) -> float:
-        """Return the squared error of the centred logits relative to their square, the mean over exits.
+        """Return the mean of one minus the cosine of an image's centred logits with those of the float network.
 
-        Half of the calibration images calibrate, and this is the error on the others.
+        A common factor of the logits, which bias correction may bring along, changes no answer and counts for nothing:
+        the squared error of a MobileNetV2 rose while 99 % of its answers were the float network's, not 96 %. Half of
+        the calibration images calibrate, and this is the error on the others.
         """
         if self._reference is None:
-            self._reference = _centred_logits(self._model, self._held_out)
-        logits = _centred_logits(self._graph(target, quantization, self._fit, span), self._held_out)
-        squares = ((logits - self._reference) ** 2).sum(axis=(1, 2)), (self._reference**2).sum(axis=(1, 2))
-        return float(np.mean(squares[0] / np.maximum(squares[1], 1e-30)))
+            self._reference = _directions(self._model, self._held_out)
+        found = _directions(self._graph(target, quantization, self._fit, span), self._held_out)
+        return float(1 - (found * self._reference).sum(axis=2).mean())
 
     def _graph(self, target: Target, how: Quantization, images: Array, span: Span) -> onnx.ModelProto:
         model = self._model
@@ -244,13 +245,15 @@ def _measures(quantization: Quantization) -> list[str]:
     return [name for name, applied in found if applied]
 
 
-def _centred_logits(model: onnx.ModelProto, images: Array) -> Array:
-    """Run a network, and return the logits (E, N, C) without the mean over classes, which changes no answer."""
+def _directions(model: onnx.ModelProto, images: Array) -> Array:
+    """Run a network, and return the centred logits (E, N, C) of each image, divided by their length."""
     run = open_graph(model.SerializeToString(), threads=1)
     batches = [np.stack(run(images[i : i + 32])) for i in range(0, len(images), 32)]
     logits = np.concatenate(batches, axis=1, dtype=np.float32)
     centred: Array = logits - logits.mean(axis=2, keepdims=True, dtype=np.float32)
-    return centred
+    lengths = np.linalg.norm(centred, axis=2, keepdims=True)
+    directions: Array = centred / np.maximum(lengths, np.float32(1e-30))
+    return directions
 
 
 def _spread(images: Array, most: int) -> Array:

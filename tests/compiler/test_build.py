@@ -285,7 +285,7 @@ def test_a_refusal_lists_what_was_tried(tmp_path: Path, monkeypatch: pytest.Monk
         return replace(reports[-1], refusal=GateError(f"too far: {len(reports)}"))
 
     monkeypatch.setattr(build, "check", refuse)
-    with pytest.raises(GateError, match="error of the logits on calibration images") as caught:
+    with pytest.raises(GateError, match="angular error of the logits on calibration images") as caught:
         compile_small(tmp_path, max_accuracy_drop=50.0, int8_attempts=3)
     assert caught.value.what.count(" points") == len(reports) - 2 <= 3
     assert not (tmp_path / "e").exists()

@@ -28,6 +28,7 @@ NAMES = {
     "_context": "IExecutionContext",
     "inspector": "EngineInspector",
     "refitter": "Refitter",
+    "logging": OTHER,
 }
 """What a variable or attribute of that name holds, where nothing else tells."""
 ONLY_IN = {

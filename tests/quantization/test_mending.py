@@ -90,7 +90,7 @@ def test_a_relu6_clips_what_it_clipped() -> None:
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_corrected_biases_have_no_mean_error(student: tuple[onnx.ModelProto, ModelMetadata], target: str) -> None:
     model, metadata = student
-    quantised = quantize(model, metadata, IMAGES, target=target, heads=True)
+    quantised = quantize(model, metadata, IMAGES, target=target, heads=False)  # pairs in heads add errors of their own
     corrected = correct_biases(model, quantised, IMAGES)
     want = logits(model)
     before, after = (np.abs((logits(m) - want).mean(axis=1)).max() for m in (quantised, corrected))

@@ -24,6 +24,7 @@ from edgekd.backends.tensorrt.options import TensorRTOptions, parse_options, ten
 from edgekd.backends.tensorrt.runner import TensorRTRunner
 from edgekd.errors import BackendError
 from edgekd.files import atomic_write
+from edgekd.host import l4t_release
 from edgekd.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,13 @@ class TensorRTBackend(Backend[TensorRTRunner]):
 
     def version(self) -> str | None:
         return TENSORRT.version()
+
+    @property
+    def install_command(self) -> str:
+        """On a Jetson, TensorRT is part of JetPack; PyPI's does not support its GPU."""
+        if l4t_release():
+            return "sudo apt install python3-libnvinfer, and an environment with --system-site-packages"
+        return super().install_command
 
     def build(
         self, graph: onnx.ModelProto, path: Path, *, recipe: Recipe, progress: Callable[[float], None] | None = None

@@ -14,7 +14,7 @@ _NODE = r"(?:^|[/_.])(?:Conv|ConvTranspose|Gemm|MatMul)(?:_\d+)?$"
 """Names that exporters give to ONNX nodes that multiply by weights."""
 _TYPES = {"int8": "int8|i8", "bf16": "bf16|bfloat", "fp8": "fp8|e4m3", "fp16": "fp16|half|f16", "fp32": "float|fp?32"}
 LISTING = "Layers:"
-"""How the message of the builder begins that lists the layers of the engine (severity VERBOSE)."""
+"""Start of the builder's message that lists the layers of the engine (severity VERBOSE)."""
 _ROW = re.compile(
     r"Name: (?P<Name>.*), LayerType: (?P<LayerType>\w+), Inputs: \[(?P<Inputs>.*?)\], "
     r"(?:Constants: \[(?P<Constants>.*)\], )?Outputs: \[(?P<Outputs>.*)\], TacticName: (?P<TacticName>.*?), "
@@ -28,7 +28,7 @@ _TENSOR = re.compile(
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a layer reads or writes.
+    """A tensor that a layer reads or writes.
 
     Attributes:
         name: Name of the tensor.
@@ -50,11 +50,11 @@ class Layer:
     Attributes:
         name: Name of the layer.
         kind: Its type, such as CaskConvolution, correlation, kgen or Reformat.
-        parameters: What it computes, such as Convolution; empty if that is not said.
+        parameters: What it computes, such as Convolution; empty if not reported.
         inputs, constants, outputs: Its tensors.
-        weights: Precision of its weights, where it is said.
+        weights: Precision of its weights, where reported.
         tactic: Name of the kernel.
-        nodes: Names of the ONNX nodes that it computes or takes part in, where they are said.
+        nodes: Names of the ONNX nodes that it computes or takes part in, where reported.
     """
 
     name: str
