@@ -149,7 +149,7 @@ def main() -> None:
     lines = [
         f"# Bytes in: uint8 input beside float32, {cpu_model()}, one thread",
         "",
-        "Median milliseconds (processor time) of standardising and inference, and the median ratio of each form to float32",
+        "Median milliseconds (processor time) of standardising and inference, and the median ratio to float32",
         "input, in turns on the same pixels. Largest difference of logits from float32 input in brackets.",
         "",
         "| network | side | backend | precision | batch | standardise (NumPy) | float32, whole | cast | folded |",
