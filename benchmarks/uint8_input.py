@@ -3,8 +3,8 @@
     python benchmarks/uint8_input.py student.onnx --out benchmarks/results/uint8-input.md
 
 The reference is what edgekd does: `Preprocess.normalised` in NumPy, then the graph of all exits. It takes turns with
-the other forms on the same pixels, so the ratios hold on a busy machine; decoding and resizing are the same for all
-and left out. The forms:
+the other forms on the same pixels, in processor time, so the ratios hold on a busy machine; decoding and resizing are
+the same for all and left out. The forms:
 
 - `cast`: uint8 (N, 3, H, W), Cast, then Mul and Add for each channel, then the graph as it is.
 - `folded`: uint8, Cast, Pad with the colour that becomes 0, then the first convolution, whose weights hold the scale
@@ -123,7 +123,7 @@ def forms(
 def measure(
     runners: dict[str, Callable[[np.ndarray], list[np.ndarray]]], batches: list[np.ndarray], *, seconds: float
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of every form for each batch, in turns whose order alternates."""
+    """Return the milliseconds of processor time of every form for each batch, in turns whose order alternates."""
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for run in runners.values():
         run(batches[0])
@@ -131,9 +131,9 @@ def measure(
     while turn < 10 or time.perf_counter() < end:
         pixels = batches[turn % len(batches)]
         for name in list(runners)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
+            start = time.process_time()
             runners[name](pixels)
-            samples[name].append(1e3 * (time.perf_counter() - start))
+            samples[name].append(1e3 * (time.process_time() - start))
         turn += 1
     return samples
 
@@ -149,7 +149,7 @@ def main() -> None:
     lines = [
         f"# Bytes in: uint8 input beside float32, {cpu_model()}, one thread",
         "",
-        "Median milliseconds of standardising and inference of one batch, and the median ratio of each form to float32",
+        "Median milliseconds (processor time) of standardising and inference, and the median ratio to float32",
         "input, in turns on the same pixels. Largest difference of logits from float32 input in brackets.",
         "",
         "| network | side | backend | precision | batch | standardise (NumPy) | float32, whole | cast | folded |",

@@ -70,8 +70,9 @@ def main(out: str, *names: str) -> int:
     header = f"""# Engines that TensorRT-RTX builds
 
 Written by `make test-tensorrt`: {TENSORRT_RTX.name} {TENSORRT_RTX.version()}, for GPUs of SM 8.6, built where there is
-no GPU, so not run. Networks have random weights and {SIZE} pixels; every stage, the whole and the last exit alone are
-built, with exit heads in int8. Layers are those that multiply by weights, over all graphs (onnx {onnx.__version__}).
+no GPU, so not run. Networks have random weights and {SIZE} pixels. Every stage, the whole and the last exit alone are
+built, with exit heads in int8; for batch size 1 and, as int8-fp16, 8, too. Layers are those that multiply by weights,
+over all graphs and batch sizes (onnx {onnx.__version__}).
 
 """
     Path(out).write_text(header + pipe_table((COLUMNS, rows)) + "\n", encoding="utf-8")

@@ -49,7 +49,7 @@ def test_commands_of_edgekd(page: Path) -> None:
             command = getattr(command, "commands", {}).get(word, command)
         options = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
         assert {w.partition("=")[0] for w in words[2:] if w.startswith("--")} <= options, words
-    assert len(found) == {"jetson.md": 8, "getting-started.md": 12, "ncnn.md": 3}.get(page.name, 0)
+    assert len(found) == {"tensorrt.md": 3, "jetson.md": 8, "getting-started.md": 12, "ncnn.md": 3}.get(page.name, 0)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class GlobalContext(nn.Module):
 
     def __init__(self, channels: int, *, ratio: int = 16) -> None:
         super().__init__()
-        hidden = max(channels // ratio, 1)
+        hidden = max(channels // ratio, 4)  # normalised, one number would be a constant
         self.attention = nn.Conv2d(channels, 1, 1)
         last = nn.Linear(hidden, channels)
         nn.init.zeros_(last.weight)

@@ -89,6 +89,17 @@ def test_opset_that_is_too_new(box: Callable[..., Box], small_student: Path, tmp
         compiled(tmp_path / "new.onnx", tmp_path / "e.engine", recipe())
 
 
+def test_layers_that_tell_nothing_do_not_refuse_an_engine(
+    box: Callable[..., Box], small_student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler may put all layers of a small network into one."""
+    box("10.3", opaque_layers=True)
+    manifest = compiled(small_student, tmp_path / "e.engine", recipe("fp16"))
+    assert manifest.precision == {}
+    assert "tensorrt does not tell which precision runs" in manifest.notes
+    assert "the precision of 0 of 0 layers of stage_0" in caplog.text
+
+
 def test_what_is_logged_of_a_build(box: Callable[..., Box], caplog: pytest.LogCaptureFixture) -> None:
     """A build has up to a million messages. Weights that overflow are told, as the accuracy suffers."""
     box("10.3")

@@ -41,6 +41,7 @@ TYPING_ERRORS = {
     ("compile", "recipe"): ("compile {student} --recipe int9", "int8"),
     ("compile", "backend"): ("compile {student} --backend openvin", "openvino"),
     ("compile", "device"): ("compile {student} --backend tensorrt-rtx --device rtx-4", "rtx-40"),
+    ("compile", "graphs"): ("compile {student} --graphs stags", "stages"),
     ("tune", "confidence"): ("tune {student} --data {cells} --split x --confidence margn", "margin"),
     ("tune", "average"): ("tune {student} --data {cells} --split x --average meen", "mean"),
     ("predict", "strategy"): ("predict {student} {cells} --strategy cascad", "cascade"),

@@ -366,7 +366,8 @@ def offer_builder(world: World) -> None:
         for layer in layers:
             inputs = ", ".join(
                 f"{{ Name: {tensor['Name']}, Dimensions: [1], Strides: [1], StrideOrder: [0], "
-                f"Datatype: {tensor['Format/Datatype']}, Format: (Linear) Row major linear format }}"
+                f"Datatype: {tensor.get('Datatype') or tensor['Format/Datatype']}, "
+                "Format: (Linear) Row major linear format }"
                 for tensor in layer["Inputs"]
             )
             kind = "correlation" if layer["LayerType"] == "CaskConvolution" else layer["LayerType"]

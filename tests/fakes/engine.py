@@ -39,6 +39,8 @@ def offer_engine(world: World) -> None:
             if not content["detailed"]:
                 return json.dumps({"Layers": [layer["Name"] for layer in content["layers"]]})
             layers = json.loads(json.dumps(content["layers"]))
+            for layer in layers if trouble.opaque_layers else ():
+                layer |= {"LayerType": "Myelin", "ParameterType": "", "Weights": None}
             for tensor in (t for layer in layers for t in layer["Inputs"] if self.execution_context is None):
                 tensor.pop("Datatype", None)
                 tensor["Format/Datatype"] = "N/A due to dynamic shapes"

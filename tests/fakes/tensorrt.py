@@ -73,6 +73,7 @@ class Trouble:
     fast_int8: bool = True
     ignores_fp16: bool = False  # builds float32 whatever it is asked for
     damaged_information: bool = False
+    opaque_layers: bool = False  # the inspector names no layer that multiplies
     dla_cores: int = 0
     padded: str = ""  # tensor whose layout is not that of an array
     cannot_run: bool = False

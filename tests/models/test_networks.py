@@ -66,6 +66,14 @@ def test_context_block_starts_as_identity_and_then_sees_all() -> None:
     assert not torch.allclose(block(x)[:, :, 4, 6], block(changed)[:, :, 4, 6])
 
 
+def test_context_block_sees_all_of_few_channels() -> None:
+    """The layer norm of a single number is constant, whatever it is given; ONNX Runtime 1.23 refuses it."""
+    block, x = GlobalContext(24), torch.randn(2, 24, 5, 7)
+    nn.init.normal_(block.transform[-1].weight)
+    first, second = block(x) - x
+    assert not torch.allclose(first, second, atol=1e-4)
+
+
 def test_context_block_by_hand() -> None:
     """One channel pair, two places, attention weight ln 3 on the first channel: weights 3/4 and 1/4."""
     block = GlobalContext(2, ratio=1)
