@@ -21,6 +21,9 @@ class DeviceProfile:
         dla: Number of deep learning accelerators.
         power_modes: Names of its power modes.
         source: Source of the numbers.
+        board: Part of what the device tree calls the board, by which a machine is recognised; empty if it is not.
+        batch_sizes: Batch sizes that `edgekd compile` builds for there unless others are requested; empty for the
+            recipe's.
     """
 
     title: str
@@ -32,11 +35,26 @@ class DeviceProfile:
     dla: int
     power_modes: tuple[str, ...]
     source: str
+    board: str = ""
+    batch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("sm", "memory_gb", "bandwidth_gb_s", "fp16_tflops", "int8_tops", "dla"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}: {getattr(self, key)} is negative")
+
+
+def profile_of(board: str) -> tuple[str, DeviceProfile] | None:
+    """Return the first shipped profile of a board, by name, with that name; None if there is none.
+
+    Args:
+        board: What the device tree calls it, such as "NVIDIA Jetson Orin Nano Developer Kit"; empty if there is none.
+    """
+    for name in config.names("devices"):
+        profile = config.load(DeviceProfile, "devices", name)
+        if profile.board and profile.board in board:
+            return name, profile
+    return None
 
 
 def table() -> list[tuple[str, ...]]:

@@ -128,13 +128,18 @@ def _facts() -> dict[str, str]:
     """Return the facts of boards and NVIDIA's drivers that are in files; unreadable ones are omitted."""
     driver = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read("proc/driver/nvidia/version"))
     found = {
-        "board": _read("proc/device-tree/model"),
+        "board": board(),
         "L4T": ".".join(map(str, l4t_release())),
         "power mode": _power_mode(),
         "NVIDIA driver": driver[1] if driver else "",
         "GPU MHz": _gpu_mhz(),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def board() -> str:
+    """Return what the device tree calls this machine; empty if it has none, as PCs."""
+    return _read("proc/device-tree/model")
 
 
 def l4t_release() -> tuple[int, ...]:

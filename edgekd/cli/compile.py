@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from pathlib import Path
@@ -88,6 +89,8 @@ def compile_(
             raise ConfigError(f"--device is for --backend {RTX}", fix="omit it: others build for this machine")
         overrides[f"{RTX}.device"] = device
     compile_recipe = load_recipe(recipe, overrides=overrides)
+    if recipe in config.names("compile") and "batch_sizes" not in overrides:
+        compile_recipe = _with_batch_sizes_of_board(compile_recipe)
     if data is None and split is not None:
         raise ConfigError("--split without --data", fix="give the images, too")
     refuse_other_folder(out)
@@ -166,6 +169,20 @@ def seen_pictures(
     )
     final = reference_engine(student.model, student.metadata, threads=default_threads()).logits(images)[-1]
     return calibration if recipe.precision == "int8" else None, (images, final.argmax(axis=1))
+
+
+def _with_batch_sizes_of_board(recipe: Recipe) -> Recipe:
+    """Return a shipped recipe with the batch sizes of this machine's device profile, if it has one."""
+    from edgekd.artifacts.recipe import Recipe
+    from edgekd.device_profiles import profile_of
+    from edgekd.host import board
+
+    found = profile_of(board())
+    if found is None or not found[1].batch_sizes or recipe.batch_sizes != Recipe.batch_sizes:
+        return recipe
+    sizes = ", ".join(map(str, found[1].batch_sizes))
+    echo(f"batch sizes {sizes}, from the device profile {found[0]} ({board()}); --set batch_sizes=[…] chooses others")
+    return dataclasses.replace(recipe, batch_sizes=found[1].batch_sizes)
 
 
 def _attempts(attempts: Iterable[Attempt]) -> str:

@@ -190,6 +190,36 @@ def test_shipped_tomls_are_valid(tmp_path: Path) -> None:
     assert config.load(Protocol, "protocols", str(tmp_path / "p.toml")) == config.load(Protocol, "protocols", "gao2022")
 
 
+@pytest.mark.parametrize(
+    ("board", "recipe", "set_", "built"),
+    [
+        ("NVIDIA Jetson Orin Nano Developer Kit", "fp32", [], ["1", "8"]),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "fp32", ["--set", "batch_sizes=[1,2]"], ["1", "2"]),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "own.toml", [], ["1", "4"]),
+    ],
+)
+def test_batch_sizes_are_those_of_the_board(
+    board: str,
+    recipe: str,
+    set_: list[str],
+    built: list[str],
+    student_onnx: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from edgekd import host
+    from edgekd.artifacts.manifest import read_manifest
+    from edgekd.device_profiles import profile_of
+
+    monkeypatch.chdir(tmp_path)
+    Path("own.toml").write_text('precision = "fp32"\nbatch_sizes = [1, 4]\n')
+    assert profile_of("Raspberry Pi 5 Model B") is profile_of("") is None
+    monkeypatch.setattr(host, "board", lambda: board)
+    text = edgekd("compile", student_onnx, "--backend", "onnxruntime", "--recipe", recipe, "--out", "e", *set_)
+    assert ("device profile orin-nano" in text) == (built == ["1", "8"]), text
+    assert list(read_manifest(Path("e")).stage_ms) == built
+
+
 def test_paper_a_protocol() -> None:
     """Gao et al. 2022: SGD, momentum 0.9, weight decay 1e-4, batch 128, 180 epochs, 0.1 times 0.1 at 100 and 150."""
     from edgekd.training.protocol import Protocol
