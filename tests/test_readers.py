@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", params=["onnxruntime", "openvino"])
 def built(request: pytest.FixtureRequest, small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine that is tuned to leave early, of each backend."""
-    folder, recipe = tmp_path_factory.mktemp("built") / "e.engine", Recipe("fp32", batch_sizes=(1,))
+    folder, recipe = tmp_path_factory.mktemp("built") / "e.engine", Recipe("fp32", batch_sizes=(1,), graphs="all")
     compile_engine(read_student(small_student), folder, recipe=recipe, backend=request.param, validation=None)
     manifest = read_manifest(folder)
     policy = Policy((1.0,) * 3, (0.25, 0.3))
@@ -164,7 +164,7 @@ def test_replaced_files_do_not_change_an_open_engine(
     how: str, engine: Path, small_student: Path, tmp_path: Path
 ) -> None:
     backend = read_manifest(engine).backend
-    other, recipe = tmp_path / "other.engine", Recipe("fp32", batch_sizes=(1,))
+    other, recipe = tmp_path / "other.engine", Recipe("fp32", batch_sizes=(1,), graphs="all")
     model, metadata = read_onnx(small_student)
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))

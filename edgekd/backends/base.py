@@ -51,7 +51,7 @@ class Backend(ABC, Generic[Graph]):
         mine = "my_package.backend:MyBackend"
 
     `edgekd compile --backend mine`, `edgekd doctor`, the versions in records and the `[mine]` table of recipes follow
-    from it; `edgekd.testing.check_backend` tests it. An engine holds a graph for each stage and, where asked for,
+    from it; `edgekd.testing.check_backend` tests it. An engine holds a graph for each stage and, where requested,
     `monolithic` (all exits) and `final` (the last exit alone). Inputs and outputs are named as in the ONNX graph, the
     batch size is the free first dimension, a stage's first output is its logits, and the others are the next stage's
     inputs in order.

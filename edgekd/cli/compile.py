@@ -194,7 +194,7 @@ def _attempts(attempts: Iterable[Attempt]) -> str:
         ms = "–" if a.batch1_ms is None else f"{a.batch1_ms:.2f}"
         drop = "unchecked" if a.drop is None else f"{a.drop:.2f}"
         drop += "" if a.drop_bounds is None else f" [{a.drop_bounds[0]:.2f}, {a.drop_bounds[1]:.2f}]"
-        first, *others = a.note.splitlines()
+        first, *others = a.note.splitlines() or [""]
         rows.append((a.backend, ms, drop if a.ok else "refused", first + (" …" if others else "")))
         below += f"\n{a.backend}: {a.note}" if others else ""
     return aligned(rows, remarks=True) + below

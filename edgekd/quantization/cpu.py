@@ -62,6 +62,7 @@ def quantize_cpu(
         extra_options={},
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()
     quantised: onnx.ModelProto = quantizer.model.model
     del quantised.metadata_props[:]
     return quantised

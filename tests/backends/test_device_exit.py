@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes.cuda import Cuda
-from fakes.machine import IMAGES, RNG, Box, engine_of, policies
+from fakes.machine import IMAGES, RNG, Box, engine_of, policies, recipe
 from helpers.device_kernel import Kernel
 
 from edgekd.backends.cuda.device import device
@@ -68,7 +68,7 @@ def test_the_gpu_ends_the_cascade(
 ) -> None:
     kernel = kernels("max_probability")
     cuda = box("10.16", kernel=kernel).cuda
-    engine, reference = engine_of(small_student, tmp_path), open_engine(small_student, threads=1)
+    engine, reference = engine_of(small_student, tmp_path, recipe(graphs="all")), open_engine(small_student, threads=1)
     for policy in reversed(policies(reference.logits(IMAGES))):
         want = Classifier(reference, policy=policy).run(IMAGES)
         ours = Classifier(engine, policy=policy, device_side_exit=True)

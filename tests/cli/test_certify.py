@@ -59,7 +59,7 @@ def test_a_certificate_without_labels(folder: Path, engine: Path) -> None:
     assert void_reason(manifest) == ""
 
     facts = engine_facts(open_engine(engine), engine).facts
-    assert not [key for key, value in facts.items() if "certificate" in key or "attempts" in key]
+    assert not [key for key, value in facts.items() if "certificate" in key or "attempts" in key.split(".")]
 
     again = edgekd("certify", engine, "--data", folder / "new")
     assert "200 images" in again
