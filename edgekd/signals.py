@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -44,15 +44,8 @@ def heed(*, ignored: bool = False) -> None:
 def stopping() -> Iterator[Stops]:
     """Let signals raise `Stopped` within the block."""
     stops = Stops()
-    heeded = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    kept = {n: signal.getsignal(n) for n in heeded if signal.getsignal(n) not in (signal.SIG_IGN, None)}
-    for number in kept:
-        signal.signal(number, stops)
-    try:
+    with _handled(stops, lambda handler: handler not in (signal.SIG_IGN, None)):
         yield stops
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -74,17 +67,33 @@ def deferred() -> Iterator[list[int]]:
         since = since or time.monotonic()
         received.append(number)
 
-    heeded = SIGNALS if threading.current_thread() is threading.main_thread() else []
-    kept = {n: handler for n in heeded if callable(handler := signal.getsignal(n))}
-    for number in kept:
-        signal.signal(number, receive)
+    kept: dict[int, Any] = {}
     try:
-        yield received
+        with _handled(receive, callable) as kept:
+            yield received
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
         if received:
             kept[received[0]](received[0], None)
+
+
+@contextlib.contextmanager
+def _handled(
+    handler: Callable[[int, FrameType | None], object], replaces: Callable[[Any], bool]
+) -> Iterator[dict[int, Any]]:
+    """Let `handler` handle signals within the block, in place of the handlers for which `replaces` is true.
+
+    Yields:
+        Signal to the handler before; none outside the main thread, where handlers cannot be set.
+    """
+    heeded = SIGNALS if threading.current_thread() is threading.main_thread() else []
+    kept = {n: before for n in heeded if replaces(before := signal.getsignal(n))}
+    for number in kept:
+        signal.signal(number, handler)
+    try:
+        yield kept
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
 
 
 class Stops:

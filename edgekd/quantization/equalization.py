@@ -19,6 +19,7 @@ import onnx
 from onnx import NodeProto, numpy_helper
 
 from edgekd.quantization.calibration import run_tensors
+from edgekd.quantization.qdq import groups_of
 from edgekd.types import Array, Progress
 
 HEADROOM = 1.25
@@ -121,7 +122,7 @@ def _factors(link: _Link, largest: Values, weights: dict[str, Values]) -> Values
     activation = np.maximum(largest, LEAST * largest.max(initial=0))
     if not activation.any():
         return np.ones_like(activation)
-    if all(_groups(node) == len(activation) for node in link.readers):  # depthwise: each channel has its own scale
+    if all(groups_of(node) == len(activation) for node in link.readers):  # depthwise: each channel has its own scale
         factors = activation / activation.max()
     else:
         read = np.max([_read_ranges(node, weights[node.input[1]], len(activation)) for node in link.readers], axis=0)
@@ -134,20 +135,16 @@ def _factors(link: _Link, largest: Values, weights: dict[str, Values]) -> Values
     return np.asarray(factors)
 
 
-def _groups(node: NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-
-
 def _read_ranges(node: NodeProto, weight: Values, channels: int) -> Values:
     """Return the largest magnitude of the weights that read each channel, relative to the output channel's, (C,)."""
     relative = np.abs(weight) / np.maximum(np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True), 1e-30)
-    groups = _groups(node)
+    groups = groups_of(node)
     grouped = relative.reshape(groups, len(weight) // groups, *weight.shape[1:])
     return np.asarray(grouped.max(axis=(1, *range(3, grouped.ndim))).reshape(channels))
 
 
 def _by_input(node: NodeProto, factors: Values, weight: Values) -> Values:
     """Return the factors of the input channels, shaped to multiply the weights of a convolution."""
-    groups = _groups(node)
+    groups = groups_of(node)
     each = np.repeat(factors.reshape(groups, -1), len(weight) // groups, axis=0)  # (outputs, inputs of a group)
     return each.reshape(*each.shape, *[1] * (weight.ndim - 2))

@@ -34,6 +34,11 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
     return complete
 
 
+def groups_of(node: NodeProto) -> int:
+    """Return the number of groups of a convolution."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+
+
 def dequantized(tensor: str) -> str:
     """Return the name of the output of a tensor's pair."""
     return f"{tensor}_dequantized"

@@ -197,8 +197,7 @@ class QdqPlacement:
         shape = self._constants.get(node.input[1]) if node.op_type == "Conv" else None
         if shape is None:
             return False
-        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-        if groups > 1:
+        if qdq.groups_of(node) > 1:
             return bool(shape[0] % 8 == 0)
         channels = shape[:1] if node.input[0] not in self._producer else shape[:2]
         return all(count >= 16 or count % 8 == 0 for count in channels)
